@@ -1,0 +1,1 @@
+"""Dump, store, verify, roll back, export and import of process memory."""

@@ -1,0 +1,1 @@
+"""Dirty-page trackers, one file per backend, behind one interface."""

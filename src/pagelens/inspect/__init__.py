@@ -1,0 +1,1 @@
+"""Views over several processes or the whole system."""

@@ -1,0 +1,1 @@
+"""The live kernel: the only package that opens /proc or makes a system call."""

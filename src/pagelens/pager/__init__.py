@@ -1,0 +1,1 @@
+"""User-level paging over userfaultfd; takes any PageSource."""

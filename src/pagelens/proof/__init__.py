@@ -1,0 +1,1 @@
+"""Model against kernel: the oracle child, comparison, random programs, shrinking."""

@@ -1,0 +1,1 @@
+"""Faces of a capture: terminal, HTML, files. Reads captures, never /proc."""

@@ -1,0 +1,96 @@
+"""Addresses, pages and ranges. x86-64, 4 KiB pages (DESIGN: `doctor` says so elsewhere)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pagelens.vm.errors import UsageError
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+HPAGE_SIZE = 2 << 20  # one PMD
+HPAGE_PAGES = HPAGE_SIZE // PAGE_SIZE
+TASK_SIZE = 0x7FFF_FFFF_F000  # TASK_SIZE_MAX with four levels, arch/x86/include/asm/page_64_types.h
+TASK_SIZE_LA57 = 0xFF_FFFF_FFFF_F000
+
+_SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?$", re.IGNORECASE)
+_SCALE = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def page_down(addr: int) -> int:
+    """Round an address down to its page."""
+    return addr & ~(PAGE_SIZE - 1)
+
+
+def page_up(addr: int) -> int:
+    """Round an address up to the next page boundary."""
+    return (addr + PAGE_SIZE - 1) & ~(PAGE_SIZE - 1)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "64k", "1.5G", "4096". Powers of two.
+
+    >>> parse_size("64k")
+    65536
+    """
+    match = _SIZE.match(text.strip())
+    if not match:
+        raise UsageError(f"not a size: {text!r} (examples: 4096, 64k, 1.5G)")
+    return int(float(match.group(1)) * _SCALE[match.group(2).lower()])
+
+
+def format_size(size: float) -> str:
+    """Bytes for people: "4 KiB", "1.5 MiB". Exact figures belong in the machine formats."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if size == int(size) else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class AddrRange:
+    """[start, end) in bytes, both page-aligned."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if self.start % PAGE_SIZE or self.end % PAGE_SIZE:
+            raise UsageError(f"range {self.start:#x}-{self.end:#x} is not page-aligned")
+        if self.end <= self.start:
+            raise UsageError(f"range {self.start:#x}-{self.end:#x} is empty or reversed")
+
+    @property
+    def pages(self) -> int:
+        """Number of 4 KiB pages."""
+        return (self.end - self.start) >> PAGE_SHIFT
+
+    def __contains__(self, addr: int) -> bool:
+        return self.start <= addr < self.end
+
+    def overlap(self, other: AddrRange) -> AddrRange | None:
+        """The common part, or None."""
+        start, end = max(self.start, other.start), min(self.end, other.end)
+        return AddrRange(start, end) if start < end else None
+
+    @classmethod
+    def parse(cls, text: str) -> AddrRange:
+        """"START-END" or "START+SIZE", hexadecimal with or without 0x. Kernel addresses are refused."""
+        sep = "+" if "+" in text else "-"
+        first, found, second = text.partition(sep)
+        try:
+            start = int(first, 16)
+            end = start + parse_size(second) if sep == "+" else int(second, 16)
+        except ValueError:
+            found = ""
+            start = end = 0
+        if not found:
+            raise UsageError(f"not a range: {text!r} (examples: 7f0000000000-7f0000001000, 7f0000000000+64k)")
+        if end > TASK_SIZE_LA57 + PAGE_SIZE:
+            raise UsageError(f"range {text} reaches into kernel addresses; user space ends at {TASK_SIZE:#x}")
+        return cls(page_down(start), page_up(end))
+
+    def __str__(self) -> str:
+        return f"{self.start:012x}-{self.end:012x}"

@@ -1,0 +1,1 @@
+"""The causes, one rule per small file, and the replay that feeds them."""
