@@ -66,7 +66,7 @@ class Accounting:
     """smaps fields.
 
     fields: names of the columns that were read (a kernel without KSM: lacks it).
-    per_vma: int64[nvma, len(fields)] in bytes, rows as the snapshot's vma list; None if only totals were read.
+    per_vma: int64[nvma, len(fields)] in bytes, rows as the vma list; None if only totals were read.
     total: field -> bytes (smaps_rollup, or the column sums).
     status: fields of /proc/PID/status and stat that concern memory, in bytes or counts (VmRSS, RssAnon, …,
     min_flt, maj_flt), as read at the same time.

@@ -23,7 +23,9 @@ KINDS = ("fault", "syscall", "task", "switch", "daemon")
 
 EVENTS: tuple[Column, ...] = (
     Column("seq", "int64", "", "never", "order in the capture; ties in time_ns are kept apart by it"),
-    Column("time_ns", "int64", "ns", "never", "CLOCK_MONOTONIC: fault done, call entered, task event, switch in"),
+    Column(
+        "time_ns", "int64", "ns", "never", "CLOCK_MONOTONIC: fault done, call entered, task event, switch in"
+    ),
     Column("mm", "int32", "", "daemon events of no one address space", "address space number in the capture"),
     Column("pid", "int32", "", "never", "thread group id in the recorder's pid namespace"),
     Column("tid", "int32", "", "never", "thread id"),
@@ -32,16 +34,36 @@ EVENTS: tuple[Column, ...] = (
     Column("name", "string", "", "faults", "system call; fork, exec, exit, comm; in, out; tracepoint"),
     Column("addr", "uint64", "byte", "not a fault", "faulting address, exact where the kernel gives it"),
     Column("ip", "uint64", "byte", "no user frame", "instruction in user space that led here"),
-    Column("user_mode", "bool", "", "not a fault", "fault taken in user mode (else in the kernel, for in_syscall)"),
+    Column(
+        "user_mode",
+        "bool",
+        "",
+        "not a fault",
+        "fault taken in user mode (else in the kernel, for in_syscall)",
+    ),
     Column("error_code", "int32", "", "not a fault; --detail lean", "x86 page-fault error code at entry"),
     Column("major", "bool", "", "not a completed fault", "counted in maj_flt"),
     Column("failed", "bool", "", "not a fault", "did not complete: signal, or a kernel access that gave up"),
     Column("latency_ns", "int64", "ns", "--detail lean; call never returned", "entry to completion"),
-    Column("in_syscall", "int16", "", "not in a system call", "number of the system call that the thread was in"),
-    Column("args", "list<uint64>", "", "faults, switches", "system call arguments, or those of the task event"),
-    Column("result", "int64", "", "faults; call never returned", "return value, -errno on failure; exit code"),
-    Column("gup", "int64", "faults", "not a system call or exit", "faults that raised the counter without an event"),
-    Column("detail", "string", "", "nothing to say", "path of exec, of the mapped file, of the daemon's target"),
+    Column(
+        "in_syscall", "int16", "", "not in a system call", "number of the system call that the thread was in"
+    ),
+    Column(
+        "args", "list<uint64>", "", "faults, switches", "system call arguments, or those of the task event"
+    ),
+    Column(
+        "result", "int64", "", "faults; call never returned", "return value, -errno on failure; exit code"
+    ),
+    Column(
+        "gup",
+        "int64",
+        "faults",
+        "not a system call or exit",
+        "faults that raised the counter without an event",
+    ),
+    Column(
+        "detail", "string", "", "nothing to say", "path of exec, of the mapped file, of the daemon's target"
+    ),
     Column("file_dev", "uint64", "", "no file", "st_dev of the file that mmap maps"),
     Column("file_inode", "uint64", "", "no file", "inode of the file that mmap maps"),
     Column("stack_id", "int64", "", "no stack recorded", "row of `stacks`"),

@@ -83,7 +83,9 @@ class PageRuns:
         breaks = np.flatnonzero((np.diff(addr) != step) | (np.diff(state) != 0)) + 1
         first = np.concatenate(([0], breaks))
         count = np.diff(np.concatenate((first, [len(addr)]))).astype(np.uint64)
-        return cls(addr[first].astype(np.uint64), count, state[first].astype(np.uint32), pfn, mapcount, kflags)
+        return cls(
+            addr[first].astype(np.uint64), count, state[first].astype(np.uint32), pfn, mapcount, kflags
+        )
 
     @property
     def pages(self) -> int:
@@ -97,7 +99,9 @@ class PageRuns:
             return np.empty(0, np.uint64)
         run = np.repeat(np.arange(len(self.count)), self.count.astype(np.int64))
         within = np.arange(total, dtype=np.int64) - self.first[run]
-        return np.asarray(self.start[run] + (within.astype(np.uint64) << np.uint64(PAGE_SHIFT)), dtype=np.uint64)
+        return np.asarray(
+            self.start[run] + (within.astype(np.uint64) << np.uint64(PAGE_SHIFT)), dtype=np.uint64
+        )
 
     def states(self) -> U32:
         """uint32[pages]: the state of each page."""

@@ -77,7 +77,7 @@ class AddrRange:
 
     @classmethod
     def parse(cls, text: str) -> AddrRange:
-        """"START-END" or "START+SIZE", hexadecimal with or without 0x. Kernel addresses are refused."""
+        """ "START-END" or "START+SIZE", hexadecimal with or without 0x. Kernel addresses are refused."""
         sep = "+" if "+" in text else "-"
         first, found, second = text.partition(sep)
         try:
