@@ -79,7 +79,10 @@ def main() -> int:
         )
     environ = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", "site"], cwd=ROOT, env=environ, check=False
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", "site"],
+        cwd=ROOT,
+        env=environ,
+        check=False,
     ).returncode
 
 
