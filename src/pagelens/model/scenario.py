@@ -1,0 +1,404 @@
+"""The scenario language: a program and what is expected of it, as text. docs/model.md describes it.
+
+One operation or expectation a line; `#` starts a comment. Parsing is pure and keeps line numbers, so that
+every error names line and cause. The same scenario runs in the model (`model.runner`) and on the kernel
+(`proof.verify`).
+
+    a = mmap 4 rw private anon      # name = mmap PAGES [at PLACE] PROT FLAGS [file F[OFFSET]]
+    write a[0:2]                    # pages 0 and 1
+    expect faults 2
+    q = fork                        # a process; its lines start with "q:"
+    q: write a[0]
+    q: expect faults 1
+    on linux-6.1: expect vmas 1 in a
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pagelens.model import op as ops
+from pagelens.model.op import Op, Place
+from pagelens.vm.errors import DamagedInputError
+from pagelens.vm.units import PAGE_SIZE
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
+_RANGE = re.compile(
+    r"(?P<base>[A-Za-z_]\w*|0x[0-9a-fA-F]+)(?:\[(?P<first>-?\d+)(?::(?P<last>-?\d+))?\])?(?:\+(?P<plus>\d+))?"
+    r"(?:~(?P<bytes>\d+))?$"
+)
+_PAGE_WORDS = frozenset({"present", "absent", "swapped", "file", "anon", "dirty", "exclusive", "guard"})
+EXPECTATIONS = ("faults", "result", "signal", "vmas", "vma", "page", "pages", "smaps")
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What must hold after the operation before it.
+
+    kind: one of EXPECTATIONS. words: page state words, or the signal's name, the vma's perms, the field.
+    value: count, result, si_code or kB. place, length: the range in question (length 0: the whole region).
+    """
+
+    kind: str
+    proc: str = "main"
+    value: int = 0
+    words: tuple[str, ...] = ()
+    place: Place | None = None
+    length: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: number in the text (from 1), the text, its operation or expectation, the profiles that it
+    is for
+    (empty: all)."""
+
+    number: int
+    text: str
+    item: Op | Expectation
+    profiles: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A parsed scenario. `title` is its first comment line."""
+
+    name: str
+    title: str
+    lines: tuple[Line, ...]
+
+    @property
+    def operations(self) -> tuple[Op, ...]:
+        """The operations alone."""
+        return tuple(line.item for line in self.lines if isinstance(line.item, Op))
+
+
+class _Bad(Exception):
+    # Cause of a bad line; the caller adds name and line number.
+    pass
+
+
+def parse(text: str, name: str = "scenario") -> Scenario:
+    """Parse a scenario. DamagedInputError names the line and the cause."""
+    lines: list[Line] = []
+    title = ""
+    scope = _Scope()
+    for number, raw in enumerate(text.splitlines(), 1):
+        stripped = raw.strip()
+        if stripped.startswith("#") and not title:
+            title = stripped.lstrip("# ").strip()
+        body = raw.partition("#")[0].strip()
+        if not body:
+            continue
+        try:
+            profiles, item = _line(body, scope)
+        except _Bad as bad:
+            raise DamagedInputError(f"{name}, line {number}: {bad} (in {body!r})") from None
+        lines.append(Line(number, body, item, profiles))
+    if not any(isinstance(line.item, Op) for line in lines):
+        raise DamagedInputError(f"{name}: holds no operation")
+    return Scenario(name, title, tuple(lines))
+
+
+def parse_op(text: str) -> Op:
+    """One operation line, as `str(Op)` writes it; names need not have been defined. For tools and `model
+    step`."""
+    try:
+        _, item = _line(text.partition("#")[0].strip(), None)
+    except _Bad as bad:
+        raise DamagedInputError(f"{bad} (in {text!r})") from None
+    if not isinstance(item, Op):
+        raise DamagedInputError(f"not an operation: {text!r}")
+    return item
+
+
+def format_scenario(operations: Iterable[Op], title: str = "") -> str:
+    """Text of a program, for keeping."""
+    head = "".join(f"# {line}\n" for line in title.splitlines())
+    return head + "".join(f"{op}\n" for op in operations)
+
+
+class _Scope:
+    # Names that exist so far, with their sizes where known: `a` alone means the whole region.
+    def __init__(self) -> None:
+        self.regions: dict[str, int] = {"arena": ops.ARENA_PAGES * PAGE_SIZE, "heap": 0}
+        self.files: dict[str, int] = {}
+        self.procs: set[str] = {"main"}
+
+
+def _line(body: str, scope: _Scope | None) -> tuple[tuple[str, ...], Op | Expectation]:
+    profiles: tuple[str, ...] = ()
+    match = re.match(r"on\s+([\w.,\- ]+):\s*(.+)$", body)
+    if match:
+        profiles = tuple(p.strip() for p in match[1].split(","))
+        body = match[2]
+    proc = "main"
+    match = re.match(r"([A-Za-z_]\w*)\s*:\s*(.+)$", body)
+    if match:
+        proc, body = match[1], match[2]
+    if scope is not None and proc not in scope.procs:
+        raise _Bad(f"no process or thread {proc!r} so far")
+    result = ""
+    match = re.match(r"([A-Za-z_]\w*)\s*=\s*(.+)$", body)
+    if match:
+        result, body = match[1], match[2]
+    try:
+        words = shlex.split(body)
+    except ValueError as exc:
+        raise _Bad(str(exc)) from None
+    name, rest = words[0], words[1:]
+    if name == "expect":
+        if result:
+            raise _Bad("an expectation has no result")
+        return profiles, _expectation(proc, rest, scope)
+    if profiles:
+        raise _Bad("only expectations can be for some kernels (`on`): the operations must be the same on all")
+    if name not in ops.NAMES:
+        import difflib
+
+        near = difflib.get_close_matches(name, [*ops.NAMES, "expect"], n=1)
+        raise _Bad(f"no operation {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+    op = _operation(name, proc, result, rest, scope)
+    if scope is not None:
+        _define(op, scope)
+    return profiles, op
+
+
+def _define(op: Op, scope: _Scope) -> None:
+    needs = {"fork": "q = fork", "thread": "t = thread", "memfd": "f = memfd 16"}
+    if op.name in needs and not op.result:
+        raise _Bad(f"needs a name: {needs[op.name]}")
+    if not op.result:
+        return
+    if op.result in ("arena", "heap", "main", "expect", "on"):
+        raise _Bad(f"{op.result!r} is taken")
+    if op.name == "mmap":
+        scope.regions[op.result] = op.length
+    elif op.name == "mremap":
+        scope.regions[op.result] = op.new_length
+    elif op.name == "memfd":
+        scope.files[op.result] = op.length
+    elif op.name in ("fork", "thread"):
+        scope.procs.add(op.result)
+    else:
+        raise _Bad(f"{op.name} gives nothing to name")
+
+
+class _Words:
+    # The words of a line, taken one by one.
+    def __init__(self, words: list[str]) -> None:
+        self.left = words
+
+    def take(self, what: str) -> str:
+        if not self.left:
+            raise _Bad(f"{what} is missing")
+        return self.left.pop(0)
+
+    def flags(self, table: dict[str, int], *, stop: tuple[str, ...] = ()) -> int:
+        value = 0
+        while self.left and self.left[0] not in stop:
+            word = self.left.pop(0)
+            if word.startswith("flags="):
+                value |= _int(word[6:])
+            elif word in table:
+                value |= table[word]
+            else:
+                raise _Bad(f"unknown word {word!r}; known: {' '.join(table)}")
+        return value
+
+    def end(self) -> None:
+        if self.left:
+            raise _Bad(f"too much: {' '.join(self.left)!r}")
+
+
+def _operation(name: str, proc: str, result: str, words: list[str], scope: _Scope | None) -> Op:
+    w = _Words(words)
+    place: Place | None = None
+    length = 0
+    kw: dict[str, object] = {}
+    if name in ops.RANGED:
+        place, length = _range(w.take("a range such as a[0:2]"), scope)
+    match name:
+        case "mmap":
+            length = _size(w.take("the number of pages"))
+            while w.left and w.left[0] == "at":
+                w.take("at")
+                place = _place(w.take("the place after `at`"), scope)
+            kw["prot"] = _prot(w.take("the protection (rw, r, none …)"))
+            kw["flags"] = w.flags(ops.MAP_WORDS, stop=("file", "at"))
+            if w.left and w.left[0] == "at":
+                w.take("at")
+                place = _place(w.take("the place after `at`"), scope)
+            if w.left:
+                w.take("file")
+                file = _place(w.take("the file's name"), None)
+                _known_file(file.region, scope)
+                kw["file"], kw["offset"] = file.region, file.offset
+        case "mprotect":
+            kw["prot"] = _prot(w.take("the protection (rw, r, none …)"))
+        case "mremap":
+            kw["new_length"] = _size(w.take("the new number of pages"))
+            kw["flags"] = w.flags(ops.MREMAP_WORDS, stop=("to",))
+            if w.left:
+                w.take("to")
+                kw["new_place"] = _place(w.take("the place after `to`"), scope)
+        case "madvise":
+            word = w.take("the advice")
+            if word.startswith("flags="):
+                kw["flags"] = _int(word[6:])
+            elif word in ops.ADVICE_WORDS:
+                kw["flags"] = ops.ADVICE_WORDS[word]
+            else:
+                raise _Bad(f"no advice {word!r}; known: {' '.join(ops.ADVICE_WORDS)}")
+        case "brk":
+            place = _place(w.take("the new break, such as heap[4]"), scope)
+        case "mlock2":
+            kw["flags"] = w.flags(ops.MLOCK2_WORDS)
+        case "mlockall":
+            kw["flags"] = w.flags(ops.MLOCKALL_WORDS)
+        case "msync":
+            kw["flags"] = w.flags(ops.MSYNC_WORDS)
+        case "memfd":
+            length = _size(w.take("the number of pages"))
+        case "ftruncate":
+            kw["file"] = _known_file(w.take("the file's name"), scope)
+            length = _size(w.take("the number of pages"))
+        case "pwrite" | "fallocate":
+            file_range, length = _range(w.take("a range of the file such as f[0:2]"), None)
+            if scope is not None and not length:
+                length = scope.files.get(file_range.region, 0)
+            kw["file"], kw["offset"] = _known_file(file_range.region, scope), file_range.offset
+            if name == "fallocate":
+                kw["flags"] = w.flags(ops.FALLOCATE_WORDS)
+        case "clear_refs":
+            kw["flags"] = _int(w.take("the level, 1 to 5"))
+    w.end()
+    return Op(name, proc, result, place, length, **kw)  # type: ignore[arg-type]
+
+
+def _expectation(proc: str, words: list[str], scope: _Scope | None) -> Expectation:
+    w = _Words(words)
+    kind = w.take("what is expected")
+    place: Place | None = None
+    length = value = 0
+    said: tuple[str, ...] = ()
+    match kind:
+        case "faults":
+            value = _int(w.take("the number of faults"))
+        case "result":
+            word = w.take("the result: ok, a number, a place or an errno name")
+            if word == "ok":
+                said = ("ok",)
+            elif re.match(r"-?\d|0x", word) and "[" not in word:
+                value = _int(word)
+            elif word in errno.errorcode.values():
+                value = -int(getattr(errno, word))
+            else:
+                place = _place(word, scope)
+        case "signal":
+            word = w.take("the signal: SEGV, BUS or none")
+            if word != "none" and word not in ops.SIGNALS:
+                raise _Bad(f"no signal {word!r}; known: none {' '.join(ops.SIGNALS)}")
+            said = (word,)
+            if w.left:
+                value = _int(w.take("si_code"))
+        case "vmas" | "pages":
+            if kind == "pages":
+                said = (w.take("a page state"),)
+                _page_word(said[0])
+            value = _int(w.take("the number"))
+            if w.left:
+                if w.take("in") != "in":
+                    raise _Bad("a range follows `in`")
+                place, length = _range(w.take("the range after `in`"), scope)
+        case "vma":
+            place, length = _range(w.take("the range of the vma"), scope)
+            perms = w.take("its permissions, as in maps: rw-p")
+            if not re.match(r"[r-][w-][x-][ps]$", perms):
+                raise _Bad(f"not permissions: {perms!r} (example: rw-p)")
+            said = (perms,)
+        case "page":
+            place, length = _range(w.take("the page"), scope)
+            said = tuple(w.left)
+            if not said:
+                raise _Bad("the page's state is missing")
+            for word in said:
+                _page_word(word)
+            w.left = []
+        case "smaps":
+            place, length = _range(w.take("the range"), scope)
+            said = (w.take("the field"),)
+            value = _int(w.take("the figure in kB"))
+        case _:
+            raise _Bad(f"cannot expect {kind!r}; known: {' '.join(EXPECTATIONS)}")
+    w.end()
+    return Expectation(kind, proc, value, said, place, length)
+
+
+def _page_word(word: str) -> None:
+    if word.removeprefix("!") not in _PAGE_WORDS:
+        raise _Bad(f"no page state {word!r}; known: {' '.join(sorted(_PAGE_WORDS))}, each also with !")
+
+
+def _int(word: str) -> int:
+    try:
+        return int(word, 0)
+    except ValueError:
+        raise _Bad(f"not a number: {word!r}") from None
+
+
+def _size(word: str) -> int:
+    return _int(word[1:]) if word.startswith("~") else _int(word) * PAGE_SIZE
+
+
+def _prot(word: str) -> int:
+    if word == "none":
+        return 0
+    value = 0
+    for letter in word:
+        if letter not in ops.PROTS:
+            raise _Bad(f"not a protection: {word!r} (none, r, rw, rx …)")
+        value |= ops.PROTS[letter]
+    return value
+
+
+def _known_file(name: str, scope: _Scope | None) -> str:
+    if scope is not None and name not in scope.files:
+        raise _Bad(f"no file {name!r} so far")
+    return name
+
+
+def _place(word: str, scope: _Scope | None) -> Place:
+    return _range(word, scope)[0]
+
+
+def _range(word: str, scope: _Scope | None) -> tuple[Place, int]:
+    # (place, bytes); `a` alone is the whole region, whose size the scope knows (0 without a scope).
+    match = _RANGE.match(word)
+    if not match:
+        raise _Bad(f"not a range: {word!r} (examples: a, a[3], a[2:5], 0x10000[0:2])")
+    base = match["base"]
+    whole = 0
+    if base.startswith("0x"):
+        start = int(base, 16)
+        region = ""
+    else:
+        start, region = 0, base
+        if scope is not None:
+            if base not in scope.regions and base not in scope.files:
+                raise _Bad(f"no region {base!r} so far")
+            whole = scope.regions.get(base, scope.files.get(base, 0))
+    first = int(match["first"] or 0)
+    length = whole
+    if match["first"] is not None:
+        last = first + 1 if match["last"] is None else int(match["last"])
+        if last < first:
+            raise _Bad(f"the range {word!r} ends before it starts")
+        length = (last - first) * PAGE_SIZE
+    if match["bytes"] is not None:
+        length = int(match["bytes"])
+    return Place(region, start + first * PAGE_SIZE + int(match["plus"] or 0)), length

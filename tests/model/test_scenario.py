@@ -1,0 +1,85 @@
+"""The scenario language: text to operations and back; errors name line and cause."""
+
+import pytest
+
+from pagelens.model.op import Op, Place
+from pagelens.model.scenario import Expectation, parse, parse_op
+from pagelens.vm.errors import DamagedInputError
+
+TEXT = """\
+# a title
+a = mmap 4 rw private anon
+f = memfd 16
+b = mmap 8 at arena[3] rw shared fixed file f[2]
+write a[0:2]
+expect faults 2
+q = fork
+q: write a[0]
+q: expect page a[0] present !file exclusive
+c = mremap a 8 maymove
+on linux-6.1, linux-6.12: expect vmas 1 in a
+madvise c dontneed
+expect signal SEGV 1
+munmap a[1]+5~123
+brk heap[-3]
+mmap ~5 none private anon flags=0x80000000
+msync b sync
+fallocate f[0:3] punch keep
+t = thread
+t: exit
+clear_refs 4
+mlockall current onfault
+mprotect 0x10000[0:2] rx
+ftruncate f 3
+pwrite f[1:2]
+expect vma b rw-s
+expect result ENOMEM
+expect result a[3]
+"""
+
+
+def test_parse():
+    scenario = parse(TEXT)
+    assert scenario.title == "a title"
+    assert scenario.operations[2] == Op(
+        "mmap", "main", "b", Place("arena", 3 * 4096), 8 * 4096, prot=3, flags=0x11, file="f", offset=2 * 4096
+    )
+    assert scenario.lines[3].item == Op("write", "main", "", Place("a"), 2 * 4096)
+    on = next(line for line in scenario.lines if line.profiles)
+    assert on.profiles == ("linux-6.1", "linux-6.12")
+    assert on.item == Expectation("vmas", value=1, place=Place("a"), length=4 * 4096)
+
+
+def test_every_operation_reads_back():
+    for op in parse(TEXT).operations:
+        assert parse_op(str(op)) == op
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("mmap 4 rw private anom", "unknown word 'anom'"),
+        ("mmop 4", "did you mean 'mmap'"),
+        ("write z[0]", "no region 'z' so far"),
+        ("q: write arena[0]", "no process or thread 'q'"),
+        ("write arena[5:3]", "ends before it starts"),
+        ("madvise arena[0] dontwant", "no advice 'dontwant'"),
+        ("fork", "needs a name"),
+        ("mmap 4 rq private anon", "not a protection"),
+        ("mmap 4 rw shared file g", "no file 'g'"),
+        ("expect page arena[0] wet", "no page state 'wet'"),
+        ("expect vma arena rw", "not permissions"),
+        ("on linux-6.1: write arena[0]", "only expectations"),
+        ("brk", "the new break"),
+        ("munlockall now", "too much"),
+    ],
+)
+def test_an_error_names_line_and_cause(line, cause):
+    with pytest.raises(DamagedInputError, match=r"x\.plscn, line 2: ") as error:
+        parse("a = mmap 1 rw private anon\n" + line + "\n", "x.plscn")
+    assert cause in str(error.value)
+
+
+def test_empty_is_refused():
+    with pytest.raises(DamagedInputError, match="no operation"):
+        parse("# nothing\n")
