@@ -1,4 +1,4 @@
-"""A child process that does what a test tells it: maps, touches, forks, starts threads (subjects/puppet.c)."""
+"""A child process that maps, touches, forks, starts threads as a test tells it (subjects/puppet.c)."""
 
 from __future__ import annotations
 
