@@ -1,0 +1,95 @@
+"""`./dev test-kernels`, `./dev in-kernel` and `python -m vmtest fetch`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from vmtest import fetch, qemu
+from vmtest.errors import VmtestError
+from vmtest.rootfs import root_image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _in_kernel(args: argparse.Namespace) -> int:
+    command = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not command:
+        raise VmtestError("no command: ./dev in-kernel 6.1 -- CMD…")
+    machine = qemu.Machine(
+        fetch.kernel(args.kernel),
+        command,
+        ROOT,
+        memory=args.memory,
+        limit=args.timeout,
+        silence=args.silence,
+        append=args.append,
+    )
+
+    def to(stream: int) -> Callable[[bytes], object]:
+        def write(data: bytes) -> None:
+            target = (sys.stdout if stream == 1 else sys.stderr).buffer
+            target.write(data)
+            target.flush()
+
+        return write
+
+    verdict = qemu.run(machine, to(1), to(2), args.results)
+    if not verdict.good:
+        print(f"vmtest: {machine.kernel.release}: {verdict.report()}", file=sys.stderr)
+        return 1 if verdict.code in (None, 0) else verdict.code
+    if args.verbose:
+        print(
+            f"vmtest: {machine.kernel.release}: ready after {verdict.boot_s:.1f} s, {verdict.report()}",
+            file=sys.stderr,
+        )
+    return verdict.code if verdict.code is not None else 1
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    for name in args.kernels or fetch.DEFAULT:
+        found = fetch.kernel(name, update=args.update)
+        print(f"{name}\t{found.release}\t{found.image}")
+    print(f"root\t{root_image()}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vmtest", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("in-kernel", help="run one command in a guest")
+    one.add_argument("--memory", type=int, default=3072, help="MiB (default 3072)")
+    one.add_argument("--timeout", type=float, default=900, help="seconds (default 900)")
+    one.add_argument(
+        "--silence", type=float, default=60, help="seconds without a sign of life that count as a hang"
+    )
+    one.add_argument("--append", default="", help="more for the kernel's command line")
+    one.add_argument("--results", type=Path, help="where to put what the command left in $VMTEST_RESULTS")
+    one.add_argument("-v", "--verbose", action="store_true", help="say how long it took")
+    one.add_argument("kernel", help="6.1, 6.12, 7.2, or the path of a bzImage")
+    one.add_argument("command", nargs=argparse.REMAINDER)
+    one.set_defaults(run=_in_kernel)
+    get = commands.add_parser("fetch", help="fill the cache")
+    get.add_argument("--update", action="store_true", help="look for newer kernels")
+    get.add_argument("kernels", nargs="*")
+    get.set_defaults(run=_fetch)
+    return parser
+
+
+def main() -> int:
+    """Runs a subcommand; one sentence on failure."""
+    args = _parser().parse_args()
+    try:
+        code: int = args.run(args)
+    except VmtestError as error:
+        print(f"vmtest: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
