@@ -1,0 +1,115 @@
+"""What works here: each capability is tried, never guessed from a version or a configuration.
+
+A kernel without CONFIG_MEM_SOFT_DIRTY accepts the clear and shows clean pages for ever, a container may
+forbid a system call that its kernel has, a file may exist and refuse to be read: only the trial tells. The
+trials are in `trials` (and `trials_trace`); this module names them, says what each unlocks, and remembers the
+answers.
+
+`pagelens doctor` prints all of them; code asks `status("pagemap-scan")`, or `require("ptrace")` to raise the
+error with the fix; tests ask `@pytest.mark.requires("…")`.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from pagelens.linux import trials, trials_trace
+from pagelens.linux.trials import Outcome, Trial
+from pagelens.vm.errors import CapabilityMissingError
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """One line of `doctor`. works: the trial succeeded. detail: what it showed. fix: exact, "" where it
+    works."""
+
+    name: str
+    works: bool
+    detail: str
+    unlocks: str
+    fix: str
+
+    @property
+    def status(self) -> str:
+        """yes or no, for tables."""
+        return "yes" if self.works else "no"
+
+
+# name -> (trial, what it unlocks), in the order in which `doctor` prints them.
+_TABLE: dict[str, tuple[Trial, str]] = {
+    "root": (trials.root, "processes of other users, frames, system-wide recording"),
+    "native": (trials.native_loads, "the C core: recording, handlers, trackers"),
+    "other-users": (trials_trace.other_users, "map, pages, attach for processes of other users"),
+    "pagemap": (trials.pagemap, "state of pages: map, pages, checkpoint"),
+    "pagemap-scan": (trials.pagemap_scan, "quick page scans, huge and zero pages, dirty tracking by scan"),
+    "pfn": (trials.pfn, "frame numbers: pages --frames, shared"),
+    "kpagecount": (trials.kpagecount, "map counts of frames: pages --frames, shared"),
+    "kpageflags": (trials.kpageflags, "frame flags: pages --frames, thp, shared"),
+    "kpagecgroup": (trials.kpagecgroup, "which cgroup is charged for a frame"),
+    "soft-dirty": (trials.soft_dirty, "dirty tracking without a fault handler; CRIU-style increments"),
+    "guard-pages": (trials.guard_pages, "MADV_GUARD_INSTALL shown as guard pages"),
+    "userfaultfd": (trials.userfaultfd, "user-level paging: pager, rollback --lazy, serve-pages"),
+    "uffd-kernel-faults": (trials.uffd_kernel, "user-level paging of memory that the kernel touches"),
+    "uffd-wp": (trials.uffd_wp, "write-protect tracking with a handler"),
+    "uffd-wp-async": (trials.uffd_wp_async, "dirty tracking without a handler (0.7 µs a write)"),
+    "uffd-minor": (trials.uffd_minor, "minor-fault paging of shared memory"),
+    "perf-own": (trials_trace.perf_own, "faults of own processes, user mode"),
+    "perf-kernel": (trials_trace.perf_kernel, "faults of own processes, those taken in the kernel too"),
+    "perf-system": (trials_trace.perf_system, "recording of a whole process tree at little cost"),
+    "tracefs": (trials_trace.tracefs, "memory system calls, error codes and latencies of faults"),
+    "bpf": (trials_trace.bpf, "filtering in the kernel, gup faults counted per call"),
+    "btf": (trials_trace.btf, "BPF programs that fit this kernel"),
+    "libbpf": (trials_trace.libbpf, "loading the BPF object"),
+    "ptrace": (trials_trace.ptrace, "snapshots at exec and exit, checkpoint, foreign dirty tracking"),
+    "process-vm-readv": (trials_trace.process_vm_readv, "page contents: checkpoint, regions by allocator"),
+    "pidfd-getfd": (trials_trace.pidfd_getfd, "userfaultfd of a foreign process"),
+    "kcore": (trials_trace.kcore, "the kernel's own page tables and tasks, by drgn"),
+    "thp": (trials.thp, "anonymous huge pages (THP)"),
+    "hugetlb": (trials.hugetlb, "hugetlbfs pages"),
+    "swap": (trials.swap, "swapped pages, MADV_PAGEOUT of anonymous memory"),
+    "numa-balancing": (trials.numa_balancing, "NUMA hint faults (lockcheck)"),
+    "ksm": (trials.ksm, "same-page merging"),
+    "damon": (trials.damon, "access monitoring by the kernel"),
+    "idle-pages": (trials.idle_pages, "idle page tracking: working sets"),
+    "anon-names": (trials.anon_names, "names of anonymous memory in maps (PR_SET_VMA_ANON_NAME)"),
+    "mseal": (trials.mseal, "sealed mappings"),
+    "mlock": (trials.mlock, "locked memory (mlock)"),
+}
+
+
+@functools.cache
+def status(name: str) -> Capability:
+    """Try capability `name` (once a process). KeyError for a name that `doctor` does not list."""
+    trial, unlocks = _TABLE[name]
+    try:
+        outcome = trial()
+    except OSError as exc:
+        outcome = Outcome(False, exc.strerror or str(exc), trials.AS_ROOT)
+    except CapabilityMissingError as exc:
+        outcome = Outcome(False, str(exc).partition("; fix:")[0], exc.fix)
+    return Capability(name, outcome.works, outcome.detail, unlocks, "" if outcome.works else outcome.fix)
+
+
+def capabilities() -> list[Capability]:
+    """All of them, tried."""
+    return [status(name) for name in _TABLE]
+
+
+def names() -> list[str]:
+    """The names of all capabilities, without trying any."""
+    return list(_TABLE)
+
+
+def require(name: str, purpose: str = "") -> None:
+    """Raise CapabilityMissingError, with the fix, where capability `name` is missing."""
+    found = status(name)
+    if not found.works:
+        what = f"{purpose} needs {name}" if purpose else f"{name} is missing"
+        raise CapabilityMissingError(f"{what} ({found.detail})", capability=name, fix=found.fix)
+
+
+def capability_status(name: str) -> tuple[bool, str]:
+    """(works, why or why not): what the tests' `requires` marker asks."""
+    found = status(name)
+    return found.works, found.detail
