@@ -1,0 +1,248 @@
+"""State as the kernel reports it: maps, pagemap, smaps, status (fs/proc/task_mmu.c), as `vm.Snapshot`."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.model.abi import (
+    AE,
+    ANON,
+    FRAME_SHIFT,
+    GUARD,
+    SD,
+    SHIFT,
+    SHMEM,
+    SPECIAL,
+    VM_LOCKED,
+    VM_MAYSHARE,
+    VM_SHARED,
+    VM_SOFTDIRTY,
+    ZERO,
+    A,
+    D,
+    P,
+    flag_codes,
+)
+from pagelens.model.area import Area
+from pagelens.model.frames import F_DIRTY
+from pagelens.model.space import Mm
+from pagelens.vm import Accounting, PageRuns, PageState, Prot, Vma, VmaList
+from pagelens.vm.accounting import SMAPS_FIELDS
+from pagelens.vm.pages import U64
+
+I64 = npt.NDArray[np.int64]
+PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_PRESENT = 1 << 55, 1 << 56, 1 << 58, 1 << 61, 1 << 63
+_FRAME = np.uint64(FRAME_SHIFT)
+PSS_SHIFT = 12
+
+
+def area_name(mm: Mm, area: Area) -> str:
+    """The name that maps prints: path, [heap], [stack], or what the area was given."""
+    if area.file is not None:
+        return area.file.name
+    if area.name:
+        return area.name
+    if area.start <= mm.brk and area.end >= mm.start_brk:
+        return "[heap]"
+    start_stack = mm.layout.start_stack
+    if start_stack and area.start <= start_stack <= area.end:
+        return "[stack]"
+    return ""
+
+
+def vma_list(mm: Mm) -> VmaList:
+    """All areas as vm.Vma. Offsets are those that maps prints: 0 without a file."""
+    out = []
+    for area in mm.areas:
+        file = area.file
+        flags = area.flags
+        out.append(
+            Vma(
+                area.start,
+                area.end,
+                Prot(flags & 7),
+                bool(flags & VM_MAYSHARE),
+                area.pgoff << SHIFT if file is not None else 0,
+                file.dev if file is not None else "00:00",
+                file.inode if file is not None else 0,
+                area_name(mm, area),
+                flag_codes(flags),
+            )
+        )
+    return VmaList(out)
+
+
+def pagemap(mm: Mm, start: int, npages: int) -> U64:
+    """uint64[npages] in the kernel's encoding (pte_to_pagemap_entry, pagemap_pte_hole)."""
+    first = start >> SHIFT
+    out = np.zeros(npages, np.uint64)
+    end = start + (npages << SHIFT)
+    profile = mm.profile
+    for area in mm.areas.overlapping(start, end):
+        lo, hi = max(area.start, start) >> SHIFT, min(area.end, end) >> SHIFT
+        soft = bool(profile.soft_dirty and area.flags & VM_SOFTDIRTY)
+        if soft:
+            out[lo - first : hi - first] = np.uint64(PM_SOFT_DIRTY)
+        for begin, chunk, part in mm.tables.spans(lo, hi):
+            pte = chunk.pte[part]
+            if not pte.any():
+                continue
+            view = out[begin - first : begin - first + len(pte)]
+            view |= _encode(mm, pte)
+    return out
+
+
+def _encode(mm: Mm, pte: U64) -> U64:
+    profile = mm.profile
+    out = np.zeros(len(pte), np.uint64)
+    present = (pte & np.uint64(P)) != 0
+    frames = (pte >> _FRAME).astype(np.int64)
+    out[present] = np.uint64(PM_PRESENT)
+    out[present] |= frames[present].astype(np.uint64)
+    if profile.soft_dirty:
+        out[(pte & np.uint64(P | SD)) == np.uint64(P | SD)] |= np.uint64(PM_SOFT_DIRTY)
+    plain = present & ((pte & np.uint64(ZERO | SPECIAL)) == 0)
+    out[plain & ((pte & np.uint64(ANON)) == 0)] |= np.uint64(PM_FILE)
+    single = plain & (mm.machine.frames.mapcount[frames] == 1)
+    out[single] |= np.uint64(PM_EXCLUSIVE)
+    out[(pte & np.uint64(ZERO)) != 0] |= np.uint64(mm.machine.zero_frame)
+    if profile.pagemap_guard_bit:
+        out[(pte & np.uint64(GUARD)) != 0] |= np.uint64(PM_GUARD)
+    return out
+
+
+def page_runs(mm: Mm) -> PageRuns:
+    """Every page that has an entry, with PageState; frames and map counts beside."""
+    addrs, states, pfns, counts = [], [], [], []
+    soft_dirty = mm.profile.soft_dirty
+    for area in mm.areas:
+        soft = bool(soft_dirty and area.flags & VM_SOFTDIRTY)
+        for begin, chunk, part in mm.tables.spans(area.start >> SHIFT, area.end >> SHIFT):
+            pte = chunk.pte[part]
+            index = np.flatnonzero(pte)
+            if not len(index):
+                continue
+            entry = pte[index]
+            raw = _encode(mm, entry)
+            state = np.zeros(len(entry), np.uint32)
+            for bit, value in (
+                (PM_PRESENT, PageState.PRESENT),
+                (PM_FILE, PageState.FILE),
+                (PM_EXCLUSIVE, PageState.EXCLUSIVE),
+                (PM_SOFT_DIRTY, PageState.SOFT_DIRTY),
+                (PM_GUARD, PageState.GUARD),
+            ):
+                state[(raw & np.uint64(bit)) != 0] |= np.uint32(value)
+            if soft:
+                state |= np.uint32(PageState.SOFT_DIRTY)
+            state[(entry & np.uint64(ZERO)) != 0] |= np.uint32(PageState.ZERO)
+            frames = (entry >> _FRAME).astype(np.int64)
+            mapcount = mm.machine.frames.mapcount[frames].astype(np.int64)
+            mapcount[(entry & np.uint64(ZERO | SPECIAL | GUARD)) != 0] = 0
+            addrs.append((index + begin).astype(np.uint64) << np.uint64(SHIFT))
+            states.append(state)
+            pfns.append(frames.astype(np.uint64))
+            counts.append(mapcount)
+    if not addrs:
+        return PageRuns.empty()
+    return PageRuns.from_pages(
+        np.concatenate(addrs),
+        np.concatenate(states),
+        pfn=np.concatenate(pfns),
+        mapcount=np.concatenate(counts),
+    )
+
+
+def smaps_fields(mm: Mm) -> tuple[str, ...]:
+    """The fields that this kernel prints."""
+    return tuple(f for f in SMAPS_FIELDS if f != "KSM" or mm.profile.smaps_ksm)
+
+
+def accounting(mm: Mm, status: dict[str, int] | None = None) -> Accounting:
+    """smaps of every area, in bytes, with the kernel's rounding (whole KiB, PSS in 2^-12 bytes)."""
+    fields = smaps_fields(mm)
+    areas = list(mm.areas)
+    rows = np.zeros((len(areas), len(fields)), np.int64)
+    rollup: dict[str, int] = dict.fromkeys(fields, 0)
+    pss_sum = pss_dirty_sum = locked_sum = 0
+    for i, area in enumerate(areas):
+        row, pss, pss_dirty = smaps_area(mm, area)
+        pss_sum += pss
+        pss_dirty_sum += pss_dirty
+        if area.flags & VM_LOCKED:
+            locked_sum += pss
+        rows[i] = [row[f] for f in fields]
+        for f in fields:
+            rollup[f] += row[f]
+    # smaps_rollup sums before it rounds.
+    rollup["Pss"] = _kib(pss_sum >> PSS_SHIFT)
+    rollup["Pss_Dirty"] = _kib(pss_dirty_sum >> PSS_SHIFT)
+    rollup["Locked"] = _kib(locked_sum >> PSS_SHIFT)
+    return Accounting(fields, rows, rollup, dict(status or {}))
+
+
+def _kib(value: int) -> int:
+    # seq_put_decimal_ull(value >> 10), back in bytes.
+    return value >> 10 << 10
+
+
+def smaps_area(mm: Mm, area: Area) -> tuple[dict[str, int], int, int]:
+    """(fields in bytes, Pss and Pss_Dirty in 2^-12 bytes) of one area: smaps_pte_entry, smaps_account."""
+    out = dict.fromkeys(SMAPS_FIELDS, 0)
+    out["Size"] = area.end - area.start
+    out["KernelPageSize"] = out["MMUPageSize"] = 4096
+    pss = pss_dirty = 0
+    frames_of = mm.machine.frames
+    for _begin, chunk, part in mm.tables.spans(area.start >> SHIFT, area.end >> SHIFT):
+        pte = chunk.pte[part]
+        plain = pte[(pte & np.uint64(P | ZERO | SPECIAL)) == np.uint64(P)]
+        if not len(plain):
+            continue
+        frames = (plain >> _FRAME).astype(np.int64)
+        mapcount = frames_of.mapcount[frames].astype(np.int64)
+        anon = (plain & np.uint64(ANON)) != 0
+        dirty = ((plain & np.uint64(D)) != 0) | ((frames_of.flags[frames] & F_DIRTY) != 0)
+        shared = mapcount >= 2
+        share = (4096 << PSS_SHIFT) // np.maximum(mapcount, 1)
+        pss += int(share.sum())
+        pss_dirty += int(share[dirty].sum())
+        out["Rss"] += 4096 * len(plain)
+        out["Anonymous"] += 4096 * int(anon.sum())
+        out["Referenced"] += 4096 * int(np.count_nonzero(plain & np.uint64(A)))
+        out["Shared_Dirty"] += 4096 * int(np.count_nonzero(shared & dirty))
+        out["Shared_Clean"] += 4096 * int(np.count_nonzero(shared & ~dirty))
+        out["Private_Dirty"] += 4096 * int(np.count_nonzero(~shared & dirty))
+        out["Private_Clean"] += 4096 * int(np.count_nonzero(~shared & ~dirty))
+        lazy = frames_of.lazyfree(frames) & anon & ~dirty
+        out["LazyFree"] += 4096 * int(np.count_nonzero(lazy))
+    out["Pss"] = _kib(pss >> PSS_SHIFT)
+    out["Pss_Dirty"] = _kib(pss_dirty >> PSS_SHIFT)
+    if area.flags & VM_LOCKED:
+        out["Locked"] = _kib(pss >> PSS_SHIFT)
+    return out, pss, pss_dirty
+
+
+def status_fields(mm: Mm) -> dict[str, int]:
+    """task_mem (VmPeak … VmPTE) in bytes, and statm's pages in bytes."""
+    text = lib = 0
+    return {
+        "VmPeak": max(mm.hiwater_vm, mm.total_vm) << SHIFT,
+        "VmSize": mm.total_vm << SHIFT,
+        "VmLck": mm.locked_vm << SHIFT,
+        "VmPin": 0,
+        "VmHWM": max(mm.hiwater_rss, mm.rss) << SHIFT,
+        "VmRSS": mm.rss << SHIFT,
+        "RssAnon": mm.rss_anon << SHIFT,
+        "RssFile": mm.rss_file << SHIFT,
+        "RssShmem": mm.rss_shmem << SHIFT,
+        "VmData": mm.data_vm << SHIFT,
+        "VmStk": mm.stack_vm << SHIFT,
+        "VmExe": text,
+        "VmLib": lib,
+        "VmPTE": mm.tables.bytes,
+        "VmSwap": 0,
+    }
+
+
+_ = (AE, SHMEM, VM_SHARED)

@@ -1,0 +1,160 @@
+"""Files as paging sees them: a size, and a page cache of frames.
+
+Contents are not modelled, only which page is cached, dirty or mapped. Residency is handed in by the caller:
+the model never guesses what a disk would have read ahead, beyond the page that a fault asks for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pagelens.model.abi import EINVAL, PAGE, SHIFT
+from pagelens.model.frames import F_CACHE, F_DIRTY, I64
+
+if TYPE_CHECKING:
+    from pagelens.model.machine import Machine
+
+FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
+
+
+class File:
+    """An open file and its inode. shmem: memfd, tmpfs, shared anonymous memory.
+
+    writable, readable: how it was opened (FMODE_WRITE, FMODE_READ). size in bytes.
+    page_mkwrite: the file system wants to know of the first write of each page (ext4 does, shmem not).
+    """
+
+    __slots__ = (
+        "close_hook",
+        "dev",
+        "inode",
+        "machine",
+        "name",
+        "noexec",
+        "page_mkwrite",
+        "pages",
+        "readable",
+        "shmem",
+        "size",
+        "thp_align",
+        "writable",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        machine: Machine,
+        name: str,
+        size: int = 0,
+        *,
+        shmem: bool = False,
+        writable: bool = True,
+        readable: bool = True,
+        dev: str = "00:01",
+        inode: int = 0,
+        cached: bool = False,
+    ) -> None:
+        self.machine = machine
+        self.name = name
+        self.size = size
+        self.shmem = shmem
+        self.writable = writable
+        self.readable = readable
+        self.noexec = False
+        self.dev = dev
+        self.inode = inode or machine.next_inode()
+        self.page_mkwrite = not shmem
+        self.thp_align = False  # get_unmapped_area = thp_get_unmapped_area (ext4, xfs, btrfs)
+        self.close_hook = False
+        self.pages: dict[int, int] = {}  # page index -> frame
+        if cached:
+            self.make_resident(0, (size + PAGE - 1) >> SHIFT)
+
+    @property
+    def n_pages(self) -> int:
+        """Pages that the size covers."""
+        return (self.size + PAGE - 1) >> SHIFT
+
+    def make_resident(self, first: int, count: int) -> None:
+        """Put pages into the page cache (read ahead, or pre-read by the caller)."""
+        missing = [i for i in range(first, first + count) if i not in self.pages]
+        frames = self.machine.frames.alloc_many(len(missing), F_CACHE, self.machine.events.current)
+        self.pages.update(zip(missing, frames.tolist(), strict=True))
+
+    def lookup(self, index: int) -> int:
+        """The frame of a cached page, or -1."""
+        return self.pages.get(index, -1)
+
+    def lookup_many(self, first: int, count: int) -> I64:
+        """int64[count]: frames, -1 where not cached."""
+        get = self.pages.get
+        return np.fromiter((get(i, -1) for i in range(first, first + count)), np.int64, count)
+
+    def get_page(self, index: int, *, write: bool = False) -> tuple[int, bool]:
+        """(frame, major) of the page at index, brought in if need be. shmem allocates zeros: minor."""
+        frame = self.pages.get(index, -1)
+        major = False
+        if frame < 0:
+            frame = self.machine.frames.alloc(F_CACHE, self.machine.events.current)
+            self.pages[index] = frame
+            major = not self.shmem
+        if write:
+            self.machine.frames.flags[frame] |= F_DIRTY
+        return frame, major
+
+    def ftruncate(self, size: int) -> int:
+        """Change the size; pages beyond it leave the cache and every address space that maps them."""
+        if size < 0:
+            return EINVAL
+        old, self.size = self.size, size
+        if size < old:
+            self.machine.unmap_file_range(self, (size + PAGE - 1) >> SHIFT, None, even_cows=True)
+            self._drop((size + PAGE - 1) >> SHIFT, None)
+        return 0
+
+    def fallocate(self, mode: int, offset: int, length: int) -> int:
+        """Allocate, or punch a hole (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)."""
+        if offset < 0 or length <= 0:
+            return EINVAL
+        end = offset + length
+        if mode & FALLOC_FL_PUNCH_HOLE:
+            first, last = (offset + PAGE - 1) >> SHIFT, end >> SHIFT
+            if first < last:
+                self.machine.unmap_file_range(self, first, last, even_cows=False)
+                self._drop(first, last)
+            return 0
+        self.make_resident(offset >> SHIFT, ((end + PAGE - 1) >> SHIFT) - (offset >> SHIFT))
+        for index in range(offset >> SHIFT, (end + PAGE - 1) >> SHIFT):
+            self.machine.frames.flags[self.pages[index]] |= F_DIRTY
+        if not mode & FALLOC_FL_KEEP_SIZE:
+            self.size = max(self.size, end)
+        return 0
+
+    def pwrite(self, length: int, offset: int) -> int:
+        """Write: pages come into the cache dirty, the size grows. Returns the length."""
+        if offset < 0 or length < 0:
+            return EINVAL
+        for index in range(offset >> SHIFT, (offset + length + PAGE - 1) >> SHIFT):
+            self.get_page(index, write=True)
+        self.size = max(self.size, offset + length)
+        return length
+
+    def writeback(self, first: int, last: int) -> None:
+        """Write dirty pages of [first, last) back: they become clean, and write-protected where mapped."""
+        if self.shmem:
+            return
+        frames = self.machine.frames
+        dirty = [i for i, f in self.pages.items() if first <= i < last and frames.flags[f] & F_DIRTY]
+        for index in dirty:
+            self.machine.page_mkclean(self, index)
+            frames.flags[self.pages[index]] &= ~np.uint8(F_DIRTY)
+
+    def _drop(self, first: int, last: int | None) -> None:
+        gone = [i for i in self.pages if i >= first and (last is None or i < last)]
+        frames = self.machine.frames
+        for index in gone:
+            frame = self.pages.pop(index)
+            frames.flags[frame] &= ~np.uint8(F_CACHE)
+            if frames.mapcount[frame] == 0:
+                frames.free(frame)

@@ -1,0 +1,151 @@
+"""Page frames of the machine, in columns.
+
+A frame is an index; what is known of it stands in growing numpy columns, so that a range of pages is
+allocated, shared or freed in one expression. The reference count is not stored: in this model it is the map
+count plus one for the page cache, and the rules that ask for it (do_wp_page) ask for exactly that.
+Rejected: a class a frame (200 bytes each; a million frames must fit).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+I64 = npt.NDArray[np.int64]
+I32 = npt.NDArray[np.int32]
+U8 = npt.NDArray[np.uint8]
+
+F_USED, F_ANON, F_CACHE, F_DIRTY = 1, 2, 4, 8
+F_LOCKED, F_LAZY = 16, 32  # mlocked; lazily freed (MADV_FREE)
+
+
+class Frames:
+    """Columns of all frames. mapcount int32, flags uint8, born int64 (event that filled the frame)."""
+
+    def __init__(self, limit: int | None = None, start: int = 0x1000) -> None:
+        self.limit = limit
+        self._first = start
+        self._next = start
+        size = start + 4096
+        self.mapcount: I32 = np.zeros(size, np.int32)
+        self.flags: U8 = np.zeros(size, np.uint8)
+        self.born: I64 = np.zeros(size, np.int64)
+        self._free: I64 = np.empty(1024, np.int64)
+        self._nfree = 0
+        self.used = 0
+
+    def _grow(self, need: int) -> None:
+        size = max(need, 2 * len(self.mapcount))
+        for name in ("mapcount", "flags", "born"):
+            old = getattr(self, name)
+            new = np.zeros(size, old.dtype)
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+    def alloc(self, flags: int, event: int) -> int:
+        """One frame with map count 0."""
+        self.used += 1
+        if self._nfree:
+            self._nfree -= 1
+            frame = int(self._free[self._nfree])
+        else:
+            frame = self._next
+            self._next += 1
+            if frame >= len(self.mapcount):
+                self._grow(frame + 1)
+        self.flags[frame] = flags | F_USED
+        self.mapcount[frame] = 0
+        self.born[frame] = event
+        return frame
+
+    def alloc_many(self, count: int, flags: int, event: int) -> I64:
+        """int64[count]: frames with map count 0."""
+        self.used += count
+        take = min(count, self._nfree)
+        fresh = count - take
+        if take and fresh:
+            reused = self._free[self._nfree - take : self._nfree]
+            frames = np.concatenate((reused, np.arange(self._next, self._next + fresh, dtype=np.int64)))
+        elif take:
+            frames = self._free[self._nfree - take : self._nfree].copy()
+        else:
+            frames = np.arange(self._next, self._next + fresh, dtype=np.int64)
+        self._nfree -= take
+        self._next += fresh
+        if self._next > len(self.mapcount):
+            self._grow(self._next)
+        if fresh == count and count:
+            part = slice(self._next - fresh, self._next)
+            self.flags[part] = flags | F_USED
+            self.mapcount[part] = 0
+            self.born[part] = event
+        else:
+            self.flags[frames] = flags | F_USED
+            self.mapcount[frames] = 0
+            self.born[frames] = event
+        return frames
+
+    def free(self, frame: int) -> None:
+        """Give one frame back."""
+        self.flags[frame] = 0
+        self.used -= 1
+        if self._nfree == len(self._free):
+            self._free = np.concatenate((self._free, np.empty(len(self._free), np.int64)))
+        self._free[self._nfree] = frame
+        self._nfree += 1
+
+    def free_many(self, frames: I64) -> None:
+        """Give frames back."""
+        count = len(frames)
+        if not count:
+            return
+        self.flags[frames] = 0
+        self.used -= count
+        need = self._nfree + count
+        if need > len(self._free):
+            bigger = np.empty(max(need, 2 * len(self._free)), np.int64)
+            bigger[: self._nfree] = self._free[: self._nfree]
+            self._free = bigger
+        self._free[self._nfree : need] = frames
+        self._nfree = need
+
+    def unmap(self, frame: int) -> None:
+        """One mapping less; an anonymous frame without mapping is freed (page_remove_rmap, put_page)."""
+        self.mapcount[frame] -= 1
+        if self.mapcount[frame] == 0 and not self.flags[frame] & F_CACHE:
+            self.free(frame)
+
+    def unmap_many(self, frames: I64) -> None:
+        """One mapping less for each; a frame may be named more than once."""
+        if not len(frames):
+            return
+        np.subtract.at(self.mapcount, frames, 1) if _has_duplicates(frames) else self._minus(frames)
+        dead = frames[(self.mapcount[frames] == 0) & ((self.flags[frames] & F_CACHE) == 0)]
+        if len(dead):
+            self.free_many(np.unique(dead) if _has_duplicates(dead) else dead)
+
+    def _minus(self, frames: I64) -> None:
+        self.mapcount[frames] -= 1
+
+    def lazyfree(self, frames: I64) -> npt.NDArray[np.bool_]:
+        """bool[n]: frames that MADV_FREE marked (swap-backed bit cleared)."""
+        lazy: npt.NDArray[np.bool_] = (self.flags[frames] & F_LAZY) != 0
+        return lazy
+
+    def refcount(self, frame: int) -> int:
+        """Mappings, plus one for the page cache."""
+        return int(self.mapcount[frame]) + (1 if self.flags[frame] & F_CACHE else 0)
+
+    def in_use(self) -> I64:
+        """int64[n]: the frames that are allocated."""
+        return np.flatnonzero(self.flags & F_USED)
+
+
+def _has_duplicates(frames: I64) -> bool:
+    # Frames of one range are nearly always ascending; then no sort is needed to know that they differ.
+    if len(frames) < 2:
+        return False
+    step = np.diff(frames)
+    if (step > 0).all() or (step < 0).all():
+        return False
+    return len(np.unique(frames)) != len(frames)

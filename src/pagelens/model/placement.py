@@ -1,0 +1,122 @@
+"""Where mmap puts a mapping (get_unmapped_area): hint, top-down search, huge-page alignment, fallback."""
+
+from __future__ import annotations
+
+from pagelens.model.abi import (
+    EINVAL,
+    ENOMEM,
+    EPERM,
+    MAP_32BIT,
+    MAP_FIXED,
+    MAP_SHARED,
+    MAP_STACK,
+    MASK,
+    PAGE,
+    PMD_SIZE,
+    SHIFT,
+    VM_GROWSDOWN,
+)
+from pagelens.model.files import File
+from pagelens.model.space import Mm
+
+MMAP_MIN_ADDR = 0x1_0000
+_ = MAP_STACK  # the flag plays no part in placement; named so that a reader who looks for it finds this
+
+
+def get_unmapped_area(mm: Mm, file: File | None, addr: int, length: int, pgoff: int, flags: int) -> int:
+    """__get_unmapped_area: the address, or -ENOMEM, -EINVAL, -EPERM."""
+    task_size = mm.layout.task_size
+    if length > task_size:
+        return ENOMEM
+    if file is None:
+        pgoff = 0
+    profile = mm.profile
+    own_method = file is not None or flags & MAP_SHARED
+    if (file is not None and not file.shmem and file.thp_align) or (
+        profile.thp
+        and profile.thp_align_anon
+        and not own_method
+        and not addr
+        and not flags & MAP_FIXED
+        and length % PMD_SIZE == 0
+    ):
+        addr = _thp_area(mm, addr, length, pgoff, flags)
+    else:
+        addr = _area_topdown(mm, addr, length, flags)
+    if addr < 0:
+        return addr
+    if addr > task_size - length:
+        return ENOMEM
+    if addr & (PAGE - 1):
+        return EINVAL
+    if addr < MMAP_MIN_ADDR and not mm.limits.cap_sys_rawio:
+        return EPERM
+    return addr
+
+
+def _thp_area(mm: Mm, addr: int, length: int, pgoff: int, flags: int) -> int:
+    # thp_get_unmapped_area_vmflags, __thp_get_unmapped_area.
+    offset = pgoff << SHIFT
+    aligned = (offset + PMD_SIZE - 1) & ~(PMD_SIZE - 1)
+    if offset + length > aligned and offset + length - aligned >= PMD_SIZE:
+        found = _area_topdown(mm, addr, length + PMD_SIZE, flags)
+        if found >= 0:
+            if found == addr:
+                return addr
+            sub = (offset - found) & (PMD_SIZE - 1)
+            return found + (sub or PMD_SIZE)
+    return _area_topdown(mm, addr, length, flags)
+
+
+def _area_topdown(mm: Mm, addr: int, length: int, flags: int) -> int:
+    # arch_get_unmapped_area_topdown (x86).
+    if length > mm.layout.task_size:
+        return ENOMEM
+    if flags & MAP_FIXED:
+        return addr
+    if not flags & MAP_32BIT:
+        if addr:
+            addr &= MASK
+            if addr <= mm.layout.task_size - length:
+                area = mm.areas.find(addr)
+                if area is None or addr + length <= area.start_gap:
+                    return addr
+        found = unmapped_area_topdown(mm, length, MMAP_MIN_ADDR, mm.layout.mmap_base)
+        if found >= 0:
+            return found
+        low, high = mm.layout.mmap_legacy_base, mm.layout.task_size
+    else:
+        low, high = 0x4000_0000, 0x8000_0000
+    if addr and not flags & MAP_32BIT:
+        area = mm.areas.find(addr)
+        if addr <= mm.layout.task_size - length and (area is None or addr + length <= area.start_gap):
+            return addr
+    return _unmapped_area(mm, length, max(low, MMAP_MIN_ADDR), high)
+
+
+def unmapped_area_topdown(mm: Mm, length: int, low: int, high: int) -> int:
+    """unmapped_area_topdown: the highest gap, guard gaps of stacks respected."""
+    while True:
+        gap = mm.areas.highest_gap(low, high, length)
+        if gap is None:
+            return ENOMEM
+        top, above = gap
+        if above is not None and above.flags & VM_GROWSDOWN and above.start_gap < top:
+            high = above.start_gap
+            if high <= low:
+                return ENOMEM
+            continue
+        return top - length
+
+
+def _unmapped_area(mm: Mm, length: int, low: int, high: int) -> int:
+    # unmapped_area: bottom-up, the fallback.
+    while True:
+        gap = mm.areas.lowest_gap(low, high, length)
+        if gap is None:
+            return ENOMEM
+        bottom, above = gap
+        if above is not None and above.flags & VM_GROWSDOWN and above.start_gap < bottom + length:
+            low = above.end
+            continue
+        return bottom

@@ -1,0 +1,82 @@
+"""Faults that the kernel takes for the program: populate, mlock, MADV_POPULATE (mm/gup.c).
+
+They raise min_flt but make no fault event (mm_account_fault returns without registers); the system call's
+`gup` counts them.
+"""
+
+from __future__ import annotations
+
+from pagelens.model.abi import (
+    EFAULT,
+    ENOMEM,
+    SHIFT,
+    VM_IO,
+    VM_LOCKONFAULT,
+    VM_MAYREAD,
+    VM_MAYWRITE,
+    VM_PFNMAP,
+    VM_READ,
+    VM_SHARED,
+    VM_WRITE,
+    A,
+    P,
+    W,
+)
+from pagelens.model.area import Area
+from pagelens.model.fault import handle
+from pagelens.model.space import Mm
+
+
+def populate_area(mm: Mm, area: Area, start: int, end: int) -> int:
+    """populate_vma_page_range: 0 or -errno."""
+    if area.flags & VM_LOCKONFAULT:
+        return 0
+    write = area.flags & (VM_WRITE | VM_SHARED) == VM_WRITE
+    return gup(mm, area, start, end, write=write, force=area.accessible)
+
+
+def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = False) -> int:
+    """__get_user_pages over one area: fault every page that is not there, or not writable."""
+    flags = area.flags
+    if flags & (VM_IO | VM_PFNMAP):
+        return EFAULT
+    if write:
+        if not flags & VM_WRITE and not (force and flags & VM_MAYWRITE and not flags & VM_SHARED):
+            return EFAULT
+    elif not flags & VM_READ and not (force and flags & VM_MAYREAD):
+        return EFAULT
+    tables = mm.tables
+    machine = mm.machine
+    event = machine.events.current
+    for page in range(start >> SHIFT, end >> SHIFT):
+        while True:
+            pte = tables.get(page)
+            if pte & P and (not write or pte & W):
+                if not pte & A:
+                    tables.put(page, pte | A, tables.event_of(page))
+                break
+            outcome = handle(mm, area, page, write, event)
+            if outcome in ("bus", "segv"):
+                return EFAULT
+            machine.count_fault(outcome == "major", gup=True)
+    return 0
+
+
+def populate_range(mm: Mm, start: int, end: int, *, ignore_errors: bool) -> int:
+    """__mm_populate: 0 or -errno; holes give ENOMEM unless errors are ignored."""
+    at = start
+    while at < end:
+        area = mm.areas.find(at)
+        if area is None or area.start >= end:
+            break
+        begin, stop = max(at, area.start), min(end, area.end)
+        at = stop
+        if area.flags & (VM_IO | VM_PFNMAP):
+            continue
+        error = populate_area(mm, area, begin, stop)
+        if error and not ignore_errors:
+            return error
+    return 0
+
+
+_ = ENOMEM

@@ -1,0 +1,180 @@
+"""Process: system calls and accesses, named and numbered as the kernel's; results are >= 0 or -errno."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pagelens.model import export, forking, mapping, populate, protect
+from pagelens.model.abi import EAGAIN, ENOMEM, PAGE, SHIFT
+from pagelens.model.area import Area
+from pagelens.model.events import Entry
+from pagelens.model.fault import AccessResult, touch
+from pagelens.model.files import File
+from pagelens.model.space import Layout, Limits, Mm
+from pagelens.vm import Snapshot
+from pagelens.vm.pages import U64
+
+if TYPE_CHECKING:
+    from pagelens.model.machine import Machine
+
+
+class Process:
+    """One process of a machine. Several may share an mm (vfork, threads)."""
+
+    def __init__(self, machine: Machine, mm: Mm, pid: int, tid: int | None = None) -> None:
+        self.machine = machine
+        self.mm = mm
+        self.pid = pid
+        self.tid = tid or pid
+        mm.pid = mm.pid or pid
+        self.min_flt = 0
+        self.maj_flt = 0
+        self.alive = True
+        machine.processes.append(self)
+        if tid is None and not mm.areas.count:
+            self._start(mm.layout)
+
+    def _start(self, layout: Layout) -> None:
+        event = self.machine.events.next_id()
+        for given in layout.areas:
+            area = Area(given.start, given.end, given.vm_flags, given.pgoff, given.file, given.name, event)
+            self.mm.areas.insert(area)
+            self.mm.stat_account(area.flags, area.pages)
+
+    # -- bookkeeping of calls
+
+    def _enter(self) -> int:
+        self.machine.running = self
+        self.machine.gup = 0
+        return self.machine.events.next_id()
+
+    def _done(
+        self,
+        event: int,
+        name: str,
+        args: tuple[int, ...],
+        result: int,
+        *ranges: tuple[int, int],
+        kind: str = "syscall",
+    ) -> int:
+        mm = self.mm
+        mm.hiwater_rss = max(mm.hiwater_rss, mm.rss)
+        self.machine.events.add(
+            Entry(
+                event,
+                mm.number,
+                self.pid,
+                self.tid,
+                kind,
+                name,
+                args,
+                result,
+                gup=self.machine.gup,
+                ranges=ranges,
+            )
+        )
+        return result
+
+    # -- system calls
+
+    def mmap(
+        self, addr: int, length: int, prot: int, flags: int, file: File | None = None, offset: int = 0
+    ) -> int:
+        """mmap(2). MAP_ANONYMOUS with file None; populates where asked."""
+        event = self._enter()
+        result, fill = mapping.do_mmap(self.mm, addr, length, prot, flags, file, offset, event)
+        if fill:
+            populate.populate_range(self.mm, result, result + fill, ignore_errors=True)
+        span = (result, result + length) if result >= 0 else (0, 0)
+        return self._done(event, "mmap", (addr, length, prot, flags, 0, offset), result, span)
+
+    def munmap(self, addr: int, length: int) -> int:
+        """munmap(2)."""
+        event = self._enter()
+        result = mapping.do_munmap(self.mm, addr, length, event)
+        return self._done(event, "munmap", (addr, length), result, (addr, addr + length))
+
+    def mprotect(self, addr: int, length: int, prot: int) -> int:
+        """mprotect(2)."""
+        event = self._enter()
+        result = protect.do_mprotect(self.mm, addr, length, prot, event)
+        return self._done(event, "mprotect", (addr, length, prot), result, (addr, addr + length))
+
+    def brk(self, addr: int) -> int:
+        """The raw system call: the new break, or the old one on failure. brk(0) asks."""
+        event = self._enter()
+        result, fill = mapping.do_brk(self.mm, addr, event)
+        if fill:
+            populate.populate_range(self.mm, *fill, ignore_errors=True)
+        return self._done(event, "brk", (addr,), result, fill or (0, 0))
+
+    def fork(self, pid: int | None = None) -> Process:
+        """fork(2). MemoryError where the kernel says ENOMEM (commit limit)."""
+        event = self._enter()
+        child_mm = forking.dup_mm(self.mm, event)
+        if child_mm is None:
+            self._done(event, "fork", (), ENOMEM, kind="task")
+            raise MemoryError("fork: ENOMEM")
+        child = Process(self.machine, child_mm, pid if pid is not None else self.machine.next_pid())
+        self._done(event, "fork", (child.pid, child.tid, 0, child_mm.number), child.pid, kind="task")
+        return child
+
+    def exit(self, code: int = 0) -> None:
+        """exit_group(2): the address space goes with its last user."""
+        if not self.alive:
+            return
+        event = self._enter()
+        self.alive = False
+        self.mm.users -= 1
+        self._done(event, "exit", (self.min_flt, self.maj_flt, 0, 0), code, kind="task")
+        if self.mm.users == 0:
+            forking.exit_mm(self.mm, event)
+        self.machine.processes.remove(self)
+
+    def memfd_create(self, name: str) -> File:
+        """memfd_create(2): an empty shmem file with ftruncate, pwrite and fallocate."""
+        return File(self.machine, f"/memfd:{name} (deleted)", 0, shmem=True)
+
+    # -- accesses
+
+    def access(self, addr: int, length: int, kind: str) -> AccessResult:
+        """Touch every page of [addr, addr+length) in order; kind 'r', 'w' or 'x'. Stops at a signal."""
+        self.machine.running = self
+        result = AccessResult()
+        first, last = addr >> SHIFT, (addr + max(length, 1) - 1) >> SHIFT
+        for page in range(first, last + 1):
+            if not touch(self.mm, addr if page == first else page << SHIFT, kind, result):
+                break
+        mm = self.mm
+        mm.hiwater_rss = max(mm.hiwater_rss, mm.rss)
+        log = self.machine.events
+        for f in result.faults:
+            start = f.addr & ~(PAGE - 1)
+            entry = Entry(f.seq, mm.number, self.pid, self.tid, "fault", None, (), addr=f.addr)
+            entry.error_code, entry.major, entry.failed = f.error_code, f.major, f.failed
+            entry.count, entry.stride = f.count, f.stride
+            entry.ranges = ((start, start + f.stride * (f.count - 1) + PAGE),)
+            log.add(entry)
+        return result
+
+    # -- state
+
+    def pagemap(self, start: int, npages: int) -> U64:
+        """uint64[npages] as /proc/PID/pagemap encodes it; frame numbers are the model's own."""
+        return export.pagemap(self.mm, start, npages)
+
+    def snapshot(self, *, pages: bool = True, accounting: bool = True) -> Snapshot:
+        """The address space as vm.Snapshot."""
+        mm = self.mm
+        status = {**export.status_fields(mm), "min_flt": self.min_flt, "maj_flt": self.maj_flt}
+        return Snapshot(
+            self.pid,
+            self.machine.events.seq,
+            export.vma_list(mm),
+            export.page_runs(mm) if pages else None,
+            export.accounting(mm, status) if accounting else None,
+            method=f"model {self.machine.profile.name}",
+        )
+
+
+_ = (EAGAIN, Limits)

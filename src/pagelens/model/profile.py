@@ -1,0 +1,133 @@
+"""Profile: what differs between kernels, as data.
+
+Every difference is one named rule; the code asks for the rule, never for a version, so that a test can
+invert a single rule and see whether the proof notices. The comment beside each rule names the kernel
+function that it mirrors and the version in which it changed. Rejected: `if version >= (6, 12)` in the code
+(cannot be inverted one by one, and distributions backport).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from pagelens.vm.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """The rules of one kernel. Fields that are bool are rules; `with_rules` makes a variant."""
+
+    name: str
+    # -- merging and splitting
+    # is_mergeable_vma: 6.1 refuses any merge with a vma that has vm_ops->close; from 6.12 only one that
+    # would delete it (can_merge_remove_vma). shm (SysV) has close; memfd and shared anonymous have not.
+    merge_close_forbids_any: bool = False
+    # is_mergeable_anon_vma: to 6.12 an unfaulted target needs list_is_singular(anon_vma_chain), which an
+    # empty chain is not; from 6.16 vma_is_fork_child decides.
+    merge_unfaulted_target: bool = True
+    # __mmap_region in 6.1 asks the next area first, and merges with that one alone where both would do but
+    # their anon_vmas differ; vma_merge_new_range (6.12) then merges with the previous alone.
+    mmap_merges_right_first: bool = False
+    # vma_merge_existing_range, vma_merge_new_range: VM_SOFTDIRTY of any part survives a merge made by
+    # mprotect and others (VMA_STICKY_FLAGS, 7.0); before, the flag of the changed part wins.
+    sticky_softdirty: bool = False
+    # mprotect_fixup: VM_ACCOUNT goes when an anonymous vma without anon_vma becomes read-only (6.7).
+    mprotect_unaccounts: bool = True
+    # calc_vm_flag_bits: MAP_STACK sets VM_NOHUGEPAGE (6.7, "mm: mmap: map MAP_STACK to VM_NOHUGEPAGE").
+    stack_nohugepage: bool = True
+    # -- placement
+    # __get_unmapped_area: anonymous, no hint, length a multiple of 2 MiB: aligned to 2 MiB (6.7, and 6.13
+    # for the multiple, backported to 6.12).
+    thp_align_anon: bool = True
+    # the same rule asks !file (6.18); in 6.12 a file without get_unmapped_area is aligned as well.
+    thp_align_file_test: bool = True
+    # do_mmap: MAP_LOCKED and RLIMIT_MEMLOCK are tested after the address is chosen in all; the execute-only
+    # and flag computation moved before it in 6.12 (no visible effect but the MAP_GROWSDOWN shadow gap).
+    # do_mmap: MAP_DROPPABLE (6.11).
+    droppable: bool = True
+    # -- advice
+    # madvise_behavior_valid, MADV_GUARD_INSTALL/REMOVE (6.13); pagemap bit 58 (6.15).
+    guard_pages: bool = True
+    pagemap_guard_bit: bool = True
+    # is_valid_guard_vma: file mappings allowed (6.15).
+    guard_file: bool = True
+    # VM_MAYBE_GUARD instead of an anon_vma marks vmas with guards (6.19).
+    guard_vma_flag: bool = False
+    # madvise_walk_vmas etc. on MADV_DONTNEED_LOCKED (5.18) and MADV_COLLAPSE (6.1): all profiles.
+    # zap_pte_range, try_get_and_clear_pmd: PT_RECLAIM frees empty PTE tables on DONTNEED (6.14).
+    pt_reclaim: bool = True
+    # -- limits
+    # do_brk_flags, do_mmap: map_count > max; split_vma: >= max: all profiles.
+    # mremap, vma count tests before a move: map_count >= max - 3 (6.1); counted exactly in 6.17.
+    mremap_multi_vma: bool = True
+    # -- faults
+    # lock_mm_and_find_vma: stack expansion under the write lock (6.5; fixed in 6.1.37 too).
+    # do_fault_around: see fault.py; finish_fault maps whole folios of shmem from 6.12 (order 0 here).
+    # -- reporting
+    # show_smap: `KSM:` (6.7). smaps_account; "Pss_Dirty" (6.0): all.
+    smaps_ksm: bool = True
+    # show_smap_vma_flags prints no code for VM_UFFD_* without CONFIG; "gu" (7.0); "dp" (6.11); "sl" (6.18).
+    # -- configuration
+    # CONFIG_MEM_SOFT_DIRTY: not a version but a choice; probe and set it. Off: VM_SOFTDIRTY is 0.
+    soft_dirty: bool = True
+    # CONFIG_KSM, CONFIG_TRANSPARENT_HUGEPAGE: MADV_MERGEABLE and MADV_HUGEPAGE give EINVAL without them.
+    ksm: bool = True
+    thp: bool = True
+
+    def with_rules(self, **changes: bool) -> Profile:
+        """A variant with some rules changed, named so. UsageError for a rule that does not exist."""
+        for rule in changes:
+            if rule not in self.rules():
+                raise UsageError(f"profile has no rule {rule!r}; rules: {', '.join(self.rules())}")
+        suffix = ",".join(f"{rule}={int(value)}" for rule, value in sorted(changes.items()))
+        return replace(self, name=f"{self.name}+{suffix}", **changes)
+
+    @classmethod
+    def rules(cls) -> tuple[str, ...]:
+        """The names of all rules."""
+        return tuple(f.name for f in fields(cls) if f.name != "name")
+
+
+_6_18 = Profile("linux-6.18")
+PROFILES: dict[str, Profile] = {
+    "linux-6.1": replace(
+        _6_18,
+        name="linux-6.1",
+        merge_close_forbids_any=True,
+        droppable=False,
+        mmap_merges_right_first=True,
+        merge_unfaulted_target=False,
+        mprotect_unaccounts=False,
+        stack_nohugepage=False,
+        thp_align_anon=False,
+        guard_pages=False,
+        pagemap_guard_bit=False,
+        guard_file=False,
+        pt_reclaim=False,
+        mremap_multi_vma=False,
+        smaps_ksm=False,
+    ),
+    "linux-6.12": replace(
+        _6_18,
+        name="linux-6.12",
+        merge_unfaulted_target=False,
+        thp_align_file_test=False,
+        guard_pages=False,
+        pagemap_guard_bit=False,
+        guard_file=False,
+        pt_reclaim=False,
+        mremap_multi_vma=False,
+    ),
+    "linux-6.18": _6_18,
+    "linux-7.2": replace(_6_18, name="linux-7.2", sticky_softdirty=True, guard_vma_flag=True),
+}
+
+
+def get_profile(profile: str | Profile) -> Profile:
+    """A profile by name. UsageError names those that exist."""
+    if isinstance(profile, Profile):
+        return profile
+    try:
+        return PROFILES[profile]
+    except KeyError:
+        raise UsageError(f"no kernel profile {profile!r}; profiles: {', '.join(PROFILES)}") from None
