@@ -1,0 +1,385 @@
+"""System calls made by another process, by ptrace, such that our death at any moment does it no harm.
+
+native/inject.c does the work in one stop of one thread (about 0.1 ms) and says why it is safe: the thread's
+state lies on its own stack as a signal frame, it executes only code that it already has, and if the tracer
+dies the frame's return restores it. This module chooses: the code to use, the thread, and whom to refuse.
+
+What can remain if we are killed in that window: the call may have been made (a userfaultfd without any
+registered range, close-on-exec), and a call that was interrupted with a timeout starts its timeout anew.
+
+Refused, each with its reason: targets that somebody traces already, that are confined by seccomp (the filter
+might kill them for our call), 32-bit, with a shadow stack, frozen, or whose threads all stand on stacks that
+may be a coroutine's. Rejected: a thread's own ptrace from Python (the target stays stopped while another
+Python thread holds the interpreter).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pagelens.linux import maps
+from pagelens.linux.native import library
+from pagelens.linux.procfs import Process
+from pagelens.linux.userfault import NR_USERFAULTFD, USER_MODE_ONLY, Userfault, refused
+from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
+from pagelens.vm.vma import Prot, Vma, VmaList
+
+NR_CLOSE = 3
+_SYSCALL_RET = b"\x0f\x05\xc3"
+_RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")  # mov $15; syscall
+_POP_RAX_RET = b"\x58\xc3"
+_CHUNK = 1 << 19
+# Stages of native/inject.h, for the tests that kill the tracer at each of them.
+STAGES = ("seized", "stopped", "frame", "regs", "mask", "entry", "exit", "taken", "unmask", "back")
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("nr", ctypes.c_int64),
+        ("args", ctypes.c_uint64 * 6),
+        ("ret", ctypes.c_int64),
+        ("done", ctypes.c_int32),
+        ("take_fd", ctypes.c_int32),
+        ("fd", ctypes.c_int32),
+        ("fd_errno", ctypes.c_int32),
+        ("arg0_from", ctypes.c_int32),
+        ("pad", ctypes.c_int32),
+    )
+
+
+class _StackVma(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("main_stack", ctypes.c_int64))
+
+
+class _Request(ctypes.Structure):
+    _fields_ = (
+        ("pid", ctypes.c_int32),
+        ("tid", ctypes.c_int32),
+        ("pidfd", ctypes.c_int32),
+        ("n_vmas", ctypes.c_int32),
+        ("gadget", ctypes.c_uint64),
+        ("sigreturn", ctypes.c_uint64),
+        ("pop_rax", ctypes.c_uint64),
+        ("vmas", ctypes.POINTER(_StackVma)),
+        ("calls", ctypes.POINTER(_Call)),
+        ("deadline_ns", ctypes.c_int64),
+        ("held_ns", ctypes.c_int64),
+        ("n_calls", ctypes.c_int32),
+        ("die_at", ctypes.c_int32),
+        ("stage", ctypes.c_int32),
+        ("refused", ctypes.c_int32),
+        ("error", ctypes.c_int32),
+        ("restarted", ctypes.c_int32),
+    )
+
+
+_SEIZE, _NO_STOP, _GONE, _BITS32, _RSEQ, _STACK, _FRAME, _CALL = range(1, 9)
+
+
+@dataclass(slots=True)
+class Call:
+    """One system call for the target. nr, args: as syscall(2). take_fd: bring the descriptor it returns into
+    this process. arg0_from: index of an earlier call whose result becomes args[0] (this one is skipped where
+    that one failed). After the call: result (as the kernel returns it, -errno on failure; None: not made) and
+    fd (ours, or -1)."""
+
+    nr: int
+    args: tuple[int, ...] = ()
+    take_fd: bool = False
+    arg0_from: int | None = None
+    result: int | None = field(default=None, init=False)
+    fd: int = field(default=-1, init=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Gadgets:
+    """Addresses, in the target, of code that it already has."""
+
+    syscall_ret: int
+    sigreturn: int = 0
+    pop_rax: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a remote call cost: thread used, nanoseconds that it was held, and whether a call that ends with
+    EINTR at any stop was started again on its behalf."""
+
+    tid: int
+    held_ns: int
+    restarted: bool
+
+
+def remote_calls(proc: Process, calls: Sequence[Call], *, traced: bool = False, die_at: str = "") -> Held:
+    """Let one thread of the process make `calls`, in order; fills in their results.
+
+    With `traced`, the calling thread traces the process's leader already and it is in a ptrace stop; it stays
+    so. die_at: kill this process at that stage (for tests). Raises CapabilityMissingError where the target
+    cannot be asked (see the module), TargetGoneError where it is gone.
+    """
+    if not traced:
+        refuse_unfit(proc)
+    vmas = maps.read(proc)
+    gadgets = find_gadgets(proc, vmas)
+    pidfd = proc.pidfd()
+    try:
+        return _on_some_thread(proc, calls, vmas, gadgets, pidfd, traced, die_at)
+    finally:
+        os.close(pidfd)
+
+
+def take_userfaultfd(proc: Process, *, traced: bool = False, die_at: str = "") -> tuple[Userfault, Held]:
+    """A userfaultfd of the other process's address space, held by us alone: made there, taken here
+    (pidfd_getfd), closed there. No handshake has been made: until then it can do nothing."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | USER_MODE_ONLY
+    make = Call(NR_USERFAULTFD, (flags,), take_fd=True)
+    shut = Call(NR_CLOSE, (0,), arg0_from=0)
+    held = remote_calls(proc, [make, shut], traced=traced, die_at=die_at)
+    if make.fd < 0:
+        if make.result is not None and make.result < 0:
+            raise refused(-make.result)
+        raise CapabilityMissingError(
+            f"cannot take the userfaultfd out of process {proc.pid} (pidfd_getfd needs ptrace rights)",
+            capability="other-users",
+            fix="run pagelens as root (sudo)",
+        )
+    return Userfault(make.fd), held
+
+
+def refuse_unfit(proc: Process) -> None:
+    """Raises, with one sentence, for a target that must not be asked to make a system call."""
+    status = dict(
+        line.split(":\t", 1)
+        for line in proc.read("status").decode(errors="replace").splitlines()
+        if ":\t" in line
+    )
+    name = f"{proc.pid} ({status.get('Name', '?')})"
+    tracer = int(status.get("TracerPid", "0"))
+    if tracer:
+        raise CapabilityMissingError(
+            f"process {name} is traced by {tracer} already, and a process has one tracer at most",
+            capability="ptrace",
+            fix=f"detach it, or end process {tracer}",
+        )
+    if status.get("Seccomp", "0").strip() != "0":
+        raise CapabilityMissingError(
+            f"process {name} is confined by seccomp: its filter might kill it for the call that this needs",
+            capability="ptrace",
+            fix="track it from inside (pagelens.track()), or start it without the filter",
+        )
+    if "shstk" in status.get("x86_Thread_features", ""):
+        raise CapabilityMissingError(
+            f"process {name} runs with a shadow stack, which a remote call would violate",
+            capability="ptrace",
+            fix="start it with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off",
+        )
+    if _frozen(proc):
+        raise CapabilityMissingError(
+            f"process {name} is frozen by its cgroup and cannot run a call",
+            capability="ptrace",
+            fix="thaw it",
+        )
+    if _is_32bit(proc):
+        raise CapabilityMissingError(f"process {name} is 32-bit; only 64-bit processes can be tracked")
+
+
+def _is_32bit(proc: Process) -> bool:
+    try:
+        fd = proc.fd("exe")
+    except (CapabilityMissingError, TargetGoneError):
+        return False
+    try:
+        head = os.pread(fd, 20, 0)
+    finally:
+        os.close(fd)
+    # ELFCLASS32 also holds for x32 programs: their pointers do not fit our frame's promises either.
+    return head[:4] == b"\x7fELF" and head[4] == 1
+
+
+def _frozen(proc: Process) -> bool:
+    for line in proc.read("cgroup").decode(errors="replace").splitlines():
+        number, controllers, path = line.split(":", 2)
+        if controllers == "freezer":
+            roots, want = ["freezer"], ("freezer.state", "FROZEN")
+        elif number == "0" and not controllers:
+            roots, want = (
+                [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")],
+                ("cgroup.events", "frozen 1"),
+            )
+        else:
+            continue
+        for root in roots:
+            try:
+                text = (Path("/sys/fs/cgroup") / root / path.lstrip("/") / want[0]).read_text()
+            except OSError:
+                continue
+            if want[1] in text:
+                return True
+    return False
+
+
+def find_gadgets(proc: Process, vmas: VmaList) -> Gadgets:
+    """Code in the target's executable mappings that ends a system call with `ret`, and code that returns from
+    a signal. The C library first, then the loader, the program, the rest; the vDSO last."""
+    syscall_ret = sigreturn = pop_rax = 0
+    for vma in sorted((v for v in vmas if v.prot & Prot.EXEC and v.prot & Prot.READ), key=_preference):
+        for at, data in _text(proc.pid, vma.start, vma.end):
+            if not syscall_ret and (found := data.find(_SYSCALL_RET)) >= 0:
+                syscall_ret = at + found
+            for pattern in () if sigreturn else _RESTORERS:
+                if (found := data.find(pattern)) >= 0:
+                    sigreturn = at + found
+                    break
+            if not pop_rax and (found := data.find(_POP_RAX_RET)) >= 0:
+                pop_rax = at + found
+            if syscall_ret and sigreturn:
+                return Gadgets(syscall_ret, sigreturn)
+    if syscall_ret and pop_rax:
+        return Gadgets(syscall_ret, 0, pop_rax)
+    raise CapabilityMissingError(
+        f"process {proc.pid} has no code to make a system call with and come back from safely"
+        " (no `syscall; ret` beside a signal return in its executable mappings)",
+        capability="ptrace",
+    )
+
+
+def _preference(vma: Vma) -> int:
+    name = vma.name
+    base = name.rsplit("/", 1)[-1]
+    if base.startswith(("libc.", "libc-", "ld-musl", "libpthread")):
+        return 0
+    if base.startswith("ld-"):
+        return 1
+    if name.startswith("/"):
+        return 2
+    return 4 if name == "[vdso]" else 3
+
+
+def _text(pid: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+    # In chunks that overlap by more than a pattern's length.
+    while start < end:
+        size = min(_CHUNK, end - start)
+        yield start, read_memory(pid, start, size)
+        if start + size >= end:
+            return
+        start += size - 16
+
+
+def read_memory(pid: int, addr: int, size: int) -> bytes:
+    """`size` bytes of another process's memory (process_vm_readv); fewer where it ends or is not readable."""
+    buffer = ctypes.create_string_buffer(size)
+    local = _Iovec(ctypes.cast(buffer, ctypes.c_void_p), size)
+    remote = _Iovec(ctypes.c_void_p(addr), size)
+    got = _libc().process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+    return buffer.raw[:got] if got > 0 else b""
+
+
+class _Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
+
+
+def _libc() -> ctypes.CDLL:
+    lib = ctypes.CDLL(None, use_errno=True)
+    lib.process_vm_readv.restype = ctypes.c_ssize_t
+    lib.process_vm_readv.argtypes = (
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
+    )  # fmt: skip
+    return lib
+
+
+def _candidates(proc: Process) -> list[int]:
+    # The leader first (it stands on [stack] in almost every program), then sleeping threads, then running.
+    order: list[tuple[int, int]] = []
+    for tid in proc.tasks():
+        try:
+            state = proc.stat(tid).state
+        except TargetGoneError:
+            continue
+        if state in "ZXD":
+            continue
+        order.append((0 if tid == proc.pid else 1 if state == "S" else 2, tid))
+    return [tid for _, tid in sorted(order)[:12]]
+
+
+def _on_some_thread(
+    proc: Process,
+    calls: Sequence[Call],
+    vmas: VmaList,
+    gadgets: Gadgets,
+    pidfd: int,
+    traced: bool,
+    die_at: str,
+) -> Held:
+    native = (_Call * len(calls))()
+    stacks = [v for v in vmas if v.prot & Prot.WRITE and not v.shared]
+    table = (_StackVma * max(1, len(stacks)))(
+        *(_StackVma(v.start, v.end, 1 if v.name == "[stack]" else 0) for v in stacks)
+    )
+    lib = library()
+    last: _Request | None = None
+    give_up = time.monotonic() + 2.0
+    while True:
+        for tid in [proc.pid] if traced else _candidates(proc):
+            for slot, call in zip(native, calls, strict=True):
+                slot.nr, slot.ret, slot.done, slot.fd = call.nr, 0, 0, -1
+                slot.args = (ctypes.c_uint64 * 6)(*[a & (1 << 64) - 1 for a in call.args])
+                slot.take_fd = int(call.take_fd)
+                slot.arg0_from = -1 if call.arg0_from is None else call.arg0_from
+            request = _Request(
+                pid=proc.pid,
+                tid=tid,
+                pidfd=pidfd,
+                n_vmas=len(stacks),
+                gadget=gadgets.syscall_ret,
+                sigreturn=gadgets.sigreturn,
+                pop_rax=gadgets.pop_rax,
+                vmas=table,
+                calls=native,
+                n_calls=len(calls),
+                deadline_ns=time.monotonic_ns() + 200_000_000,
+                die_at=STAGES.index(die_at) + 1 if die_at else 0,
+            )
+            result = (lib.pl_inject_held if traced else lib.pl_inject)(ctypes.byref(request))
+            if result:
+                raise PagelensError(f"cannot start the tracing thread: {os.strerror(-result)}")
+            if any(slot.done for slot in native):
+                for slot, call in zip(native, calls, strict=True):
+                    call.result = int(slot.ret) if slot.done else None
+                    call.fd = int(slot.fd) if call.take_fd else -1
+                return Held(tid, int(request.held_ns), bool(request.restarted))
+            last = request
+            if request.refused not in (_NO_STOP, _GONE, _RSEQ, _STACK):
+                _explain(proc, request)
+        if not proc.alive:
+            raise TargetGoneError(f"process {proc.pid} is gone")
+        if time.monotonic() > give_up or traced:
+            break
+        time.sleep(0.01)
+    _explain(proc, last)
+    raise AssertionError("unreachable")
+
+
+def _explain(proc: Process, request: _Request | None) -> None:
+    if not proc.alive:
+        raise TargetGoneError(f"process {proc.pid} is gone")
+    code, number = (int(request.refused), int(request.error)) if request is not None else (_NO_STOP, 0)
+    why = {
+        _SEIZE: f"ptrace is refused ({os.strerror(number)})",
+        _NO_STOP: "none of its threads can be stopped now (in an uninterruptible wait, or a vfork parent)",
+        _GONE: "its threads end faster than they can be asked",
+        _BITS32: "it runs 32-bit code",
+        _RSEQ: "its thread stays inside a restartable sequence",
+        _STACK: "no thread stands on a stack with room that nobody else uses (coroutines?)",
+        _FRAME: f"its state cannot be saved on its stack ({os.strerror(number)})",
+        _CALL: f"the call could not be made ({os.strerror(number)})",
+    }.get(code, "unknown reason")
+    raise CapabilityMissingError(
+        f"cannot make a system call in process {proc.pid}: {why}",
+        capability="ptrace",
+        fix="run pagelens as root (sudo)" if code == _SEIZE and os.geteuid() else "",
+    )
