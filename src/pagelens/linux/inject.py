@@ -208,7 +208,7 @@ def _frozen(proc: Process) -> bool:
             roots, want = ["freezer"], ("freezer.state", "FROZEN")
         elif number == "0" and not controllers:
             roots, want = (
-                [Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")],
+                ["", "unified"],
                 ("cgroup.events", "frozen 1"),
             )
         else:
