@@ -1,0 +1,91 @@
+"""What a world is in which a program of operations runs: the model (`model.runner`) or a real process
+(`proof.oracle`). Both start from the same setting and give the same answers, or one of them is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.model.op import Op, Outcome, Place
+from pagelens.vm.units import PAGE_SIZE, TASK_SIZE
+from pagelens.vm.vma import VmaList
+
+U64 = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where things lie in the child, in bytes: its text (from its file), the region of its stacks, where brk
+    starts, below which address mmap places (mm->mmap_base). The defaults are those of native/oracle/oracle.c
+    without randomisation and with an 8 MiB stack limit; the oracle measures its own."""
+
+    text: int = 0x1000_0000
+    text_pages: int = 1
+    region: int = 0x2000_0000
+    region_pages: int = 256
+    brk: int = 0x1000_1000
+    mmap_base: int = TASK_SIZE - 0x800_0000
+
+    @property
+    def harness(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """[(start, end)] of the mappings that are not the program's."""
+        return (
+            (self.text, self.text + self.text_pages * PAGE_SIZE),
+            (self.region, self.region + self.region_pages * PAGE_SIZE),
+        )
+
+
+@dataclass(slots=True)
+class Names:
+    """What the names of a program mean in one world: regions by address (bytes)."""
+
+    regions: dict[str, int] = field(default_factory=dict)
+
+    def resolve(self, place: Place) -> int:
+        """The address. KeyError where the region does not exist (its mmap failed)."""
+        base = self.regions[place.region] if place.region else 0
+        return (base + place.offset) & (1 << 64) - 1
+
+    def learn(self, op: Op, result: int) -> None:
+        """Keep what `op` gave, if it succeeded."""
+        if op.result and op.name in ("mmap", "mremap"):
+            if result >= 0:
+                self.regions[op.result] = result
+            else:
+                self.regions.pop(op.result, None)
+
+
+def undefined(op: Op, names: Names) -> bool:
+    """Whether `op` speaks of a region that does not exist; then it is left out, in every world alike."""
+    return any(
+        place is not None and place.region and place.region not in names.regions
+        for place in (op.place, op.new_place)
+    )
+
+
+class World(Protocol):
+    """Processes of one program, by name."""
+
+    setting: Setting
+    names: Names
+
+    def apply(self, op: Op) -> Outcome | None:
+        """Do one operation; None where it was left out."""
+        ...
+
+    def alive(self) -> Iterable[str]:
+        """Names of the processes and threads that exist."""
+        ...
+
+    def vmas(self, proc: str) -> VmaList:
+        """The vmas of the program: without the harness."""
+        ...
+
+    def pagemap(self, proc: str, start: int, npages: int) -> U64:
+        """uint64[npages] as /proc/PID/pagemap."""
+        ...

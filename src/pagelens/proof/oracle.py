@@ -1,0 +1,389 @@
+"""The oracle: a real process that does exactly the operations of a program, and can be looked at after each.
+
+The child is native/oracle/oracle.c. Its world is fenced, so that the kernel does nothing of its own accord to
+its pages, and the fence is verified, never assumed. Every fence is of the process alone; nothing on the
+system is changed, so there is nothing to put back if we are killed (and PR_SET_PDEATHSIG ends the child
+then).
+
+Rejected: switching THP, KSM and NUMA balancing off for the whole machine (a proof must not disturb the
+programs beside it, and a killed proof would leave it so).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+import pagelens
+from pagelens.linux import maps, smaps
+from pagelens.linux.procfs import Process
+from pagelens.model import op as ops
+from pagelens.model.op import Op, Outcome
+from pagelens.model.world import Names, Setting, undefined
+from pagelens.vm.accounting import Accounting
+from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
+from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.vma import Vma, VmaList
+
+U64 = npt.NDArray[np.uint64]
+
+# As in native/oracle/oracle.c.
+_SYSCALL, _READ, _WRITE, _EXEC, _CLONE, _SETTLE, _UNMAP_REST = range(1, 8)
+_SLOT_SIZE, _SLOTS = 0x10000, 16
+_ZEROS = _SLOTS - 1  # the slot that nobody runs in: 64 KiB of zeros to write from
+_COMMAND = struct.Struct("<8Q")
+_REPLY = struct.Struct("<q2Q2q3Q")
+_NAME_AT = 48  # offset of the last two argument words in a slot: a file name lies there
+_U64 = (1 << 64) - 1
+
+_FORK = 0x8000 | 0x400 | 17  # CLONE_PARENT: we reap it; CLONE_FILES: one table of files; SIGCHLD
+_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
+_TOUCH = {"read": _READ, "write": _WRITE, "exec": _EXEC}
+# arch/x86/entry/syscalls/syscall_64.tbl
+_NR = {
+    "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "pwrite": 18, "mremap": 25, "msync": 26, "madvise":
+    28, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152, "set_mempolicy":
+    238, "fallocate": 285, "memfd": 319, "mlock2": 325,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """One thing that must not happen to the child. ok: verified. how: by which means, or what is wrong."""
+
+    name: str
+    ok: bool
+    how: str
+
+
+class OracleError(PagelensError):
+    """The child does not do what it should; a bug, or a kernel that forbids what it needs."""
+
+
+@dataclass(slots=True)
+class _Channel:
+    # A process or thread: its slot, pid (tid), and the process whose address space it has.
+    slot: int
+    tid: int
+    process: Process
+    poll: select.poll
+    map_fd: int
+    pagemap_fd: int
+    leader: str
+
+
+def oracle_path() -> Path:
+    """Where the child's program is. CapabilityMissingError where it was not built."""
+    directory = os.environ.get("PAGELENS_LIB_DIR") or str(Path(pagelens.__file__).parent / "_lib")
+    path = Path(directory) / "pl-oracle"
+    if not path.exists():
+        raise CapabilityMissingError(
+            "the oracle child is not built", capability="oracle", fix="./dev build (needs gcc and meson)"
+        )
+    return path
+
+
+class Oracle:
+    """The processes of one program, on this kernel. Same interface as `model.runner.ModelWorld`.
+
+    cpu: where the child is pinned (one CPU, so that the kernel's per-CPU batches are its own); None leaves
+    it.
+    """
+
+    def __init__(self, cpu: int | None = None) -> None:
+        self.names = Names()
+        self.files: dict[str, int] = {}
+        self._inodes: dict[str, int] = {}
+        self._channels: dict[str, _Channel] = {}
+        self._free = list(range(_ZEROS - 1, 0, -1))
+        self._pids: set[int] = set()
+        self._lines: dict[bytes, Vma] = {}
+        self._pipes: list[tuple[int, int]] = []
+        try:
+            self._start(cpu)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, cpu: int | None) -> None:
+        path = str(oracle_path())
+        actions: list[tuple[int, ...]] = []
+        theirs: list[int] = []
+        for slot in range(_ZEROS):
+            command_r, command_w = os.pipe()
+            reply_r, reply_w = os.pipe()
+            self._pipes.append((command_w, reply_r))
+            # Through a high number first: 100 and up may be in use here.
+            actions += [(os.POSIX_SPAWN_DUP2, command_r, 100 + 2 * slot)]
+            actions += [(os.POSIX_SPAWN_DUP2, reply_w, 101 + 2 * slot)]
+            theirs += [command_r, reply_w]
+        moved = [_above(fd, 200) for fd in theirs]
+        actions = [(a[0], moved[i], a[2]) for i, a in enumerate(actions)]
+        try:
+            pid = os.posix_spawn(path, [path], {}, file_actions=actions)  # type: ignore[arg-type]
+        finally:
+            for fd in moved:
+                os.close(fd)
+        self._pids.add(pid)
+        if cpu is not None:
+            os.sched_setaffinity(pid, {cpu})
+        self.cpu = cpu
+        self._open("main", 0, pid, "main")
+        if self._send("main", _UNMAP_REST).result < 0:
+            raise OracleError("the oracle child cannot unmap its stack and vdso (sealed mappings?)")
+        self._send("main", _SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
+        self.setting = self._measure()
+        self.settle("main")
+        self.fences = self._verify(pid)
+
+    def _measure(self) -> Setting:
+        probe = self._send("main", _SYSCALL, _NR["mmap"], 0, PAGE_SIZE, 0, 0x22, _U64, 0).result
+        self._send("main", _SYSCALL, _NR["munmap"], probe, PAGE_SIZE)
+        brk = self._send("main", _SYSCALL, _NR["brk"], 0).result
+        vmas = maps.parse(self._read_maps(self._channels["main"]))
+        default = Setting()
+        inside = [v for v in vmas if v.start in (default.text, default.region)]
+        if len(inside) != 2 or len(vmas) != 2:
+            raise OracleError(f"the oracle child has unexpected mappings: {', '.join(map(str, vmas))}")
+        return Setting(
+            text_pages=inside[0].pages, region_pages=inside[1].pages, brk=brk, mmap_base=probe + PAGE_SIZE
+        )
+
+    def _verify(self, pid: int) -> tuple[Fence, ...]:
+        # Every item is read back from the kernel.
+        process = self._channels["main"].process
+        self.names.regions.update(arena=ops.ARENA_BASE, heap=self.setting.brk)
+        persona = int(process.read("personality"), 16)
+        status = process.read("status").decode()
+        swaps = len(Path("/proc/swaps").read_text().splitlines()) - 1
+        ksm = _figure("/sys/kernel/mm/ksm/run", 0)
+        numa = _figure("/proc/sys/kernel/numa_balancing", 0)
+        policy_ok = self._send("main", _SYSCALL, _NR["set_mempolicy"], 4).result == 0
+        pinned = self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}
+        again = self._send("main", _SETTLE, 0, self.setting.text, self.setting.text_pages)
+        return (
+            Fence("aslr", bool(persona & 0x40000), f"personality {persona:#x}"),
+            Fence("thp", "THP_enabled:\t0" in status, "PR_SET_THP_DISABLE, read back from status"),
+            Fence("ksm", ksm == 0, f"/sys/kernel/mm/ksm/run is {ksm}"),
+            Fence("numa", numa == 0 or policy_ok, f"numa_balancing {numa}, policy MPOL_LOCAL"),
+            Fence("swap", swaps == 0, f"{swaps} swap areas"),
+            Fence("cpu", pinned, f"pinned to {self.cpu}"),
+            Fence("harness", again.faults == 0, f"{again.faults} faults when nothing happens"),
+        )
+
+    def _open(self, name: str, slot: int, tid: int, leader: str) -> None:
+        poll = select.poll()
+        poll.register(self._pipes[slot][1], select.POLLIN)
+        if name == leader:
+            process = Process.open(tid)
+            fds = process.fd("maps"), process.fd("pagemap")
+        else:
+            process = self._channels[leader].process
+            fds = self._channels[leader].map_fd, self._channels[leader].pagemap_fd
+        self._channels[name] = _Channel(slot, tid, process, poll, *fds, leader)
+
+    def _send(self, proc: str, what: int, nr: int = 0, *args: int) -> Outcome:
+        channel = self._channels[proc]
+        words = [a & _U64 for a in args] + [0] * (6 - len(args))
+        command, reply = self._pipes[channel.slot]
+        os.write(command, _COMMAND.pack(what, nr, *words))
+        if not channel.poll.poll(10_000):
+            raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
+        data = os.read(reply, _REPLY.size)
+        if len(data) != _REPLY.size:
+            raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) is gone")
+        ret, min_flt, maj_flt, sig, code, addr, done, _ = _REPLY.unpack(data)
+        if what in (_READ, _WRITE, _EXEC):
+            ret = done
+        return Outcome(ret, min_flt + maj_flt, sig, code, addr)
+
+    def settle(self, proc: str) -> None:
+        """Touch the whole harness, so that nothing of it faults later."""
+        self._send(proc, _SETTLE, 0, self.setting.text, self.setting.text_pages)
+
+    def apply(self, op: Op) -> Outcome | None:
+        """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
+        no_file = op.file and op.file not in self.files
+        if op.proc not in self._channels or no_file or undefined(op, self.names):
+            return None
+        if op.name in _TOUCH:
+            assert op.place is not None
+            addr = self.names.resolve(op.place)
+            return self._send(op.proc, _TOUCH[op.name], 0, addr, op.length // PAGE_SIZE)
+        if op.name in ("fork", "thread", "exit", "clear_refs", "memfd", "pwrite"):
+            return self._special(op)
+        addr = self.names.resolve(op.place) if op.place is not None else 0
+        args: tuple[int, ...] = (addr, op.length)
+        match op.name:
+            case "mmap":
+                fd = self.files[op.file] if op.file else _U64
+                args = (addr, op.length, op.prot, op.flags, fd, op.offset)
+            case "mprotect":
+                args = (addr, op.length, op.prot)
+            case "mremap":
+                new = self.names.resolve(op.new_place) if op.new_place is not None else 0
+                args = (addr, op.length, op.new_length, op.flags, new)
+            case "madvise" | "mlock2" | "msync":
+                args = (addr, op.length, op.flags)
+            case "mlockall":
+                args = (op.flags,)
+            case "ftruncate":
+                args = (self.files[op.file], op.length)
+            case "fallocate":
+                args = (self.files[op.file], op.flags, op.offset, op.length)
+        outcome = self._send(op.proc, _SYSCALL, _NR[op.name], *args)
+        self.names.learn(op, outcome.result)
+        return outcome
+
+    def _special(self, op: Op) -> Outcome:
+        channel = self._channels[op.proc]
+        if op.name in ("fork", "thread"):
+            if not self._free:
+                raise OracleError(f"more than {_ZEROS} processes and threads at once")
+            slot = self._free.pop()
+            flags = _FORK if op.name == "fork" else _THREAD
+            made = self._send(op.proc, _CLONE, 0, flags, slot)
+            if made.result < 0:
+                self._free.append(slot)
+                return made
+            if op.name == "fork":
+                self._pids.add(made.result)
+            self._open(op.result, slot, made.result, op.result if op.name == "fork" else channel.leader)
+            self.settle(op.result)
+            return Outcome(0, made.faults)
+        if op.name == "exit":
+            self._exit(op.proc, channel)
+            return Outcome(0)
+        if op.name == "clear_refs":
+            fd = channel.process.fd("clear_refs", os.O_WRONLY)
+            try:
+                os.write(fd, b"%d\n" % op.flags)
+                result = 0
+            except OSError as exc:
+                result = -(exc.errno or errno.EIO)
+            finally:
+                os.close(fd)
+            self.settle(op.proc)
+            return Outcome(result)
+        if op.name == "memfd":
+            name = op.result.encode()[:15].ljust(16, b"\0")
+            at = self.setting.region + channel.slot * _SLOT_SIZE + _NAME_AT
+            low, high = struct.unpack("<2Q", name)
+            made = self._send(op.proc, _SYSCALL, _NR["memfd"], at, 0, 0, 0, low, high)
+            if made.result < 0:
+                return made
+            self.files[op.result] = made.result
+            return self._send(op.proc, _SYSCALL, _NR["ftruncate"], made.result, op.length)
+        zeros = self.setting.region + _ZEROS * _SLOT_SIZE
+        length = min(op.length, _SLOT_SIZE)
+        return self._send(op.proc, _SYSCALL, _NR["pwrite"], self.files[op.file], zeros, length, op.offset)
+
+    def _exit(self, name: str, channel: _Channel) -> None:
+        is_thread = name != channel.leader
+        number = 60 if is_thread else 231  # exit, exit_group
+        os.write(self._pipes[channel.slot][0], _COMMAND.pack(_SYSCALL, number, *[0] * 6))
+        if is_thread:
+            deadline = time.monotonic() + 10
+            while channel.tid in channel.process.tasks() and time.monotonic() < deadline:
+                time.sleep(0)
+            gone = [name]
+        else:
+            os.waitpid(channel.tid, 0)
+            self._pids.discard(channel.tid)
+            gone = [other for other, c in self._channels.items() if c.leader == name]
+            self._shut(channel)
+        for other in gone:
+            self._free.append(self._channels.pop(other).slot)
+
+    def alive(self) -> list[str]:
+        """Names of the processes and threads that exist."""
+        return list(self._channels)
+
+    def _read_maps(self, channel: _Channel) -> bytes:
+        os.lseek(channel.map_fd, 0, os.SEEK_SET)
+        data = os.read(channel.map_fd, 1 << 16)
+        while True:
+            more = os.read(channel.map_fd, 1 << 16)
+            if not more:
+                return data
+            data += more
+
+    def vmas(self, proc: str) -> VmaList:
+        """The vmas of the program: without the harness."""
+        cache = self._lines
+        if len(cache) > 20_000:
+            cache.clear()
+        out = []
+        for line in self._read_maps(self._channels[proc]).splitlines():
+            vma = cache.get(line)
+            if vma is None:
+                vma = cache[line] = maps.parse_line(line)
+            if vma.start >> 63 == 0 and vma.start not in (self.setting.text, self.setting.region):
+                out.append(vma)
+        return VmaList(out)
+
+    def pagemap(self, proc: str, start: int, npages: int) -> U64:
+        """uint64[npages] of /proc/PID/pagemap."""
+        fd = self._channels[proc].pagemap_fd
+        data = os.pread(fd, npages * 8, start // PAGE_SIZE * 8)
+        if len(data) != npages * 8:
+            raise OracleError(f"pagemap of {proc!r} at {start:#x}: {len(data)} of {npages * 8} bytes")
+        return np.frombuffer(data, np.uint64)
+
+    def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
+        """smaps with VmFlags, and status; harness included."""
+        return smaps.read(self._channels[proc].process)
+
+    def _shut(self, channel: _Channel) -> None:
+        for fd in (channel.map_fd, channel.pagemap_fd):
+            os.close(fd)
+        channel.process.close()
+
+    def close(self) -> None:
+        """End the child and all its processes. Twice is harmless."""
+        for pid in self._pids:
+            os.kill(pid, 9)
+        for pid in self._pids:
+            os.waitpid(pid, 0)
+        self._pids.clear()
+        for name, channel in self._channels.items():
+            if channel.leader == name:
+                self._shut(channel)
+        self._channels.clear()
+        for pair in self._pipes:
+            for fd in pair:
+                os.close(fd)
+        self._pipes.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _figure(path: str, default: int) -> int:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):
+        return default
+
+
+def _above(fd: int, least: int) -> int:
+    import fcntl
+
+    new = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
+    os.close(fd)
+    return new
