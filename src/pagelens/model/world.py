@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.model.op import Op, Outcome, Place
+from pagelens.vm.accounting import Accounting
 from pagelens.vm.units import PAGE_SIZE, TASK_SIZE
 from pagelens.vm.vma import VmaList
 
@@ -82,10 +83,18 @@ class World(Protocol):
         """Names of the processes and threads that exist."""
         ...
 
+    def is_leader(self, proc: str) -> bool:
+        """Whether `proc` is a process, not a second thread of one."""
+        ...
+
     def vmas(self, proc: str) -> VmaList:
         """The vmas of the program: without the harness."""
         ...
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] as /proc/PID/pagemap."""
+        ...
+
+    def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
+        """The vmas with VmFlags, harness included; smaps fields of each, and status."""
         ...

@@ -141,6 +141,9 @@ class Oracle:
         self._open("main", 0, pid, "main")
         if self._send("main", _UNMAP_REST).result < 0:
             raise OracleError("the oracle child cannot unmap its stack and vdso (sealed mappings?)")
+        # It has executed itself anew meanwhile: what we opened is of the old address space.
+        self._shut(self._channels["main"])
+        self._open("main", 0, pid, "main")
         self._send("main", _SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
         self.setting = self._measure()
         self.settle("main")
@@ -308,6 +311,15 @@ class Oracle:
     def alive(self) -> list[str]:
         """Names of the processes and threads that exist."""
         return list(self._channels)
+
+    @property
+    def pids(self) -> frozenset[int]:
+        """The processes that run now."""
+        return frozenset(self._pids)
+
+    def is_leader(self, proc: str) -> bool:
+        """Whether `proc` is a process, not a second thread of one."""
+        return self._channels[proc].leader == proc
 
     def _read_maps(self, channel: _Channel) -> bytes:
         os.lseek(channel.map_fd, 0, os.SEEK_SET)

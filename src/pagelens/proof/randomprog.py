@@ -1,0 +1,331 @@
+"""Random programs that go where rules meet: neighbours, splits, merges, forks, edges of ranges and of tables.
+
+A generator looks at the vmas that exist now and picks the next operation, so that most operations succeed and
+land next to something. What it yields is concrete: a program, once made, runs without it.
+
+Rejected: uniformly random addresses (nearly everything fails with ENOMEM or maps alone in the void);
+hypothesis (its shrinker cannot keep a kernel process in step, and a campaign needs millions of operations).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pagelens.model import op as ops
+from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
+from pagelens.model.world import Names, World
+from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.vma import Vma, VmaList
+
+_ARENA_END = ARENA_BASE + ARENA_PAGES * PAGE_SIZE
+_PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
+# Advice with its weight.
+_ADVICE = {
+    "dontneed": 8,
+    "free": 4,
+    "populate_read": 4,
+    "populate_write": 4,
+    "dontfork": 2,
+    "dofork": 2,
+    "wipeonfork": 2,
+    "keeponfork": 2,
+    "mergeable": 2,
+    "unmergeable": 1,
+    "hugepage": 2,
+    "nohugepage": 2,
+    "dontdump": 1,
+    "dodump": 1,
+    "random": 1,
+    "sequential": 1,
+    "normal": 2,
+    "willneed": 1,
+    "cold": 1,
+    "pageout": 1,
+    "dontneed_locked": 2,
+    "guard_install": 4,
+    "guard_remove": 2,
+    "remove": 1,
+}
+_WEIGHTS = {
+    "mmap": 18,
+    "munmap": 7,
+    "mprotect": 12,
+    "mremap": 6,
+    "madvise": 10,
+    "write": 20,
+    "read": 14,
+    "exec": 2,
+    "brk": 3,
+    "mlock": 2,
+    "mlock2": 1,
+    "munlock": 2,
+    "mlockall": 0.3,
+    "munlockall": 0.5,
+    "msync": 2,
+    "fork": 1.5,
+    "exit": 1.5,
+    "memfd": 0.5,
+    "ftruncate": 0.6,
+    "pwrite": 1,
+    "fallocate": 0.8,
+    "clear_refs": 0.5,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What a program is made of. processes: at most so many at once. without: operations or advice left out
+    (what this kernel or this user cannot do). weights: overrides."""
+
+    processes: int = 3
+    without: frozenset[str] = frozenset()
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+class Generator:
+    """An endless random program. The same seed against the same answers gives the same program."""
+
+    def __init__(self, seed: int, mix: Mix | None = None) -> None:
+        self.random = random.Random(seed)
+        self.mix = mix or Mix()
+        table = {**_WEIGHTS, **self.mix.weights}
+        self._names = [n for n in table if n not in self.mix.without]
+        self._weights = [table[n] for n in self._names]
+        advice = {a: w for a, w in _ADVICE.items() if a not in self.mix.without}
+        self._advice, self._advice_weights = list(advice), list(advice.values())
+        self._files: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._counter = 0
+
+    def next(self, world: World) -> Op:
+        """The next operation, chosen by the vmas that `world` has now."""
+        r = self.random
+        procs = list(world.alive())
+        proc = r.choice(procs)
+        vmas = world.vmas(proc)
+        while True:
+            if len(vmas) < 4 and r.random() < 0.5:
+                name = "mmap"
+            else:
+                name = r.choices(self._names, self._weights)[0]
+            if len(vmas) > 40 and r.random() < 0.3:
+                name = "munmap"
+            op = self._make(name, proc, procs, vmas, world.names)
+            if op is not None:
+                return op
+
+    def _name(self, prefix: str) -> str:
+        self._counter += 1
+        return f"{prefix}{self._counter}"
+
+    # -- places
+
+    def _place(self, addr: int, names: Names) -> Place:
+        # Named where possible, so that a kept program still means the same where mmap places differently.
+        if ARENA_BASE - (64 << 20) <= addr < _ARENA_END + (64 << 20):
+            return Place("arena", addr - ARENA_BASE)
+        heap = names.regions["heap"]
+        if heap <= addr < heap + (16 << 20):
+            return Place("heap", addr - heap)
+        for name in reversed(names.regions):
+            base = names.regions[name]
+            if base <= addr <= base + self._sizes.get(name, 0):
+                return Place(name, addr - base)
+        return Place("", addr)
+
+    def _count(self) -> int:
+        r = self.random
+        return r.choices((1, 2, 3, 4, r.randint(5, 16), r.randint(17, 80)), (6, 6, 4, 4, 4, 1))[0]
+
+    def _range(self, vmas: Sequence[Vma]) -> tuple[int, int]:
+        # A range that touches, cuts or just misses the edges of a vma; sometimes over several.
+        r = self.random
+        if not vmas or r.random() < 0.03:
+            edge = ARENA_MIDDLE if r.random() < 0.5 else ARENA_BASE + r.randrange(ARENA_PAGES) * PAGE_SIZE
+            count = self._count()
+            return edge - r.randint(0, count) * PAGE_SIZE, count * PAGE_SIZE
+        vma = r.choice(vmas)
+        pages = vma.pages
+        kind = r.random()
+        if kind < 0.30:
+            first, last = 0, pages
+        elif kind < 0.45:
+            first, last = 0, r.randint(1, min(pages, 16))
+        elif kind < 0.60:
+            first, last = pages - r.randint(1, min(pages, 16)), pages
+        elif kind < 0.90:
+            first = r.randrange(pages)
+            last = min(pages, first + self._count())
+        elif kind < 0.95:
+            first, last = r.randrange(pages), pages + r.randint(1, 4)
+        else:
+            first, last = -r.randint(1, 4), r.randint(1, pages)
+        return vma.start + first * PAGE_SIZE, (last - first) * PAGE_SIZE
+
+    def _target(self, length: int, vmas: Sequence[Vma]) -> int:
+        # Where a fixed mapping goes: against a neighbour, across the tables' edge, or anywhere in the arena.
+        r = self.random
+        inside = [v for v in vmas if v.start >= ARENA_BASE and v.end <= _ARENA_END]
+        kind = r.random()
+        if inside and kind < 0.65:
+            vma = r.choice(inside)
+            addr = r.choice((vma.end, vma.start - length, vma.end, vma.start - length, vma.start))
+        elif kind < 0.75:
+            addr = ARENA_MIDDLE - r.randint(0, length // PAGE_SIZE) * PAGE_SIZE
+        else:
+            addr = ARENA_BASE + r.randrange(ARENA_PAGES) * PAGE_SIZE
+        return max(ARENA_BASE, min(addr, _ARENA_END - length))
+
+    # -- operations
+
+    def _make(self, name: str, proc: str, procs: list[str], vmas: VmaList, names: Names) -> Op | None:
+        r = self.random
+        match name:
+            case "mmap":
+                return self._mmap(proc, vmas, names)
+            case "brk":
+                at = names.regions["heap"] + r.choice((0, 1, 2, 3, 5, 8, 13, 30)) * PAGE_SIZE
+                odd = r.choice((0, 0, 0, 1, 100, 4095))
+                return Op("brk", proc, place=self._place(at + odd, names))
+            case "mlockall":
+                return Op(name, proc, flags=r.choice((1, 1, 2, 3, 5, 6, 7, 4)))
+            case "munlockall":
+                return Op(name, proc)
+            case "fork":
+                return Op(name, proc, self._name("p")) if len(procs) < self.mix.processes else None
+            case "exit":
+                return Op(name, proc) if len(procs) > 1 else None
+            case "clear_refs":
+                return Op(name, proc, flags=4)
+            case "memfd":
+                if len(self._files) >= 4:
+                    return None
+                size = r.choice((0, 1, 4, 16, 32, 48))
+                result = self._name("f")
+                self._files[result] = size
+                return Op(name, proc, result, length=size * PAGE_SIZE)
+            case "ftruncate" | "pwrite" | "fallocate":
+                return self._file_op(name, proc)
+        if not vmas:
+            return None
+        addr, length = self._range(vmas)
+        heap = names.regions["heap"]
+        if addr < heap:
+            # The heap starts right behind the text of the child, which must live.
+            addr, length = heap, max(length - (heap - addr), PAGE_SIZE)
+        if name in ops.ACCESSES:
+            pages = length // PAGE_SIZE
+            if r.random() < 0.6:
+                pages = min(pages, r.choice((1, 1, 1, 2, 3)))
+            return Op(name, proc, place=self._place(addr, names), length=min(pages, 64) * PAGE_SIZE)
+        if r.random() < 0.03:
+            addr += r.choice((1, 8, 2048))
+        elif r.random() < 0.03:
+            length += r.choice((1, -1, 100))
+        elif r.random() < 0.01:
+            length = 0
+        op = Op(name, proc, place=self._place(addr, names), length=max(length, 0))
+        return self._ranged(op, vmas, names)
+
+    def _ranged(self, op: Op, vmas: VmaList, names: Names) -> Op:
+        r = self.random
+        common = {"name": op.name, "proc": op.proc, "place": op.place, "length": op.length}
+        match op.name:
+            case "mprotect":
+                return Op(**common, prot=r.choice(_PROTS))  # type: ignore[arg-type]
+            case "madvise":
+                word = r.choices(self._advice, self._advice_weights)[0]
+                return Op(**common, flags=ops.ADVICE_WORDS[word])  # type: ignore[arg-type]
+            case "mlock2":
+                return Op(**common, flags=r.choice((0, 1, 1, 1, 2)))  # type: ignore[arg-type]
+            case "msync":
+                return Op(**common, flags=r.choice((1, 4, 4, 2, 6, 5, 0)))  # type: ignore[arg-type]
+            case "mremap":
+                return self._mremap(op, vmas, names)
+        return op
+
+    def _mremap(self, op: Op, vmas: VmaList, names: Names) -> Op:
+        r = self.random
+        pages = max(op.length // PAGE_SIZE, 0)
+        new = max(1, pages + r.choice((0, 0, 1, 2, 5, 16, -1, -2, -5)))
+        flags = r.choice((0, 1, 1, 1, 3, 3, 3, 5, 7))
+        target = None
+        if flags & 2 or r.random() < 0.05:
+            target = self._place(self._target(new * PAGE_SIZE, vmas), names)
+        if flags & 4 and r.random() < 0.9:
+            new = pages
+        result = self._name("m")
+        self._sizes[result] = new * PAGE_SIZE
+        return Op(
+            "mremap", op.proc, result, op.place, op.length, 0, flags, target, new * PAGE_SIZE
+        )  # fmt: skip
+
+    def _mmap(self, proc: str, vmas: VmaList, names: Names) -> Op:
+        r = self.random
+        pages = self._count()
+        result = self._name("m")
+        prot = r.choice(_PROTS)
+        kind = r.random()
+        file, offset = "", 0
+        if kind < 0.60 or (kind >= 0.70 and not self._files):
+            flags = ops.PRIVATE | ops.ANONYMOUS
+        elif kind < 0.70:
+            flags = ops.SHARED | ops.ANONYMOUS
+        else:
+            flags = ops.PRIVATE if kind < 0.85 else ops.SHARED
+            file = r.choice(list(self._files))
+            offset = r.choice((0, 0, 1, 2, 4, r.randint(0, 40))) * PAGE_SIZE
+        for word, chance in (
+            ("populate", 0.06), ("noreserve", 0.05), ("growsdown", 0.04), ("stack", 0.05), ("locked", 0.02),
+        ):  # fmt: skip
+            if r.random() < chance:
+                flags |= ops.MAP_WORDS[word]
+        place: Place | None = None
+        where = r.random()
+        if where < 0.72:
+            addr = self._target(pages * PAGE_SIZE, vmas)
+            flags |= ops.MAP_WORDS["fixed"] if where < 0.64 else ops.MAP_WORDS["fixed_noreplace"]
+            neighbour = next((v for v in vmas if v.end == addr or v.start == addr + pages * PAGE_SIZE), None)
+            if neighbour is not None and r.random() < 0.7:
+                prot, file, offset, flags = self._like(neighbour, addr, flags)
+            place = self._place(addr, names)
+        elif where < 0.80:
+            # A hint that is not fixed: beside or on top of something.
+            place = self._place(self._target(pages * PAGE_SIZE, vmas) + r.choice((0, 0, 5)), names)
+        elif where < 0.84 and not flags & ops.MAP_WORDS["populate"]:
+            pages = r.choice((511, 512, 513, 1024))
+        length = pages * PAGE_SIZE
+        if r.random() < 0.02:
+            length -= r.choice((1, 4000))
+        self._sizes[result] = pages * PAGE_SIZE
+        return Op("mmap", proc, result, place, length, prot, flags, file=file, offset=offset)
+
+    def _like(self, near: Vma, addr: int, flags: int) -> tuple[int, str, int, int]:
+        # The same kind as the neighbour, so that they may merge.
+        kind = ops.SHARED if near.shared else ops.PRIVATE
+        flags &= ~(3 | ops.ANONYMOUS)
+        name = near.name.removeprefix("/memfd:").removesuffix(" (deleted)")
+        if name in self._files:
+            wanted = near.offset + (addr - near.start)
+            return int(near.prot), name, max(wanted, 0), flags | kind
+        return int(near.prot), "", 0, flags | kind | ops.ANONYMOUS
+
+    def _file_op(self, name: str, proc: str) -> Op | None:
+        r = self.random
+        if not self._files:
+            return None
+        file = r.choice(list(self._files))
+        size = self._files[file]
+        if name == "ftruncate":
+            size = self._files[file] = max(0, size + r.choice((-8, -2, -1, 0, 1, 4, 16)))
+            return Op(name, proc, length=size * PAGE_SIZE, file=file)
+        first, count = r.randint(0, max(size, 1)), r.randint(1, 8)
+        if name == "pwrite":
+            self._files[file] = max(size, first + count)
+            return Op(name, proc, length=count * PAGE_SIZE, file=file, offset=first * PAGE_SIZE)
+        flags = r.choice((0, 1, 3, 3))
+        if not flags:
+            self._files[file] = max(size, first + count)
+        return Op(name, proc, length=count * PAGE_SIZE, flags=flags, file=file, offset=first * PAGE_SIZE)

@@ -1,0 +1,125 @@
+"""The oracle child on the running kernel: exact figures, and that it adds nothing of its own."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pagelens.model.op import ARENA_BASE
+from pagelens.model.scenario import parse, parse_op
+from pagelens.proof.compare import Comparison
+from pagelens.proof.oracle import Oracle
+from pagelens.proof.randomprog import Generator
+
+CPU = max(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def oracle():
+    with Oracle(CPU) as oracle:
+        yield oracle
+
+
+def do(oracle, text):
+    return [oracle.apply(op) for op in parse(text).operations]
+
+
+def test_the_fence_is_verified(oracle):
+    assert [fence for fence in oracle.fences if not fence.ok] == []
+    assert {fence.name for fence in oracle.fences} >= {"aslr", "thp", "ksm", "numa", "swap", "cpu", "harness"}
+
+
+def test_exact_faults(oracle):
+    """One fault for a page, two for read-then-write, none for the second time."""
+    outcomes = do(
+        oracle,
+        """\
+        mmap 8 at arena[0] rw private anon fixed
+        write arena[0:4]
+        write arena[0:4]
+        read arena[4]
+        write arena[4]
+        madvise arena[0:8] populate_write
+        madvise arena[0:8] dontneed
+        read arena[0:8]
+        """,
+    )
+    assert [o.faults for o in outcomes] == [0, 4, 0, 1, 1, 3, 0, 8]
+
+
+def test_signals_carry_code_and_address(oracle):
+    outcomes = do(
+        oracle,
+        """\
+        f = memfd 1
+        mmap 4 at arena[0] rw shared fixed file f
+        mmap 1 at arena[4] r private anon fixed
+        write arena[0:4]
+        write arena[4]
+        write arena[5]
+        exec arena[4]
+        mprotect arena[4] rx
+        exec arena[4]
+        """,
+    )
+    bus, acc, maperr, nx, _, ran = outcomes[3:]
+    assert (bus.signal, bus.code, bus.addr, bus.result) == (7, 2, ARENA_BASE + 4096, 1)
+    assert (acc.signal, acc.code, acc.addr) == (11, 2, ARENA_BASE + 4 * 4096)
+    assert (maperr.signal, maperr.code) == (11, 1)
+    assert (nx.signal, nx.code) == (11, 2)
+    assert (ran.signal, ran.result) == (0, 1)
+
+
+def test_fork_thread_exit(oracle):
+    outcomes = do(
+        oracle,
+        """\
+        mmap 4 at arena[0] rw private anon fixed
+        write arena[0:4]
+        q = fork
+        q: write arena[0:2]
+        write arena[0:4]
+        t = thread
+        t: write arena[0:4]
+        q: exit
+        t: exit
+        """,
+    )
+    assert [o.faults for o in outcomes] == [0, 4, 0, 2, 4, 0, 0, 0, 0]
+    assert oracle.alive() == ["main"]
+
+
+def test_what_it_shows_is_the_kernels_own(oracle):
+    do(oracle, "mmap 4 at arena[0] rw private anon fixed\nwrite arena[1]\n")
+    (vma,) = oracle.vmas("main")
+    assert (vma.start, vma.pages, vma.perms) == (ARENA_BASE, 4, "rw-p")
+    assert [int(e) >> 63 for e in oracle.pagemap("main", ARENA_BASE, 4)] == [0, 1, 0, 0]
+    vmas, accounting = oracle.accounting("main")
+    row = [v.start for v in vmas].index(ARENA_BASE)
+    assert int(accounting.column("Private_Dirty")[row]) == 4096
+
+
+def test_a_name_that_was_never_mapped_is_left_out(oracle):
+    assert oracle.apply(parse_op("write nowhere[0]")) is None
+    assert oracle.apply(parse_op("ghost: write arena[0]")) is None
+
+
+def test_two_children_agree():
+    """Kernel against kernel: what differs here is the oracle's own noise, so nothing may."""
+    for seed in range(5):
+        generator = Generator(seed)
+        with Oracle(CPU) as one, Oracle(CPU) as two:
+            comparison = Comparison(one, two, soft_dirty=False)
+            for _ in range(250):
+                assert comparison.step(generator.next(one)) == []
+            assert comparison.checkpoint() == []
+            assert comparison.agreement.succeeded > 0.6 * comparison.agreement.operations
+
+
+def test_nothing_is_left_behind():
+    with Oracle(CPU) as oracle:
+        oracle.apply(parse_op("q = fork"))
+        pids = sorted(oracle.pids)
+        assert len(pids) == 2
+        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
