@@ -130,7 +130,7 @@ class Oracle:
         moved = [_above(fd, 200) for fd in theirs]
         actions = [(a[0], moved[i], a[2]) for i, a in enumerate(actions)]
         try:
-            pid = os.posix_spawn(path, [path], {}, file_actions=actions)  # type: ignore[arg-type]
+            pid = os.posix_spawn(path, [path], {}, file_actions=actions)
         finally:
             for fd in moved:
                 os.close(fd)
