@@ -12,7 +12,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 # name -> module; filled in as each capability lands.
-_API: dict[str, str] = {}
+_API: dict[str, str] = {
+    "track": "pagelens.dirty.track",
+    "Tracker": "pagelens.dirty.track",
+}
 
 __all__ = ["__version__"]
 

@@ -1,0 +1,68 @@
+"""Which backend: by name, or `auto`, which tries what works here (probing, never the kernel's version).
+
+Order of `auto`: pagescan (exact, cheap, any process), then soft-dirty (any process, needs the kernel option,
+resets the whole process), then for named ranges of this process the mprotect barrier (works everywhere).
+uffd-sync is never chosen: it makes each first write wait for a thread, and is for who wants address, thread
+and time of each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from pagelens.dirty.epoch import Backend, Semantics
+from pagelens.dirty.pagescan import Pagescan
+from pagelens.dirty.spans import Spans
+from pagelens.linux import inject, pagescan
+from pagelens.linux.pagescan import Category
+from pagelens.linux.procfs import Process
+from pagelens.linux.userfault import Feature, Userfault, available
+from pagelens.vm.errors import CapabilityMissingError, UsageError
+
+Maker = Callable[[Process, Spans | None, bool], Backend]
+
+
+def _pagescan(proc: Process, ranges: Spans | None, keep_huge: bool) -> Backend:
+    why = pagescan_missing()
+    if why:
+        raise CapabilityMissingError(why, capability="uffd-wp-async", fix="boot Linux 6.7 or later")
+    if proc.pid == os.getpid():
+        uffd = Userfault.create(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
+        return Pagescan(proc, uffd, ranges=ranges, keep_huge=keep_huge, handshake=False)
+    uffd, _ = inject.take_userfaultfd(proc)
+    try:
+        return Pagescan(proc, uffd, ranges=ranges, keep_huge=keep_huge)
+    except BaseException:
+        uffd.close()
+        raise
+
+
+def pagescan_missing() -> str:
+    """Why pagescan cannot work on this kernel, or "" where it can."""
+    if Category.WRITTEN not in pagescan.supported():
+        return "this kernel has no PAGEMAP_SCAN"
+    features = available()
+    if Feature.WP_ASYNC not in features:
+        return "userfaultfd is not available" if not features else "this kernel's userfaultfd has no WP_ASYNC"
+    return ""
+
+
+_MAKERS: dict[str, Maker] = {"pagescan": _pagescan}
+BACKENDS = ("auto", *_MAKERS)
+
+
+def semantics() -> dict[str, Semantics]:
+    """What each backend promises."""
+    return {"pagescan": Pagescan.semantics}
+
+
+def make_backend(
+    name: str, proc: Process, *, ranges: Spans | None = None, keep_huge: bool = False
+) -> Backend:
+    """A backend for `proc`, not armed yet. Raises UsageError for a name that does not exist."""
+    if name == "auto":
+        name = "pagescan"
+    if name not in _MAKERS:
+        raise UsageError(f"no backend {name!r} (there are: {', '.join(BACKENDS)})")
+    return _MAKERS[name](proc, ranges, keep_huge)

@@ -1,0 +1,374 @@
+"""Backend `pagescan`: userfaultfd in asynchronous write-protect mode, read and reset by PAGEMAP_SCAN.
+
+The kernel write-protects the page-table entries and lifts the protection itself at the first write (no
+message, no waiting thread: handle_uffd_wp in mm/memory.c, userfaultfd_wp_async); one ioctl then answers which
+entries are no longer protected and protects them again, atomically per page (do_pagemap_scan). It watches
+this process without privilege, and any other through a userfaultfd made there (`linux.inject`).
+
+How one look works
+1. Scan everything that is populated, protecting what was written. Unpopulated pages stay without a marker:
+   markers would cost page tables for every reserved gigabyte. So a page that is present and unprotected is
+   written, unless it is the zero page (a read put it there) or a private file mapping's page of the file.
+2. A page that had contents at the last look and has none now was discarded: its contents changed.
+3. Shared mappings are the exception: there the kernel drops entries on its own (reclaim), so they do get
+   markers, and an entry without one is DROPPED: dirty for all we know.
+4. Populated pages outside what is registered, and mappings that were not there: registered now, and
+   everything that they hold is NEW. This also covers mremap (the moved range loses its registration) and a
+   range that was unmapped and mapped anew at the same place.
+
+Rejected: EVENT_REMAP and EVENT_UNMAP (they block the target on us); arming by UFFDIO_WRITEPROTECT alone (the
+same markers); CHECK_WPASYNC on whole spans (it fails after having reset pages, whose dirt would be lost).
+Quirk: whether an empty entry counts as WRITTEN differs between kernels (stable updates of 2025 changed
+pagemap_page_category), so no decision here rests on it: every scan asks for PRESENT or SWAPPED.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+
+import numpy as np
+
+from pagelens.dirty import spans
+from pagelens.dirty.epoch import Builder, Look, Semantics, Why
+from pagelens.dirty.spans import Spans
+from pagelens.linux import maps, pagescan
+from pagelens.linux.pagescan import Category, Regions, ScanFlag
+from pagelens.linux.procfs import Process
+from pagelens.linux.userfault import Feature, Mode, Userfault
+from pagelens.vm.errors import TargetGoneError
+from pagelens.vm.units import TASK_SIZE, format_size
+from pagelens.vm.vma import Prot, Vma, VmaList
+
+ANON, FILE, SHARED = 1, 2, 3
+MARKER_LIMIT = 16 << 30  # bytes of one shared mapping: markers cost 1/512 of it in page tables
+_NEVER = frozenset(("[vdso]", "[vsyscall]"))
+_POPULATED = Category.PRESENT | Category.SWAPPED
+_RETURN = (
+    Category.WPALLOWED | Category.WRITTEN | Category.FILE | _POPULATED | Category.PFNZERO | Category.HUGE
+)  # fmt: skip
+_LOW = 0x10000
+
+
+def kind_of(vma: Vma) -> int:
+    """ANON, FILE (private mapping of a file) or SHARED for a vma that is to be watched; 0 for the others:
+    what cannot be written now. (A private anonymous vma that is not writable may become so without a new vma;
+    glibc's and the JVM's heaps do that all the time.)"""
+    if vma.name in _NEVER or vma.name.startswith("[vvar"):
+        return 0
+    if vma.shared:
+        return SHARED if vma.prot & Prot.WRITE else 0
+    if vma.inode == 0:
+        return ANON
+    return FILE if vma.prot & Prot.WRITE else 0
+
+
+class Pagescan:
+    """Watches the address space of `uffd` (made by `Userfault.create` or `inject.take_userfaultfd`, handshake
+    not yet made where `handshake` is True). `ranges`: only these bytes; None: everything that can be written.
+    """
+
+    semantics = Semantics(
+        name="pagescan",
+        scope="any process",
+        needs="Linux 6.7 (userfaultfd WP_ASYNC, PAGEMAP_SCAN); another process: ptrace rights for one call",
+        extra=(Why.HUGE, Why.NEW, Why.DISCARDED, Why.DROPPED, Why.KEPT_HUGE),
+        too_much="a new or moved mapping whole; a huge page whole at its first write; shared pages that were "
+        "reclaimed; pages rewritten with the same bytes",
+        misses="writes that do not go through this address space's page tables: another mapping of the same "
+        "memory, write(2) to a mapped file, devices that write to pinned pages",
+        cost="0.7-1.0 µs at the first write to a page in an epoch; a write to an armed huge page splits it; "
+        "adjacent mappings do not merge while watched",
+    )
+
+    def __init__(
+        self,
+        proc: Process,
+        uffd: Userfault,
+        *,
+        ranges: Spans | None = None,
+        keep_huge: bool = False,
+        handshake: bool = True,
+    ) -> None:
+        self._proc = proc
+        self._uffd = uffd
+        self._ranges = ranges
+        self._keep_huge = keep_huge
+        self._fd = -1
+        if handshake:
+            uffd.handshake(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
+        self._known = pagescan.supported()
+        self._raw = b""
+        self._vmas = VmaList()
+        self._kinds: dict[int, Spans] = dict.fromkeys((ANON, FILE, SHARED), spans.EMPTY)
+        self._unmarked = spans.EMPTY  # shared, too large for markers
+        self._watched = spans.EMPTY
+        self._registered = spans.EMPTY
+        self._content = spans.EMPTY
+        self._failed: dict[int, int] = {}
+        self._foreign = spans.EMPTY
+
+    # -- the interface -------------------------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """Register everything that can be watched and protect what is populated."""
+        self._fd = self._proc.fd("pagemap")
+        self._read_maps()
+        self._register(self._watched)
+        self._mark_shared(self._kinds[SHARED])
+        self._content = self._contents(self._collect(self._places()))
+        self._registered = self._watched
+
+    def forget(self) -> None:
+        """Treat all contents as unknown: the next look lists everything (after exec, or of a new child)."""
+        self._registered = spans.EMPTY
+
+    def look(self) -> Look:
+        """See the module."""
+        regions = self._collect(self._places())
+        if not self._uffd.mm_alive():
+            raise TargetGoneError(f"the address space of process {self._proc.pid} is gone")
+        builder = Builder()
+        look = Look(builder, self._vmas)
+        stray = self._strays()
+        content = self._contents(regions)
+        if (self._ranges is None or stray or not spans.same(self._content, content)) and self._read_maps():
+            content = self._contents(regions)
+        fresh = spans.union(spans.minus(self._watched, self._registered), self._whole_vmas(stray))
+        written = (regions.categories & np.uint64(Category.WRITTEN)) != 0
+        if written.any():
+            self._written(regions, written, look)
+        if fresh:
+            content = self._take_in(fresh, content, look)
+        self._lost(content, look)
+        if self._kinds[SHARED]:
+            self._dropped(regions, fresh, look)
+        if self._keep_huge:
+            builder.add(self._huge(), Why.KEPT_HUGE)
+        self._content = content
+        self._registered = self._watched
+        look.vmas = self._vmas
+        self._complaints(look)
+        return look
+
+    def close(self) -> None:
+        """Closing the descriptor unregisters everything (userfaultfd_release)."""
+        self._uffd.close()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    # -- parts of a look -----------------------------------------------------------------------------------
+
+    def _written(self, regions: Regions, written: np.ndarray, look: Look) -> None:
+        categories = regions.categories[written]
+        dirt = Spans(regions.start[written], regions.end[written])
+        zero = (categories & np.uint64(Category.PFNZERO)) != 0
+        of_file = (categories & np.uint64(Category.FILE)) != 0
+        huge = (categories & np.uint64(Category.HUGE)) != 0
+        for kind, where in self._kinds.items():
+            part, index, _ = spans.overlaps(dirt, where)
+            if not part:
+                continue
+            keep = np.ones(len(index), bool)
+            if kind != SHARED:
+                keep = ~zero[index]
+                if kind == ANON:
+                    look.zero_reads += Spans(part.start[~keep], part.end[~keep]).pages
+            if kind == FILE:
+                keep &= ~of_file[index]
+            for why, mask in ((Why.WRITTEN, keep & ~huge[index]), (Why.HUGE, keep & huge[index])):
+                if mask.any():
+                    look.builder.add(spans.joined(part.start[mask], part.end[mask]), why)
+
+    def _take_in(self, fresh: Spans, content: Spans, look: Look) -> Spans:
+        # Mappings that we did not watch: all that they hold is new, whatever its entries say (a moved entry
+        # may carry a stale protection bit). They are watched from here on.
+        self._register(fresh)
+        self._mark_shared(spans.common(fresh, self._kinds[SHARED]))
+        found = self._collect(fresh)
+        held = self._contents(found)
+        look.builder.add(held, Why.NEW)
+        shared = spans.common(fresh, self._kinds[SHARED])
+        if shared:
+            present = (found.categories & np.uint64(Category.PRESENT)) != 0
+            look.builder.add(
+                spans.common(spans.joined(found.start[present], found.end[present]), shared), Why.NEW
+            )
+        return spans.union(content, held)
+
+    def _lost(self, content: Spans, look: Look) -> None:
+        if spans.same(content, self._content):
+            return
+        gone = spans.minus(self._content, content)
+        if not gone:
+            return
+        private = spans.union(self._kinds[ANON], self._kinds[FILE])
+        still = spans.common(gone, private)
+        look.builder.add(still, Why.DISCARDED)
+        look.unmapped_pages = gone.pages - still.pages
+
+    def _dropped(self, regions: Regions, fresh: Spans, look: Look) -> None:
+        marked = spans.minus(spans.minus(self._kinds[SHARED], self._unmarked), fresh)
+        listed = spans.joined(regions.start, regions.end)
+        empty = spans.common(spans.minus(marked, listed), self._registered)
+        if empty:
+            look.builder.add(empty, Why.DROPPED)
+            self._mark_shared(empty)
+
+    def _huge(self) -> Spans:
+        found = self._scan(self._places(), mask=Category.HUGE, ret=Category.HUGE, anyof=_POPULATED)
+        return spans.common(spans.joined(found.start, found.end), self._watched)
+
+    def _complaints(self, look: Look) -> None:
+        for number, size in self._failed.items():
+            look.complete = False
+            why = "another userfaultfd has it" if number == errno.EBUSY else os.strerror(number)
+            look.notes.append(f"{format_size(size)} of writable memory cannot be watched: {why}")
+        if self._foreign:
+            look.complete = False
+            look.notes.append(f"{self._foreign.pages} pages belong to the program's own userfaultfd")
+        if self._unmarked:
+            look.notes.append(f"{self._unmarked.pages} shared pages: a first read counts as a write")
+        if look.zero_reads:
+            look.notes.append(f"{look.zero_reads} pages were only read (zero page) and are not listed")
+
+    # -- scans ---------------------------------------------------------------------------------------------
+
+    def _places(self) -> Spans:
+        # One walk of the whole address space: it passes over vmas that are not registered. Only where the
+        # program has a userfaultfd of its own must the walk keep to what is ours.
+        if self._ranges is not None:
+            return self._ranges
+        if self._foreign:
+            return self._watched
+        return spans.of([(_LOW, TASK_SIZE)])
+
+    def _scan(
+        self,
+        where: Spans,
+        *,
+        mask: Category = Category.NONE,
+        inverted: Category = Category.NONE,
+        anyof: Category = _POPULATED,
+        ret: Category = _RETURN,
+        flags: ScanFlag = ScanFlag.NONE,
+    ) -> Regions:
+        if Category.GUARD in self._known:  # MADV_GUARD_INSTALL's markers look like swap, and are no contents
+            mask, inverted = mask | Category.GUARD, inverted | Category.GUARD
+        return pagescan.scan(
+            self._fd, where.pairs(), flags=flags, mask=mask, inverted=inverted, anyof=anyof, ret=ret
+        )
+
+    def _collect(self, where: Spans) -> Regions:
+        # Get and protect in one step.
+        if not self._keep_huge:
+            return self._scan(where, flags=ScanFlag.WP_MATCHING)
+        small = self._scan(where, mask=Category.HUGE, inverted=Category.HUGE, flags=ScanFlag.WP_MATCHING)
+        huge = self._scan(where, mask=Category.HUGE)
+        start = np.concatenate((small.start, huge.start))
+        order = np.argsort(start, kind="stable")
+        categories = np.concatenate((small.categories, huge.categories & ~np.uint64(Category.WRITTEN)))
+        return Regions(start[order], np.concatenate((small.end, huge.end))[order], categories[order])
+
+    def _strays(self) -> Spans:
+        # Populated pages of vmas that we have not registered, the file's own pages left out.
+        skip = Category.WPALLOWED | Category.FILE
+        found = self._scan(self._places(), mask=skip, inverted=skip, ret=Category.PRESENT)
+        return spans.minus(spans.joined(found.start, found.end), self._foreign)
+
+    def _contents(self, regions: Regions) -> Spans:
+        # Pages with private contents: populated, no zero page, no page of the mapped file.
+        populated = (regions.categories & np.uint64(Category.PFNZERO)) == 0
+        held = spans.joined(regions.start[populated], regions.end[populated])
+        out = spans.common(held, self._kinds[ANON])
+        if self._kinds[FILE]:
+            own = populated & ((regions.categories & np.uint64(Category.FILE)) == 0)
+            copied = spans.joined(regions.start[own], regions.end[own])
+            out = spans.union(out, spans.common(copied, self._kinds[FILE]))
+        return spans.joined(*out)
+
+    # -- registration --------------------------------------------------------------------------------------
+
+    def _read_maps(self) -> bool:
+        # Returns whether anything changed.
+        raw = self._proc.read("maps")
+        if raw == self._raw:
+            return False
+        self._raw = raw
+        self._vmas = maps.parse(raw)
+        self._foreign, self._failed = spans.EMPTY, {}
+        kinds: dict[int, list[tuple[int, int]]] = {ANON: [], FILE: [], SHARED: []}
+        read_only: dict[int, list[tuple[int, int]]] = {FILE: [], SHARED: []}
+        large = []
+        for vma in self._vmas:
+            if kind := kind_of(vma):
+                kinds[kind].append((vma.start, vma.end))
+                if kind == SHARED and vma.size > MARKER_LIMIT:
+                    large.append((vma.start, vma.end))
+            elif vma.inode and not vma.name.startswith("["):
+                read_only[SHARED if vma.shared else FILE].append((vma.start, vma.end))
+        everything = spans.EMPTY
+        for kind, pairs in kinds.items():
+            where = spans.of(pairs)
+            if kind in read_only:  # it was writable and written, and is read-only now: still ours to report
+                where = spans.union(where, spans.common(spans.of(read_only[kind]), self._registered))
+            if self._ranges is not None:
+                where = spans.common(where, self._ranges)
+            self._kinds[kind] = where
+            everything = spans.union(everything, where)
+        self._unmarked = spans.of(large)
+        self._watched = everything
+        return True
+
+    def _whole_vmas(self, stray: Spans) -> Spans:
+        # A vma that lost its registration lost all of it.
+        if not stray:
+            return stray
+        mapped = Spans(self._vmas.starts, self._vmas.ends)
+        hit = np.unique(spans.overlaps(stray, mapped)[2])
+        return spans.common(spans.joined(mapped.start[hit], mapped.end[hit]), self._watched)
+
+    def _register(self, where: Spans) -> None:
+        for start, end in where.pairs():
+            try:
+                self._uffd.register(start, end, Mode.WP)
+            except OSError as exc:
+                self._one_by_one(start, end, exc)
+
+    def _one_by_one(self, start: int, end: int, exc: OSError) -> None:
+        self._gone(exc)
+        for vma in self._vmas.overlapping(start, end):
+            first, last = max(start, vma.start), min(end, vma.end)
+            try:
+                self._uffd.register(first, last, Mode.WP)
+            except OSError as error:
+                self._gone(error)
+                if error.errno == errno.EINVAL and vma not in maps.read(self._proc):
+                    continue  # unmapped meanwhile
+                number = error.errno or errno.EIO
+                self._failed[number] = self._failed.get(number, 0) + last - first
+                self._give_up(spans.of([(first, last)]))
+
+    def _give_up(self, where: Spans) -> None:
+        self._foreign = spans.union(self._foreign, where)
+        for kind, kept in self._kinds.items():
+            self._kinds[kind] = spans.minus(kept, where)
+        self._watched = spans.minus(self._watched, where)
+
+    def _gone(self, exc: OSError) -> None:
+        if exc.errno == errno.ESRCH or not self._uffd.mm_alive():
+            raise TargetGoneError(f"the address space of process {self._proc.pid} is gone") from None
+
+    def _mark_shared(self, where: Spans) -> None:
+        for start, end in spans.minus(where, self._unmarked).pairs():
+            try:
+                self._uffd.writeprotect(start, end, protect=True)
+            except OSError as exc:
+                if exc.errno != errno.ENOENT:
+                    raise
+                # Unmapped meanwhile (the next look sees it), or mapped anew at the same place: not ours yet.
+                with contextlib.suppress(OSError):
+                    self._uffd.register(start, end, Mode.WP)
+                    self._uffd.writeprotect(start, end, protect=True)
