@@ -180,7 +180,7 @@ def touch(mm: Mm, addr: int, kind: str, result: AccessResult) -> bool:
             else:
                 allowed = True
             if allowed:
-                want = pte | (A | D | SD if write else A)
+                want = pte | (A | D if write else A)  # the processor knows nothing of soft-dirty
                 if want != pte:
                     chunk = tables.chunk(page >> 15)
                     chunk.pte[page & 32767] = want

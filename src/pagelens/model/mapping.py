@@ -206,8 +206,8 @@ def do_munmap(mm: Mm, start: int, length: int, event: int) -> int:
     return do_munmap_range(mm, start, end, event)
 
 
-def do_munmap_range(mm: Mm, start: int, end: int, event: int) -> int:
-    """do_vmi_align_munmap: split at both edges, detach, zap, free tables."""
+def do_munmap_range(mm: Mm, start: int, end: int, event: int, *, uncharge: bool = True) -> int:
+    """do_vmi_align_munmap: split at both edges, detach, zap, free tables. uncharge: false for a move."""
     area = mm.areas.find(start)
     if area is None or area.start >= end:
         return 0
@@ -223,7 +223,7 @@ def do_munmap_range(mm: Mm, start: int, end: int, event: int) -> int:
         mm.stat_account(area.flags, -area.pages)
         if area.flags & VM_LOCKED:
             mm.locked_vm -= area.pages
-        if area.flags & VM_ACCOUNT:
+        if uncharge and area.flags & VM_ACCOUNT:
             mm.uncharge(area.pages)
     unmap_areas(mm, doomed, start, end, event)
     for area in doomed:

@@ -90,12 +90,16 @@ def merge_new(
     copied: Area | None = None,
     name: str = "",
     left_only: bool = False,
+    exclude: Area | None = None,
     event: int = 0,
 ) -> Area | None:
     """vma_merge_new_range: extend a neighbour over [start, end), or None. The range holds no area."""
     if flags & VM_SPECIAL:
         return None
     prev, following = mm.areas.neighbours(start)
+    if exclude is not None:
+        prev = None if prev is exclude else prev
+        following = None if following is exclude else following
     pages = (end - start) >> SHIFT
     left = (
         prev is not None
@@ -128,12 +132,16 @@ def merge_new(
             prev.flags |= sticky
         else:
             mm.areas.resize(prev, prev.start, end, prev.pgoff)
+        if copied is not None:
+            _dup_anon(prev, copied)
         if mm.profile.sticky_softdirty:
             prev.flags |= flags & ignored_flags(mm)
         prev.event = event
         return prev
     if right and following is not None:
         mm.areas.resize(following, start, following.end, following.pgoff - pages)
+        if copied is not None:
+            _dup_anon(following, copied)
         if mm.profile.sticky_softdirty:
             following.flags |= flags & ignored_flags(mm)
         following.event = event

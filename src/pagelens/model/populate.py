@@ -9,7 +9,9 @@ from __future__ import annotations
 from pagelens.model.abi import (
     EFAULT,
     ENOMEM,
+    FRAME_SHIFT,
     SHIFT,
+    SPECIAL,
     VM_IO,
     VM_LOCKONFAULT,
     VM_MAYREAD,
@@ -18,12 +20,14 @@ from pagelens.model.abi import (
     VM_READ,
     VM_SHARED,
     VM_WRITE,
-    A,
+    ZERO,
+    D,
     P,
     W,
 )
 from pagelens.model.area import Area
 from pagelens.model.fault import handle
+from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
 
 
@@ -52,8 +56,8 @@ def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = 
         while True:
             pte = tables.get(page)
             if pte & P and (not write or pte & W):
-                if not pte & A:
-                    tables.put(page, pte | A, tables.event_of(page))
+                if write and not pte & (D | ZERO | SPECIAL):
+                    machine.frames.flags[pte >> FRAME_SHIFT] |= F_DIRTY  # follow_page_pte, FOLL_TOUCH
                 break
             outcome = handle(mm, area, page, write, event)
             if outcome in ("bus", "segv"):

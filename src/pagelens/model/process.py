@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pagelens.model import export, forking, mapping, populate, protect
-from pagelens.model.abi import EAGAIN, ENOMEM, PAGE, SHIFT
+from pagelens.model import advice, export, forking, lock, mapping, populate, protect, refs, remap
+from pagelens.model.abi import ENOMEM, PAGE, SHIFT
 from pagelens.model.area import Area
 from pagelens.model.events import Entry
 from pagelens.model.fault import AccessResult, touch
 from pagelens.model.files import File
-from pagelens.model.space import Layout, Limits, Mm
+from pagelens.model.space import TASK_SIZE, Layout, Mm
 from pagelens.vm import Snapshot
 from pagelens.vm.pages import U64
 
 if TYPE_CHECKING:
     from pagelens.model.machine import Machine
+
+
+_ALL = (0, TASK_SIZE + PAGE)
 
 
 class Process:
@@ -25,7 +28,7 @@ class Process:
         self.machine = machine
         self.mm = mm
         self.pid = pid
-        self.tid = tid or pid
+        self.tid = tid if tid is not None else pid
         mm.pid = mm.pid or pid
         self.min_flt = 0
         self.maj_flt = 0
@@ -108,6 +111,60 @@ class Process:
             populate.populate_range(self.mm, *fill, ignore_errors=True)
         return self._done(event, "brk", (addr,), result, fill or (0, 0))
 
+    def mremap(self, old: int, old_size: int, new_size: int, flags: int, new_addr: int = 0) -> int:
+        """mremap(2): the address or -errno."""
+        event = self._enter()
+        result = remap.do_mremap(self.mm, old, old_size, new_size, flags, new_addr, event)
+        spans = [(old, old + old_size)]
+        if result >= 0:
+            spans.append((result, result + new_size))
+        return self._done(event, "mremap", (old, old_size, new_size, flags, new_addr), result, *spans)
+
+    def madvise(self, addr: int, length: int, advice_: int) -> int:
+        """madvise(2)."""
+        event = self._enter()
+        result = advice.do_madvise(self.mm, addr, length, advice_, event)
+        return self._done(event, "madvise", (addr, length, advice_), result, (addr, addr + length))
+
+    def mlock(self, addr: int, length: int) -> int:
+        """mlock(2)."""
+        event = self._enter()
+        result = lock.do_mlock(self.mm, addr, length, 0, event)
+        return self._done(event, "mlock", (addr, length), result, (addr, addr + length))
+
+    def mlock2(self, addr: int, length: int, flags: int) -> int:
+        """mlock2(2)."""
+        event = self._enter()
+        result = lock.do_mlock(self.mm, addr, length, flags, event)
+        return self._done(event, "mlock2", (addr, length, flags), result, (addr, addr + length))
+
+    def munlock(self, addr: int, length: int) -> int:
+        """munlock(2)."""
+        event = self._enter()
+        result = lock.do_munlock(self.mm, addr, length, event)
+        return self._done(event, "munlock", (addr, length), result, (addr, addr + length))
+
+    def mlockall(self, flags: int) -> int:
+        """mlockall(2)."""
+        event = self._enter()
+        return self._done(event, "mlockall", (flags,), lock.do_mlockall(self.mm, flags, event), _ALL)
+
+    def munlockall(self) -> int:
+        """munlockall(2)."""
+        event = self._enter()
+        return self._done(event, "munlockall", (), lock.do_munlockall(self.mm, event), _ALL)
+
+    def msync(self, addr: int, length: int, flags: int) -> int:
+        """msync(2); MS_SYNC writes back."""
+        event = self._enter()
+        result = lock.do_msync(self.mm, addr, length, flags)
+        return self._done(event, "msync", (addr, length, flags), result, (addr, addr + length))
+
+    def clear_refs(self, kind: int) -> int:
+        """A write of 1 to 5 into /proc/PID/clear_refs."""
+        event = self._enter()
+        return self._done(event, "clear_refs", (kind,), refs.clear_refs(self.mm, kind, event), _ALL)
+
     def fork(self, pid: int | None = None) -> Process:
         """fork(2). MemoryError where the kernel says ENOMEM (commit limit)."""
         event = self._enter()
@@ -175,6 +232,3 @@ class Process:
             export.accounting(mm, status) if accounting else None,
             method=f"model {self.machine.profile.name}",
         )
-
-
-_ = (EAGAIN, Limits)

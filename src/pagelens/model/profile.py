@@ -56,10 +56,19 @@ class Profile:
     # madvise_walk_vmas etc. on MADV_DONTNEED_LOCKED (5.18) and MADV_COLLAPSE (6.1): all profiles.
     # zap_pte_range, try_get_and_clear_pmd: PT_RECLAIM frees empty PTE tables on DONTNEED (6.14).
     pt_reclaim: bool = True
+    # madvise_populate goes area by area from the first in 6.1 and skips holes; later the first hole ends it
+    # (faultin_page_range, 6.10).
+    populate_stops_at_hole: bool = True
+    # madvise_remove asks VM_SHARED and VM_WRITE in 6.1, VM_MAYWRITE later (vma_is_shared_maywrite, 6.7).
+    remove_needs_write: bool = False
     # -- limits
     # do_brk_flags, do_mmap: map_count > max; split_vma: >= max: all profiles.
-    # mremap, vma count tests before a move: map_count >= max - 3 (6.1); counted exactly in 6.17.
+    # do_mremap checks everything before it unmaps the target (6.17); mremap_to unmapped first.
+    mremap_checks_first: bool = True
+    # remap_move: MREMAP_FIXED without resize moves several areas at once (6.17).
     mremap_multi_vma: bool = True
+    # __check_map_count_against_split (7.1); before, map_count >= max - 3 refused a move (move_vma).
+    mremap_counts_exactly: bool = False
     # -- faults
     # lock_mm_and_find_vma: stack expansion under the write lock (6.5; fixed in 6.1.37 too).
     # do_fault_around: see fault.py; finish_fault maps whole folios of shmem from 6.12 (order 0 here).
@@ -95,6 +104,9 @@ PROFILES: dict[str, Profile] = {
         name="linux-6.1",
         merge_close_forbids_any=True,
         droppable=False,
+        populate_stops_at_hole=False,
+        remove_needs_write=True,
+        mremap_checks_first=False,
         mmap_merges_right_first=True,
         merge_unfaulted_target=False,
         mprotect_unaccounts=False,
@@ -110,6 +122,7 @@ PROFILES: dict[str, Profile] = {
     "linux-6.12": replace(
         _6_18,
         name="linux-6.12",
+        mremap_checks_first=False,
         merge_unfaulted_target=False,
         thp_align_file_test=False,
         guard_pages=False,
@@ -119,7 +132,9 @@ PROFILES: dict[str, Profile] = {
         mremap_multi_vma=False,
     ),
     "linux-6.18": _6_18,
-    "linux-7.2": replace(_6_18, name="linux-7.2", sticky_softdirty=True, guard_vma_flag=True),
+    "linux-7.2": replace(
+        _6_18, name="linux-7.2", sticky_softdirty=True, guard_vma_flag=True, mremap_counts_exactly=True
+    ),
 }
 
 

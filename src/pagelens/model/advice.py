@@ -1,0 +1,281 @@
+"""madvise (mm/madvise.c)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagelens.model import abi
+from pagelens.model.abi import (
+    ANON,
+    EACCES,
+    EAGAIN,
+    EFAULT,
+    EINVAL,
+    ENOMEM,
+    FRAME_SHIFT,
+    GUARD,
+    PAGE,
+    SHIFT,
+    SPECIAL,
+    U64_MAX,
+    VM_DONTCOPY,
+    VM_DONTDUMP,
+    VM_DROPPABLE,
+    VM_HUGEPAGE,
+    VM_HUGETLB,
+    VM_LOCKED,
+    VM_MAYBE_GUARD,
+    VM_MAYSHARE,
+    VM_MAYWRITE,
+    VM_MERGEABLE,
+    VM_NOHUGEPAGE,
+    VM_PFNMAP,
+    VM_RAND_READ,
+    VM_SEQ_READ,
+    VM_SHARED,
+    VM_SPECIAL,
+    VM_WIPEONFORK,
+    VM_WRITE,
+    ZERO,
+    A,
+    D,
+    P,
+    page_align,
+)
+from pagelens.model.area import Area
+from pagelens.model.fault import anon_prepare
+from pagelens.model.files import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from pagelens.model.frames import F_DIRTY, F_LAZY
+from pagelens.model.merge import modify
+from pagelens.model.populate import gup
+from pagelens.model.space import Mm
+from pagelens.model.zap import zap_range
+
+_FRAME = np.uint64(FRAME_SHIFT)
+_FLAGS = {  # advice: (flags to set, flags to clear)
+    abi.MADV_NORMAL: (0, VM_RAND_READ | VM_SEQ_READ),
+    abi.MADV_RANDOM: (VM_RAND_READ, VM_SEQ_READ),
+    abi.MADV_SEQUENTIAL: (VM_SEQ_READ, VM_RAND_READ),
+    abi.MADV_DONTFORK: (VM_DONTCOPY, 0),
+    abi.MADV_DOFORK: (0, VM_DONTCOPY),
+    abi.MADV_WIPEONFORK: (VM_WIPEONFORK, 0),
+    abi.MADV_KEEPONFORK: (0, VM_WIPEONFORK),
+    abi.MADV_DONTDUMP: (VM_DONTDUMP, 0),
+    abi.MADV_DODUMP: (0, VM_DONTDUMP),
+    abi.MADV_HUGEPAGE: (VM_HUGEPAGE, VM_NOHUGEPAGE),
+    abi.MADV_NOHUGEPAGE: (VM_NOHUGEPAGE, VM_HUGEPAGE),
+}
+_OTHER = {
+    abi.MADV_REMOVE, abi.MADV_WILLNEED, abi.MADV_DONTNEED, abi.MADV_DONTNEED_LOCKED, abi.MADV_FREE,
+    abi.MADV_COLD, abi.MADV_PAGEOUT, abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE,
+}  # fmt: skip
+
+
+def _valid(mm: Mm, advice: int) -> bool:
+    # madvise_behavior_valid.
+    profile = mm.profile
+    if advice in (abi.MADV_MERGEABLE, abi.MADV_UNMERGEABLE):
+        return profile.ksm
+    if advice in (abi.MADV_HUGEPAGE, abi.MADV_NOHUGEPAGE, abi.MADV_COLLAPSE):
+        return profile.thp
+    if advice in (abi.MADV_GUARD_INSTALL, abi.MADV_GUARD_REMOVE):
+        return profile.guard_pages
+    return advice in _FLAGS or advice in _OTHER
+
+
+def do_madvise(mm: Mm, start: int, length: int, advice: int, event: int) -> int:
+    """madvise: 0 or -errno; holes are skipped and give ENOMEM at the end."""
+    if not _valid(mm, advice) or start & (PAGE - 1):
+        return EINVAL
+    size = page_align(length)
+    if length and not size:
+        return EINVAL
+    end = start + size
+    if end > U64_MAX:
+        return EINVAL
+    if end == start:
+        return 0
+    populating = advice in (abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE)
+    if populating and mm.profile.populate_stops_at_hole:
+        return _populate(mm, start, end, advice)
+    unmapped = 0
+    at = start
+    while at < end:
+        area = mm.areas.find(at)
+        if area is None:
+            return ENOMEM
+        if at < area.start:
+            unmapped = ENOMEM
+            at = area.start
+            if at >= end:
+                break
+        stop = min(area.end, end)
+        if populating:
+            # 6.1: madvise_populate is called for the first area and goes on to the end of that one.
+            error = _populate(mm, at, stop, advice)
+        else:
+            error = _one(mm, area, at, stop, advice, event)
+        if error:
+            return error
+        at = stop
+    return unmapped
+
+
+def _one(mm: Mm, area: Area, start: int, end: int, advice: int, event: int) -> int:
+    # madvise_vma_behavior.
+    flags = area.flags
+    if advice in (abi.MADV_DONTNEED, abi.MADV_DONTNEED_LOCKED, abi.MADV_FREE):
+        forbidden = VM_PFNMAP | (0 if advice == abi.MADV_DONTNEED_LOCKED else VM_LOCKED)
+        if flags & forbidden:
+            return EINVAL
+        if advice == abi.MADV_FREE:
+            return _free(mm, area, start, end)
+        zap_range(mm, start, end, event=event)
+        if mm.profile.pt_reclaim:
+            _reclaim_tables(mm, start, end)
+        return 0
+    if advice in (abi.MADV_COLD, abi.MADV_PAGEOUT):
+        if flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
+            return EINVAL
+        _age(mm, start, end)
+        return 0
+    if advice == abi.MADV_WILLNEED:
+        return 0
+    if advice == abi.MADV_REMOVE:
+        return _remove(mm, area, start, end)
+    if advice == abi.MADV_COLLAPSE:
+        return EINVAL
+    if advice == abi.MADV_GUARD_INSTALL:
+        return _guard_install(mm, area, start, end, event)
+    if advice == abi.MADV_GUARD_REMOVE:
+        return _guard_remove(mm, area, start, end, event)
+    if advice == abi.MADV_MERGEABLE:
+        # ksm_madvise: shared and special areas ignore the advice.
+        refuse = VM_MERGEABLE | VM_SHARED | VM_MAYSHARE | VM_SPECIAL | VM_HUGETLB
+        new = flags if flags & refuse or flags & VM_DROPPABLE else flags | VM_MERGEABLE
+    elif advice == abi.MADV_UNMERGEABLE:
+        new = flags & ~VM_MERGEABLE
+    else:
+        if advice == abi.MADV_DOFORK and flags & VM_SPECIAL:
+            return EINVAL
+        if advice == abi.MADV_WIPEONFORK and (area.file is not None or flags & VM_SHARED):
+            return EINVAL
+        if advice == abi.MADV_KEEPONFORK and flags & VM_DROPPABLE:
+            return EINVAL
+        if advice == abi.MADV_DODUMP and flags & (VM_SPECIAL | VM_DROPPABLE):
+            return EINVAL
+        put, clear = _FLAGS[advice]
+        new = flags & ~clear | put
+    if new == flags:
+        return 0
+    changed, new = modify(mm, area, start, end, new, event)
+    if changed is None:
+        return EAGAIN if new == ENOMEM else new
+    changed.flags = new
+    return 0
+
+
+def _free(mm: Mm, area: Area, start: int, end: int) -> int:
+    # madvise_free_pte_range: pages lose their dirty and accessed bits and are freed only under pressure.
+    if not area.is_anon:
+        return EINVAL
+    frames_of = mm.machine.frames
+    for _first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
+        pte = chunk.pte[part]
+        hit = (pte & np.uint64(P | ZERO | SPECIAL)) == np.uint64(P)
+        if not hit.any():
+            continue
+        frames = (pte >> _FRAME).astype(np.int64)
+        dirty = hit & ((frames_of.flags[frames] & F_DIRTY) != 0)
+        hit &= ~(dirty & (frames_of.mapcount[frames] != 1))
+        frames_of.flags[frames[hit & dirty]] &= np.uint8(~F_DIRTY & 0xFF)
+        pte[hit] &= np.uint64(~(A | D) & U64_MAX)
+        anon = hit & ((pte & np.uint64(ANON)) != 0)
+        frames_of.flags[frames[anon]] |= F_LAZY
+    return 0
+
+
+def _age(mm: Mm, start: int, end: int) -> None:
+    # madvise_cold_or_pageout_pte_range without reclaim: pages mapped once lose their accessed bit.
+    frames_of = mm.machine.frames
+    for _first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
+        pte = chunk.pte[part]
+        hit = (pte & np.uint64(P | ZERO | SPECIAL)) == np.uint64(P)
+        if hit.any():
+            hit &= frames_of.mapcount[(pte >> _FRAME).astype(np.int64)] == 1
+            pte[hit] &= np.uint64(~A & U64_MAX)
+
+
+def _remove(mm: Mm, area: Area, start: int, end: int) -> int:
+    # madvise_remove.
+    if area.flags & VM_LOCKED or area.file is None:
+        return EINVAL
+    need = VM_SHARED | (VM_WRITE if mm.profile.remove_needs_write else VM_MAYWRITE)
+    if area.flags & need != need:
+        return EACCES
+    offset = area.pgoff_at(start) << SHIFT
+    return area.file.fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, end - start)
+
+
+def _guard_install(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
+    # madvise_guard_install.
+    profile = mm.profile
+    if area.flags & (VM_SPECIAL | VM_HUGETLB | VM_LOCKED):
+        return EINVAL
+    if not profile.guard_file and (not area.is_anon or not area.flags & VM_WRITE):
+        return EINVAL
+    if profile.guard_vma_flag:
+        area.flags |= VM_MAYBE_GUARD
+        if area.is_anon:
+            anon_prepare(mm, area)
+    else:
+        anon_prepare(mm, area)
+    zap_range(mm, start, end, event=event)
+    first, last = start >> SHIFT, end >> SHIFT
+    mm.tables.ensure_range(first, last)
+    for _first, chunk, part in mm.tables.spans(first, last, create=True):
+        chunk.pte[part] = np.uint64(GUARD)
+        chunk.event[part] = event
+    return 0
+
+
+def _guard_remove(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
+    # madvise_guard_remove.
+    if area.flags & (VM_SPECIAL | VM_HUGETLB):
+        return EINVAL
+    if not mm.profile.guard_file and (not area.is_anon or not area.flags & VM_WRITE):
+        return EINVAL
+    for _first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
+        hit = chunk.pte[part] == np.uint64(GUARD)
+        chunk.pte[part][hit] = 0
+        chunk.event[part][hit] = event
+    return 0
+
+
+def _reclaim_tables(mm: Mm, start: int, end: int) -> None:
+    # zap_pte_range with reclaim_pt (CONFIG_PT_RECLAIM): a PTE table wholly inside that is empty now goes.
+    tables = mm.tables
+    for number in range((start + (1 << 21) - 1) >> 21, end >> 21):
+        if number in tables.pte_tables:
+            chunk = tables.chunks.get(number >> 6)
+            base = (number & 63) << 9
+            if chunk is None or not chunk.pte[base : base + 512].any():
+                tables.pte_tables.discard(number)
+
+
+def _populate(mm: Mm, start: int, end: int, advice: int) -> int:
+    # madvise_populate, faultin_page_range.
+    write = advice == abi.MADV_POPULATE_WRITE
+    at = start
+    while at < end:
+        area = mm.areas.at(at)
+        if area is None:
+            return ENOMEM
+        need = VM_WRITE if write else abi.VM_READ
+        if area.flags & (abi.VM_IO | VM_PFNMAP) or not area.flags & need:
+            return EINVAL
+        stop = min(area.end, end)
+        if gup(mm, area, at, stop, write=write):
+            return EFAULT
+        at = stop
+    return 0
