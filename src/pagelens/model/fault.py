@@ -225,7 +225,7 @@ def _user_fault(
 def handle(mm: Mm, area: Area, page: int, write: bool, event: int) -> str:
     """handle_mm_fault: 'minor', 'major', 'bus' or 'segv' (a guard marker)."""
     tables = mm.tables
-    tables.ensure(page)
+    tables.ensure_upper(page)
     pte = tables.get(page)
     if not pte & P:
         if pte & GUARD:
@@ -242,6 +242,7 @@ def handle(mm: Mm, area: Area, page: int, write: bool, event: int) -> str:
 
 def _anonymous(mm: Mm, area: Area, page: int, write: bool, event: int) -> None:
     # do_anonymous_page.
+    mm.tables.ensure(page)
     if not write:
         mm.tables.put(page, P | A | ZERO, event)
         return
@@ -273,10 +274,12 @@ def _file_fault(mm: Mm, area: Area, page: int, write: bool, event: int) -> str:
     if write and not area.flags & VM_SHARED:
         anon_prepare(mm, area)
         _, major = file.get_page(index)
+        mm.tables.ensure(page)
         _new_anon(mm, area, page, event)
         mm.rss_anon += 1
         return "major" if major else "minor"
     frame, major = file.get_page(index)
+    mm.tables.ensure(page)  # finish_fault: a fault that fails installs no table
     map_file_page(mm, area, page, frame, write=write, event=event)
     if write:
         mm.machine.frames.flags[frame] |= F_DIRTY  # fault_dirty_shared_page
@@ -305,11 +308,10 @@ def fault_around(mm: Mm, area: Area, page: int, index: int, event: int) -> bool:
     """do_fault_around, filemap_map_pages: map cached neighbours into empty PTEs; true if `page` was one."""
     file = area.file
     assert file is not None
-    first = page & ~(FAULT_AROUND_PAGES - 1)
-    first = max(first, area.start >> SHIFT, page & ~511)
-    last = min(
-        (page & ~(FAULT_AROUND_PAGES - 1)) + FAULT_AROUND_PAGES, area.end >> SHIFT, (page & ~511) + 512
-    )
+    # The window starts at the aligned page or where the vma starts, and is 16 pages from there: clamping the
+    # start moves the end with it.
+    first = max(page & ~(FAULT_AROUND_PAGES - 1), area.start >> SHIFT, page & ~511)
+    last = min(first + FAULT_AROUND_PAGES, area.end >> SHIFT, (page & ~511) + 512)
     base = index - page
     limit = file.n_pages
     hit = False
@@ -318,7 +320,10 @@ def fault_around(mm: Mm, area: Area, page: int, index: int, event: int) -> bool:
         if i >= limit:
             break
         frame = file.lookup(i)
-        if frame < 0 or mm.tables.get(p):
+        if frame < 0 or i in file.not_uptodate:
+            continue
+        mm.tables.ensure(page)  # filemap_map_pmd
+        if mm.tables.get(p):
             continue
         map_file_page(mm, area, p, frame, write=False, event=event)
         hit = hit or p == page

@@ -33,6 +33,7 @@ class File:
         "machine",
         "name",
         "noexec",
+        "not_uptodate",
         "page_mkwrite",
         "pages",
         "readable",
@@ -68,6 +69,8 @@ class File:
         self.thp_align = False  # get_unmapped_area = thp_get_unmapped_area (ext4, xfs, btrfs)
         self.close_hook = False
         self.pages: dict[int, int] = {}  # page index -> frame
+        # shmem_fallocate leaves its pages !uptodate until someone asks for them: fault-around passes them by.
+        self.not_uptodate: set[int] = set()
         if cached:
             self.make_resident(0, (size + PAGE - 1) >> SHIFT)
 
@@ -94,6 +97,7 @@ class File:
     def get_page(self, index: int, *, write: bool = False) -> tuple[int, bool]:
         """(frame, major) of the page at index, brought in if need be. shmem allocates zeros: minor."""
         frame = self.pages.get(index, -1)
+        self.not_uptodate.discard(index)
         major = False
         if frame < 0:
             frame = self.machine.frames.alloc(F_CACHE, self.machine.events.current)
@@ -124,6 +128,10 @@ class File:
                 self.machine.unmap_file_range(self, first, last, even_cows=False)
                 self._drop(first, last)
             return 0
+        if self.shmem:
+            wanted = range(offset >> SHIFT, (end + PAGE - 1) >> SHIFT)
+            self.not_uptodate.difference_update(wanted)  # those that were there are cleared now
+            self.not_uptodate.update(i for i in wanted if i not in self.pages)
         self.make_resident(offset >> SHIFT, ((end + PAGE - 1) >> SHIFT) - (offset >> SHIFT))
         for index in range(offset >> SHIFT, (end + PAGE - 1) >> SHIFT):
             self.machine.frames.flags[self.pages[index]] |= F_DIRTY
@@ -155,6 +163,7 @@ class File:
         frames = self.machine.frames
         for index in gone:
             frame = self.pages.pop(index)
+            self.not_uptodate.discard(index)
             frames.flags[frame] &= ~np.uint8(F_CACHE)
             if frames.mapcount[frame] == 0:
                 frames.free(frame)

@@ -86,6 +86,13 @@ class PageTables:
             if self.levels == 5:
                 self.p4d_tables.add(page >> 36)
 
+    def ensure_upper(self, page: int) -> None:
+        """The levels above the PTE table (__handle_mm_fault), for one page."""
+        self.pmd_tables.add(page >> 18)
+        self.pud_tables.add(page >> 27)
+        if self.levels == 5:
+            self.p4d_tables.add(page >> 36)
+
     def ensure_range(self, first: int, last: int) -> None:
         """The tables of pages [first, last)."""
         if first >= last:

@@ -1,0 +1,178 @@
+"""Runs operations (`model.op`) in the model. `proof.oracle` does the same on a real process.
+
+The world that the model starts in is that of the oracle child: an address space that holds nothing but two
+mappings of the harness, far from where programs work. They are there because mlockall, fork and the vma limit
+see them; `HARNESS` is what views leave out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.model import export
+from pagelens.model import op as ops
+from pagelens.model.files import File
+from pagelens.model.machine import Machine
+from pagelens.model.op import Op, Outcome
+from pagelens.model.process import Process
+from pagelens.model.profile import Profile
+from pagelens.model.space import Layout
+from pagelens.model.world import Names, Setting, undefined
+from pagelens.vm.accounting import Accounting
+from pagelens.vm.errors import UsageError
+from pagelens.vm.snapshot import Snapshot
+from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.vma import VmaList
+
+U64 = npt.NDArray[np.uint64]
+
+
+class ModelWorld:
+    """The processes of one program, in the model."""
+
+    def __init__(self, profile: str | Profile, setting: Setting | None = None) -> None:
+        self.setting = setting or Setting()
+        self.machine = Machine(profile)
+        self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
+        self.files: dict[str, File] = {}
+        layout = Layout(mmap_base=self.setting.mmap_base, start_brk=self.setting.brk)
+        main = self.machine.spawn(layout=layout)
+        self.processes: dict[str, Process] = {"main": main}
+        self._threads: set[str] = set()
+        text = self.machine.file("pl-oracle", self.setting.text_pages * PAGE_SIZE, cached=True)
+        _must(main.mmap(self.setting.text, text.size, 5, ops.PRIVATE | ops.FIXED, text, 0))
+        length = self.setting.region_pages * PAGE_SIZE
+        flags = ops.SHARED | ops.ANONYMOUS | ops.FIXED
+        _must(main.mmap(self.setting.region, length, 3, flags))
+        self.settle("main")
+
+    def settle(self, proc: str) -> None:
+        """Touch the whole harness, so that nothing of it faults later (as the child does)."""
+        process = self.processes[proc]
+        process.access(self.setting.region, self.setting.region_pages * PAGE_SIZE, "w")
+        process.access(self.setting.text, self.setting.text_pages * PAGE_SIZE, "r")
+
+    def apply(self, op: Op) -> Outcome | None:
+        """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
+        process = self.processes.get(op.proc)
+        if process is None or undefined(op, self.names) or (op.file and op.file not in self.files):
+            return None
+        if op.name in ops.ACCESSES:
+            assert op.place is not None
+            addr = self.names.resolve(op.place)
+            got = process.access(addr, op.length, ops.ACCESSES[op.name])
+            faults = got.minor + got.major
+            if got.signal is None:
+                return Outcome(op.length // PAGE_SIZE, faults)
+            pages = (got.addr - addr) // PAGE_SIZE
+            return Outcome(pages, faults, ops.SIGNALS[got.signal], got.si_code, got.addr)
+        before = process.min_flt + process.maj_flt
+        result = self._call(process, op)
+        self.names.learn(op, result)
+        if op.name == "exit":
+            return Outcome(0)
+        return Outcome(result, process.min_flt + process.maj_flt - before)
+
+    def _call(self, process: Process, op: Op) -> int:
+        addr = self.names.resolve(op.place) if op.place is not None else 0
+        match op.name:
+            case "mmap":
+                file = self.files[op.file] if op.file else None
+                return process.mmap(addr, op.length, op.prot, op.flags, file, op.offset)
+            case "munmap":
+                return process.munmap(addr, op.length)
+            case "mprotect":
+                return process.mprotect(addr, op.length, op.prot)
+            case "mremap":
+                new = self.names.resolve(op.new_place) if op.new_place is not None else 0
+                return process.mremap(addr, op.length, op.new_length, op.flags, new)
+            case "madvise":
+                return process.madvise(addr, op.length, op.flags)
+            case "brk":
+                return process.brk(addr)
+            case "mlock":
+                return process.mlock(addr, op.length)
+            case "mlock2":
+                return process.mlock2(addr, op.length, op.flags)
+            case "munlock":
+                return process.munlock(addr, op.length)
+            case "mlockall":
+                return process.mlockall(op.flags)
+            case "munlockall":
+                return process.munlockall()
+            case "msync":
+                return process.msync(addr, op.length, op.flags)
+            case "memfd":
+                self.files[op.result] = file = process.memfd_create(op.result)
+                return file.ftruncate(op.length)
+            case "ftruncate":
+                return self.files[op.file].ftruncate(op.length)
+            case "pwrite":
+                return self.files[op.file].pwrite(op.length, op.offset)
+            case "fallocate":
+                return self.files[op.file].fallocate(op.flags, op.offset, op.length)
+            case _:
+                return self._process_call(process, op)
+
+    def _process_call(self, process: Process, op: Op) -> int:
+        match op.name:
+            case "fork":
+                self.processes[op.result] = process.fork()
+                self.settle(op.result)
+                return 0
+            case "thread":
+                self.processes[op.result] = process
+                self._threads.add(op.result)
+                return 0
+            case "exit":
+                del self.processes[op.proc]
+                if op.proc in self._threads:
+                    self._threads.discard(op.proc)
+                    return 0
+                # exit_group: its threads go with it.
+                for name in [n for n, p in self.processes.items() if p is process]:
+                    del self.processes[name]
+                    self._threads.discard(name)
+                process.exit()
+                return 0
+            case "clear_refs":
+                result = process.clear_refs(op.flags)
+                self.settle(op.proc)
+                return result
+        raise UsageError(f"the model has no operation {op.name!r}")
+
+    def alive(self) -> Iterator[str]:
+        """Names of the processes (and threads) that exist."""
+        return iter(self.processes)
+
+    def is_leader(self, proc: str) -> bool:
+        """Whether `proc` is a process, not a second thread of one."""
+        return proc not in self._threads
+
+    def vmas(self, proc: str) -> VmaList:
+        """The vmas of the program: without the harness."""
+        harness = {start for start, _ in self.setting.harness}
+        mm = self.processes[proc].mm
+        return VmaList(v for v in export.vma_list(mm) if v.start not in harness)
+
+    def snapshot(self, proc: str) -> Snapshot:
+        """Everything, harness included."""
+        return self.processes[proc].snapshot()
+
+    def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
+        """The vmas with VmFlags, harness included; smaps fields of each, and status."""
+        snapshot = self.snapshot(proc)
+        assert snapshot.accounting is not None
+        return snapshot.vmas, snapshot.accounting
+
+    def pagemap(self, proc: str, start: int, npages: int) -> U64:
+        """uint64[npages] as /proc/PID/pagemap, frame numbers left out."""
+        return self.processes[proc].pagemap(start, npages)
+
+
+def _must(result: int) -> None:
+    if result < 0:
+        raise AssertionError(f"the model cannot set up the harness: {ops.errno_name(result)}")

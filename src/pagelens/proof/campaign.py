@@ -1,0 +1,160 @@
+"""Programs run on both sides: one given program (`verify`), or random ones until something differs (`fuzz`).
+
+A long campaign is many programs of a few hundred operations, each in a fresh child: a failing one is short,
+its seed alone repeats it, and the first disagreement ends it (after one, both sides have different states and
+everything that follows would differ as well).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from pagelens.model.op import Op, Outcome
+from pagelens.model.profile import Profile
+from pagelens.model.runner import ModelWorld
+from pagelens.model.scenario import format_scenario
+from pagelens.proof.agreement import Agreement
+from pagelens.proof.compare import Comparison, Disagreement
+from pagelens.proof.oracle import Fence, Oracle
+from pagelens.proof.randomprog import Generator, Mix
+from pagelens.proof.shrink import shrink
+
+PROGRAM_LENGTH = 400
+CHECKPOINT_EVERY = 100
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run found. failing: the (shrunk) program of the first disagreement. seed: that of the failing
+    program, else of the first. used: how often each operation (and advice) was done, and succeeded."""
+
+    seed: int
+    agreement: Agreement = field(default_factory=Agreement)
+    disagreements: list[Disagreement] = field(default_factory=list)
+    failing: list[Op] = field(default_factory=list)
+    fences: tuple[Fence, ...] = ()
+    used: Counter[str] = field(default_factory=Counter)
+    programs: int = 0
+    failed_seeds: list[int] = field(default_factory=list)
+
+    @property
+    def scenario(self) -> str:
+        """The failing program as text; empty if there is none."""
+        if not self.failing:
+            return ""
+        what = str(self.disagreements[0]) if self.disagreements else ""
+        return format_scenario(self.failing, f"seed {self.seed}: {what}")
+
+
+Watch = Callable[[int, Op, Comparison], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a comparison is made with: the profile, the CPU of the child, whether soft-dirty is compared."""
+
+    profile: Profile
+    cpu: int | None = None
+    checkpoints: bool = True
+
+    def run(self, program: Sequence[Op], result: Result, watch: Watch | None = None) -> list[Disagreement]:
+        """One given program, to its first disagreement; counts go into `result`."""
+        with Oracle(self.cpu) as oracle:
+            result.fences = oracle.fences
+            comparison = self._comparison(oracle)
+            try:
+                for i, op in enumerate(program):
+                    if found := comparison.step(op):
+                        return found
+                    if watch is not None:
+                        watch(i, op, comparison)
+                    if (
+                        self.checkpoints
+                        and (i + 1) % CHECKPOINT_EVERY == 0
+                        and (found := comparison.checkpoint())
+                    ):
+                        return found
+                return comparison.checkpoint() if self.checkpoints else []
+            finally:
+                result.agreement.add(comparison.agreement)
+
+    def fuzz_one(
+        self, seed: int, length: int, mix: Mix, result: Result
+    ) -> tuple[list[Op], list[Disagreement]]:
+        """One random program, to its first disagreement: (the operations done, what differs)."""
+        generator = Generator(seed, mix)
+        program: list[Op] = []
+        with Oracle(self.cpu) as oracle:
+            result.fences = oracle.fences
+            comparison = self._comparison(oracle)
+            try:
+                while len(program) < length:
+                    op = generator.next(oracle)
+                    program.append(op)
+                    found = comparison.step(op)
+                    _count(result.used, op, comparison.outcomes[0])
+                    if not found and self.checkpoints and len(program) % CHECKPOINT_EVERY == 0:
+                        found = comparison.checkpoint()
+                    if found:
+                        return program, found
+                return program, comparison.checkpoint() if self.checkpoints else []
+            finally:
+                result.agreement.add(comparison.agreement)
+
+    def _comparison(self, oracle: Oracle) -> Comparison:
+        model = ModelWorld(self.profile, oracle.setting)
+        return Comparison(oracle, model, soft_dirty=self.profile.soft_dirty)
+
+    def shrunk(self, program: Sequence[Op], kinds: frozenset[str]) -> tuple[list[Op], list[Disagreement]]:
+        """The smallest program that still disagrees in one of `kinds`, and how it disagrees."""
+
+        def fails(candidate: Sequence[Op]) -> bool:
+            return any(d.kind in kinds for d in self.run(candidate, Result(0)))
+
+        small = shrink(program, fails)
+        return small, self.run(small, Result(0))
+
+
+def _count(used: Counter[str], op: Op, outcome: Outcome | None) -> None:
+    if outcome is None:
+        return
+    name = op.name
+    used[name] += 1
+    if not (outcome.signal or -4096 < outcome.result < 0):
+        used[f"{name} ok"] += 1
+
+
+def fuzz(
+    bench: Bench,
+    seed: int,
+    operations: int,
+    mix: Mix | None = None,
+    *,
+    go_on: bool = False,
+    small: bool = True,
+    progress: Callable[[Result], None] | None = None,
+) -> Result:
+    """Random programs, `operations` in all; program k has seed `seed` + k. Stops at the first disagreement,
+    shrunk if `small`, unless `go_on` (then the first is kept and the seeds of all are listed)."""
+    result = Result(seed)
+    mix = mix or Mix()
+    while result.agreement.operations < operations:
+        this = seed + result.programs
+        length = min(PROGRAM_LENGTH, operations - result.agreement.operations)
+        program, found = bench.fuzz_one(this, length, mix, result)
+        result.programs += 1
+        if found:
+            result.failed_seeds.append(this)
+            if not result.disagreements:
+                result.seed, result.disagreements, result.failing = this, found, program
+                if small:
+                    kept, again = bench.shrunk(program, frozenset(d.kind for d in found))
+                    if again:
+                        result.failing, result.disagreements = kept, again
+            if not go_on:
+                return result
+        if progress is not None:
+            progress(result)
+    return result
