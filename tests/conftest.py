@@ -8,6 +8,11 @@ import pytest
 
 from support.subjects import Subjects
 
+# Fixtures that any test may ask for by name.
+from support.system import change_setting, ksm, numa_balancing, swap, thp_always, thp_madvise
+
+__all__ = ["change_setting", "ksm", "numa_balancing", "subjects", "swap", "thp_always", "thp_madvise"]
+
 
 @functools.cache
 def _status(capability: str) -> tuple[bool, str]:
@@ -25,6 +30,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
-    """Compiles C sources of tests/support/subjects once per session."""
-    return Subjects(tmp_path_factory.mktemp("subjects"))
+def subjects() -> Subjects:
+    """Compiles C sources of tests/support/subjects, once for each version of a source."""
+    return Subjects()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmtest import fetch, qemu
+from vmtest import fetch, matrix, qemu
 from vmtest.errors import VmtestError
 from vmtest.rootfs import root_image
 
@@ -48,6 +49,27 @@ def _in_kernel(args: argparse.Namespace) -> int:
     return verdict.code if verdict.code is not None else 1
 
 
+def _test_kernels(args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    for name in args.kernels or fetch.DEFAULT:
+        fetch.kernel(name, update=args.update)
+    plan = matrix.Plan(
+        ROOT,
+        list(args.kernels or fetch.DEFAULT),
+        args.tests or list(matrix.TESTS),
+        marks=args.marks,
+        jobs=args.jobs,
+        budget=args.budget,
+        memory=args.memory,
+        results=args.results,
+        measure=args.measure,
+    )
+    outcomes = matrix.run(plan)
+    if args.record:
+        matrix.record(outcomes, plan)
+    return matrix.summary(outcomes, began)
+
+
 def _fetch(args: argparse.Namespace) -> int:
     for name in args.kernels or fetch.DEFAULT:
         found = fetch.kernel(name, update=args.update)
@@ -71,6 +93,26 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("kernel", help="6.1, 6.12, 7.2, or the path of a bzImage")
     one.add_argument("command", nargs=argparse.REMAINDER)
     one.set_defaults(run=_in_kernel)
+    all_of = commands.add_parser(
+        "test-kernels", help="run tests/kernels and tests/live in a guest of each kernel"
+    )
+    all_of.add_argument("--tests", action="append", help="another test path than these two (may be repeated)")
+    all_of.add_argument(
+        "-m", "--marks", default="not slow", help="pytest's mark expression (default: not slow)"
+    )
+    all_of.add_argument("--jobs", type=int, default=2, help="guests at a time (default 2)")
+    all_of.add_argument("--budget", type=float, default=300, help="seconds of tests in a guest (default 300)")
+    all_of.add_argument("--memory", type=int, default=3072, help="MiB for each guest (default 3072)")
+    all_of.add_argument("--results", type=Path, help="where results go (default build/vmtest)")
+    all_of.add_argument("--measure", action="store_true", help="write measured values down, compare none")
+    all_of.add_argument(
+        "--record", action="store_true", help="write docs/kernels/*.json and docs/kernels.md anew"
+    )
+    all_of.add_argument("--update", action="store_true", help="look for newer kernels first")
+    all_of.add_argument(
+        "kernels", nargs="*", help="6.1, 6.12, 7.2, or the path of a bzImage (default: these three)"
+    )
+    all_of.set_defaults(run=_test_kernels)
     get = commands.add_parser("fetch", help="fill the cache")
     get.add_argument("--update", action="store_true", help="look for newer kernels")
     get.add_argument("kernels", nargs="*")

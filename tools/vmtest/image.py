@@ -15,6 +15,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from vmtest.errors import VmtestError
@@ -138,7 +139,23 @@ def _work_tree(root: Path) -> list[Path]:
     return found
 
 
-def work_disk(root: Path, command: list[str], environment: dict[str, str], stage: Path, target: Path) -> None:
+def _subjects(root: Path, target: Path) -> None:
+    # Compiled here: gcc under emulation takes seconds for each.
+    target.mkdir(parents=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "support.subjects", str(target)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(root / "tests")},
+    )
+    if done.returncode:
+        raise VmtestError(f"a subject program does not compile: {done.stderr.strip()[-400:]}")
+
+
+def work_disk(
+    root: Path, kernel: Kernel, command: list[str], environment: dict[str, str], stage: Path, target: Path
+) -> None:
     """Writes the disk with the work tree, the package, the command and its environment."""
     for path in _work_tree(root):
         source = root / path
@@ -153,6 +170,9 @@ def work_disk(root: Path, command: list[str], environment: dict[str, str], stage
     own = stage / ".vmtest"
     compileall.compile_dir(root / "src/pagelens", quiet=2)
     shutil.copytree(root / "src/pagelens", own / "site/pagelens")
+    _subjects(root, own / "subjects")
+    if kernel.config:
+        shutil.copy2(kernel.config, own / "config")
     (own / "command").write_text("exec " + shlex.join(command) + "\n")
     lines = [f"export {name}={shlex.quote(value)}\n" for name, value in environment.items()]
     (own / "environment").write_text("".join(lines))

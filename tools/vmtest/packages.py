@@ -42,6 +42,7 @@ SEEDS = (
     "e2fsprogs",
     "kmod",
     "numactl",
+    "libbpf1",
     "redis-server",
 )
 # Of a package's files, what no program needs.
@@ -96,7 +97,7 @@ def environment_stamp() -> str:
     """Changes when the virtual environment's packages change."""
     site = Path(next(p for p in sys.path if p.endswith("site-packages")))
     names = sorted(p.name for p in site.glob("*.dist-info"))
-    return hashlib.sha256("\n".join([sys.version, sys.prefix, *names]).encode()).hexdigest()
+    return hashlib.sha256("\n".join([sys.version, *names]).encode()).hexdigest()
 
 
 def criu_tree() -> tuple[str, Path]:

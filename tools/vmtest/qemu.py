@@ -76,7 +76,7 @@ class _Run:
         m, s = self._machine, self._scratch
         image.initramfs(m.kernel, s / "initramfs")
         (s / "stage").mkdir()
-        image.work_disk(m.root, m.command, m.environment, s / "stage", s / "work.ext4")
+        image.work_disk(m.root, m.kernel, m.command, m.environment, s / "stage", s / "work.ext4")
         half = m.memory // 2
         # panic=-1 with -no-reboot: a panic ends qemu at once. The watchdogs' figures suit emulation.
         append = (

@@ -1,0 +1,175 @@
+"""`./dev test-kernels`: the same tests on each kernel, two guests at a time.
+
+Each guest runs tests/kernels and tests/live with pytest; its lines are shown as they come, each behind its
+kernel's name. A guest that fails itself (panic, hang, memory, time) counts as one failure more, with its
+console.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmtest import fetch, qemu, skips
+from vmtest.rootfs import root_image
+from vmtest.verdict import Verdict
+
+TESTS = ("tests/kernels", "tests/live")
+
+
+@dataclass
+class Plan:
+    """What to run. `budget`: seconds after which a guest starts no further test."""
+
+    root: Path
+    kernels: list[str]
+    tests: list[str]
+    marks: str = "not slow"
+    jobs: int = 2
+    budget: float = 300.0
+    memory: int = 3072
+    environment: dict[str, str] = field(default_factory=dict)
+    results: Path | None = None
+    measure: bool = False
+
+
+@dataclass
+class Outcome:
+    """One guest's tests: counts, the lines that say what failed, and the results that it left."""
+
+    kernel: str
+    release: str
+    verdict: Verdict
+    counts: Counter[str]
+    complaints: list[str]
+    tests: list[dict[str, Any]]
+
+
+class _Lines:
+    # Whole lines only, so that two guests' output does not mix within a line.
+    def __init__(self, name: str, lock: threading.Lock) -> None:
+        self._name = name
+        self._lock = lock
+        self._rest = b""
+
+    def write(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        with self._lock:
+            for line in lines:
+                print(f"{self._name:>5} | {line.decode(errors='replace').rstrip()}")
+            sys.stdout.flush()
+
+    def flush(self) -> None:
+        if self._rest:
+            self.write(b"\n")
+
+
+def run(plan: Plan) -> list[Outcome]:
+    """Runs the plan; returns one outcome for each kernel, in order."""
+    kernels = [fetch.kernel(name) for name in plan.kernels]
+    root_image()  # before the guests start: it may take a while
+    lock = threading.Lock()
+    allowed = skips.load(plan.root / "tests/kernels/allowed_skips.toml")
+    with concurrent.futures.ThreadPoolExecutor(max(1, plan.jobs)) as pool:
+        jobs = [pool.submit(_one, plan, kernel, allowed, lock) for kernel in kernels]
+        return [job.result() for job in jobs]
+
+
+def _one(plan: Plan, kernel: fetch.Kernel, allowed: list[skips.Allowed], lock: threading.Lock) -> Outcome:
+    tests = [t for t in plan.tests if (plan.root / t.partition("::")[0]).exists()]
+    command = ["python", "-m", "pytest", "-p", "vmtest.plugin", "-p", "no:cacheprovider", "-v", "--tb=short"]
+    command += ["-o", "timeout=240", "-o", "console_output_style=classic", "-m", plan.marks, *tests]
+    machine = qemu.Machine(
+        kernel,
+        command,
+        plan.root,
+        environment={
+            "PYTHONPATH": str(plan.root / "tools"),
+            "VMTEST_BUDGET": str(plan.budget),
+            "VMTEST_KERNEL": kernel.name,
+            "COLUMNS": "100",
+            **({"PAGELENS_MEASURE_ONLY": "1"} if plan.measure else {}),
+            **plan.environment,
+        },
+        memory=plan.memory,
+        # A single test may run over the budget by its own limit; a hang is noticed much earlier.
+        limit=plan.budget + 300,
+    )
+    results = (plan.results or plan.root / "build/vmtest") / kernel.name
+    shutil.rmtree(results, ignore_errors=True)
+    lines = _Lines(kernel.name, lock)
+    verdict = qemu.run(machine, lines.write, lines.write, results)
+    lines.flush()
+    return judge(kernel, verdict, results, allowed)
+
+
+def judge(kernel: fetch.Kernel, verdict: Verdict, results: Path, allowed: list[skips.Allowed]) -> Outcome:
+    """Counts what a guest reported, against the allowed skips."""
+    file = results / "tests.jsonl"
+    tests = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    counts: Counter[str] = Counter()
+    complaints = []
+    for test in tests:
+        outcome = test["outcome"]
+        if outcome == "skipped" and not any(
+            a.covers(kernel.name, test["test"], test["why"]) for a in allowed
+        ):
+            complaints.append(
+                f"{test['test']}: skipped, and allowed_skips.toml does not list it: {test['why']}"
+            )
+            outcome = "failed"
+        elif outcome == "not run":
+            complaints.append(f"{test['test']}: not run ({test['why']})")
+            outcome = "failed"
+        elif outcome == "failed":
+            complaints.append(f"{test['test']}: failed")
+        counts[outcome] += 1
+    # pytest ends with 0, 1 (some failed) or 5 (none selected); anything else means that it did not finish.
+    if not verdict.good:
+        complaints.append(verdict.report())
+        counts["failed"] += 1
+    elif verdict.code not in (0, 1) or not tests:
+        complaints.append(f"pytest ended with code {verdict.code} after {len(tests)} tests")
+        counts["failed"] += 1
+    elif verdict.code == 1 and not counts["failed"]:
+        complaints.append("pytest reports a failure that no test's record shows")
+        counts["failed"] += 1
+    return Outcome(kernel.name, kernel.release, verdict, counts, complaints, tests)
+
+
+def record(outcomes: list[Outcome], plan: Plan) -> None:
+    """Puts what was measured beside the documentation, and makes docs/kernels.md of it."""
+    for outcome in outcomes:
+        facts = (plan.results or plan.root / "build/vmtest") / outcome.kernel / "facts.json"
+        if facts.exists() and outcome.verdict.good:
+            (plan.root / "docs/kernels").mkdir(exist_ok=True)
+            shutil.copyfile(facts, plan.root / "docs/kernels" / f"{outcome.kernel}.json")
+    subprocess.run([sys.executable, str(plan.root / "tools/kernels_table.py")], check=True)
+
+
+def summary(outcomes: list[Outcome], began: float) -> int:
+    """Prints what failed, each guest's times and the closing line; returns the exit code."""
+    total: Counter[str] = Counter()
+    for outcome in outcomes:
+        total += outcome.counts
+        boot = outcome.verdict.boot_s
+        c = outcome.counts
+        print(
+            f"{outcome.kernel} ({outcome.release}): {c['passed']} passed, {c['failed']} failed, "
+            f"{c['skipped']} skipped; ready after {f'{boot:.1f} s' if boot else 'never'}, "
+            f"{outcome.verdict.total_s:.0f} s in all"
+        )
+        for complaint in outcome.complaints:
+            print(f"  {outcome.kernel}: {complaint}")
+    print(f"kernels: {len(outcomes)} guests in {time.monotonic() - began:.0f} s")
+    print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
+    return 1 if total["failed"] or not total["passed"] else 0

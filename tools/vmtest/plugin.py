@@ -1,0 +1,92 @@
+"""pytest plugin inside a guest: each test's outcome as data, and a limit on the time.
+
+Outcomes go to $VMTEST_RESULTS/tests.jsonl as they come, one object a line. When $VMTEST_BUDGET seconds are
+over, no further test starts; what was not run is written down and counts as failed on the host: a matrix that
+silently grows beyond its time would otherwise shrink silently too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_BEGIN = time.monotonic()
+
+
+def _write(record: dict[str, Any]) -> None:
+    with (Path(os.environ["VMTEST_RESULTS"]) / "tests.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+class Outcomes:
+    """Collects the phases of each test into one outcome."""
+
+    def __init__(self) -> None:
+        self._worst: dict[str, tuple[str, str]] = {}
+        self._time: dict[str, float] = {}
+        self._budget = float(os.environ.get("VMTEST_BUDGET", "inf"))
+
+    @pytest.hookimpl
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        """Ends the session's tests when the time is over."""
+        if time.monotonic() - _BEGIN > self._budget:
+            _write(
+                {
+                    "test": item.nodeid,
+                    "outcome": "not run",
+                    "why": f"time budget of {self._budget:.0f} s",
+                    "s": 0.0,
+                }
+            )
+            return True
+        return None
+
+    @pytest.hookimpl
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Passed only when setup, call and teardown are."""
+        outcome, why = "passed", ""
+        if report.failed:
+            outcome, why = "failed", f"{report.when}: {report.longreprtext[-2000:]}"
+        elif report.skipped:
+            outcome = "skipped"
+            why = (
+                report.longrepr[2]
+                if isinstance(report.longrepr, tuple)
+                else str(getattr(report, "wasxfail", ""))
+            )
+        order = ("passed", "skipped", "failed")
+        before = self._worst.get(report.nodeid, ("passed", ""))
+        if order.index(outcome) > order.index(before[0]):
+            self._worst[report.nodeid] = (outcome, why)
+        self._time[report.nodeid] = self._time.get(report.nodeid, 0.0) + report.duration
+        if report.when == "teardown":
+            outcome, why = self._worst.get(report.nodeid, ("passed", ""))
+            _write(
+                {
+                    "test": report.nodeid,
+                    "outcome": outcome,
+                    "why": why,
+                    "s": round(self._time[report.nodeid], 2),
+                }
+            )
+
+    @pytest.hookimpl
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A module that cannot be imported is a failure, not fewer tests; a module skipped whole is a
+        skip."""
+        if report.failed:
+            _write({"test": report.nodeid, "outcome": "failed", "why": report.longreprtext[-2000:], "s": 0.0})
+        elif report.skipped:
+            why = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
+            _write({"test": report.nodeid, "outcome": "skipped", "why": why, "s": 0.0})
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers itself where there is a place for results."""
+    if os.environ.get("VMTEST_RESULTS"):
+        config.pluginmanager.register(Outcomes(), "vmtest-outcomes")
