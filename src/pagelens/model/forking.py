@@ -98,7 +98,7 @@ def copy_range(child: Mm, parent: Mm, area: Area, event: int) -> None:
             child.rss_anon += n_anon
             child.rss_shmem += n_shmem
             child.rss_file += len(plain) - n_anon - n_shmem
-            np.add.at(frames_of.mapcount, (plain >> _FRAME).astype(np.int64), 1)
+            frames_of.mapcount[(plain >> _FRAME).astype(np.int64)] += 1
 
 
 def _tables_in(mm: Mm, first: int, last: int) -> list[int]:

@@ -116,16 +116,13 @@ class Frames:
             self.free(frame)
 
     def unmap_many(self, frames: I64) -> None:
-        """One mapping less for each; a frame may be named more than once."""
+        """One mapping less for each. No frame is named twice: within one area none is mapped twice."""
         if not len(frames):
             return
-        np.subtract.at(self.mapcount, frames, 1) if _has_duplicates(frames) else self._minus(frames)
+        self.mapcount[frames] -= 1
         dead = frames[(self.mapcount[frames] == 0) & ((self.flags[frames] & F_CACHE) == 0)]
         if len(dead):
-            self.free_many(np.unique(dead) if _has_duplicates(dead) else dead)
-
-    def _minus(self, frames: I64) -> None:
-        self.mapcount[frames] -= 1
+            self.free_many(dead)
 
     def lazyfree(self, frames: I64) -> npt.NDArray[np.bool_]:
         """bool[n]: frames that MADV_FREE marked (swap-backed bit cleared)."""
@@ -139,13 +136,3 @@ class Frames:
     def in_use(self) -> I64:
         """int64[n]: the frames that are allocated."""
         return np.flatnonzero(self.flags & F_USED)
-
-
-def _has_duplicates(frames: I64) -> bool:
-    # Frames of one range are nearly always ascending; then no sort is needed to know that they differ.
-    if len(frames) < 2:
-        return False
-    step = np.diff(frames)
-    if (step > 0).all() or (step < 0).all():
-        return False
-    return len(np.unique(frames)) != len(frames)

@@ -26,6 +26,7 @@ from pagelens.model.abi import (
     W,
 )
 from pagelens.model.area import Area
+from pagelens.model.batch import anon_pages, first_guard
 from pagelens.model.fault import handle
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
@@ -52,6 +53,8 @@ def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = 
     tables = mm.tables
     machine = mm.machine
     event = machine.events.current
+    if area.is_anon and end - start >= 8 << SHIFT:
+        return _gup_anon(mm, area, start >> SHIFT, end >> SHIFT, write)
     for page in range(start >> SHIFT, end >> SHIFT):
         while True:
             pte = tables.get(page)
@@ -63,6 +66,19 @@ def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = 
             if outcome in ("bus", "segv"):
                 return EFAULT
             machine.count_fault(outcome == "major", gup=True)
+    return 0
+
+
+def _gup_anon(mm: Mm, area: Area, first: int, last: int, write: bool) -> int:
+    for start, chunk, part in mm.tables.spans(first, last, create=True):
+        pte = chunk.pte[part]
+        guard = first_guard(pte)
+        if guard >= 0:
+            stop = part.start + guard
+            if stop > part.start:
+                anon_pages(mm, area, start, chunk, slice(part.start, stop), write, 0, None)
+            return EFAULT
+        anon_pages(mm, area, start, chunk, part, write, 0, None)
     return 0
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pagelens.model import advice, export, forking, lock, mapping, populate, protect, refs, remap
-from pagelens.model.abi import ENOMEM, PAGE, SHIFT
+from pagelens.model.abi import ENOMEM, PAGE
 from pagelens.model.area import Area
+from pagelens.model.batch import access_range
 from pagelens.model.events import Entry
-from pagelens.model.fault import AccessResult, touch
+from pagelens.model.fault import AccessResult
 from pagelens.model.files import File
 from pagelens.model.space import TASK_SIZE, Layout, Mm
 from pagelens.vm import Snapshot
@@ -198,10 +199,7 @@ class Process:
         """Touch every page of [addr, addr+length) in order; kind 'r', 'w' or 'x'. Stops at a signal."""
         self.machine.running = self
         result = AccessResult()
-        first, last = addr >> SHIFT, (addr + max(length, 1) - 1) >> SHIFT
-        for page in range(first, last + 1):
-            if not touch(self.mm, addr if page == first else page << SHIFT, kind, result):
-                break
+        access_range(self.mm, addr, length, kind, result)
         mm = self.mm
         mm.hiwater_rss = max(mm.hiwater_rss, mm.rss)
         log = self.machine.events
