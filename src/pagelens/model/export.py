@@ -32,7 +32,9 @@ from pagelens.vm.accounting import SMAPS_FIELDS
 from pagelens.vm.pages import U64
 
 I64 = npt.NDArray[np.int64]
-PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_PRESENT = 1 << 55, 1 << 56, 1 << 58, 1 << 61, 1 << 63
+PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_SWAP, PM_PRESENT = (
+    1 << bit for bit in (55, 56, 58, 61, 62, 63)
+)
 _FRAME = np.uint64(FRAME_SHIFT)
 PSS_SHIFT = 12
 
@@ -107,8 +109,9 @@ def _encode(mm: Mm, pte: U64) -> U64:
     single = plain & (mm.machine.frames.mapcount[frames] == 1)
     out[single] |= np.uint64(PM_EXCLUSIVE)
     out[(pte & np.uint64(ZERO)) != 0] |= np.uint64(mm.machine.zero_frame)
-    if profile.pagemap_guard_bit:
-        out[(pte & np.uint64(GUARD)) != 0] |= np.uint64(PM_GUARD)
+    # pte_to_pagemap_entry: whatever is there and not present reads as swapped, guard markers too.
+    guard = PM_SWAP | (PM_GUARD if profile.pagemap_guard_bit else 0)
+    out[(pte & np.uint64(GUARD)) != 0] |= np.uint64(guard)
     return out
 
 

@@ -69,6 +69,12 @@ class Profile:
     mremap_multi_vma: bool = True
     # __check_map_count_against_split (7.1); before, map_count >= max - 3 refused a move (move_vma).
     mremap_counts_exactly: bool = False
+    # copy_vma, keep_source: MREMAP_DONTUNMAP of an unfaulted vma must not merge the copy with its source
+    # (7.0, and in 6.1 and 6.12 stable; not in 6.18.44).
+    dontunmap_self_merge: bool = True
+    # move_vma: vrm_stat_account before dontunmap_complete clears VM_LOCKED counts locked_vm twice (6.17);
+    # before 6.17 and from 7.0 not.
+    dontunmap_locks_twice: bool = True
     # -- faults
     # lock_mm_and_find_vma: stack expansion under the write lock (6.5; fixed in 6.1.37 too).
     # do_fault_around: see fault.py; finish_fault maps whole folios of shmem from 6.12 (order 0 here).
@@ -117,6 +123,8 @@ PROFILES: dict[str, Profile] = {
         guard_file=False,
         pt_reclaim=False,
         mremap_multi_vma=False,
+        dontunmap_self_merge=False,
+        dontunmap_locks_twice=False,
         smaps_ksm=False,
     ),
     "linux-6.12": replace(
@@ -130,10 +138,18 @@ PROFILES: dict[str, Profile] = {
         guard_file=False,
         pt_reclaim=False,
         mremap_multi_vma=False,
+        dontunmap_self_merge=False,
+        dontunmap_locks_twice=False,
     ),
     "linux-6.18": _6_18,
     "linux-7.2": replace(
-        _6_18, name="linux-7.2", sticky_softdirty=True, guard_vma_flag=True, mremap_counts_exactly=True
+        _6_18,
+        name="linux-7.2",
+        sticky_softdirty=True,
+        guard_vma_flag=True,
+        mremap_counts_exactly=True,
+        dontunmap_self_merge=False,
+        dontunmap_locks_twice=False,
     ),
 }
 

@@ -304,6 +304,8 @@ def _move(r: _Remap, area: Area) -> int:
             if source.is_anon:
                 mm.areas.resize(source, source.start, source.end, source.start >> SHIFT)
         mm.stat_account(flags, r.new_len >> SHIFT)
+        if flags & VM_LOCKED and mm.profile.dontunmap_locks_twice:
+            mm.locked_vm += r.new_len >> SHIFT
         new.event = r.event
         return r.new_addr
     mm.stat_account(flags, r.new_len >> SHIFT)
@@ -324,9 +326,10 @@ def _copy_area(r: _Remap, area: Area, keep: bool) -> Area:
     unfaulted = area.is_anon and area.anon_vma is None
     if unfaulted:
         pgoff = r.new_addr >> SHIFT
+    apart = unfaulted and keep and not mm.profile.dontunmap_self_merge
     merged = merge_new(
         mm, r.new_addr, end, area.flags, pgoff, area.file, anon=area.anon_vma, copied=area,
-        name=area.name, exclude=area if unfaulted and keep else None, event=r.event,
+        name=area.name, exclude=area if apart else None, event=r.event,
     )  # fmt: skip
     if merged is not None:
         return merged
