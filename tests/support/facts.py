@@ -29,7 +29,8 @@ def kernel() -> tuple[int, int]:
 
 def _version() -> str:
     # Debian's release names an ABI (6.1.0-56), not the version it is (6.1.192).
-    debian = re.search(r"Debian (\d\S+)", Path("/proc/version").read_text())
+    # The compiler's version comes first in the line.
+    debian = re.search(r" Debian (\d\S+) \(\d{4}-", Path("/proc/version").read_text())
     plain = re.match(r"\d+\.\d+(\.\d+)?", platform.release())
     assert plain
     return f"Debian {debian[1]}" if debian else plain[0]

@@ -63,6 +63,7 @@ def _test_kernels(args: argparse.Namespace) -> int:
         memory=args.memory,
         results=args.results,
         measure=args.measure,
+        environment=dict(item.split("=", 1) for item in args.set),
     )
     outcomes = matrix.run(plan)
     if args.record:
