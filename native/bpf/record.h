@@ -1,0 +1,105 @@
+/* Records that pass from the BPF programs through the per-CPU rings to the drain and on to the spool.
+ *
+ * One definition for the BPF object, the C drain and (as numpy dtypes, checked by tests/capture/test_records.py
+ * against pl_record_sizes) Python. A record is a fixed part, then head.nframes stack addresses (u64), then
+ * head.ntext bytes of text, padded by the ring to 8. Rejected: one struct for all kinds (faults are 95 % of a
+ * recording, and would carry 64 bytes of system-call arguments each).
+ */
+#ifndef PL_RECORD_H
+#define PL_RECORD_H
+
+enum pl_kind {
+	PL_FAULT = 1,    /* struct pl_rec_fault */
+	PL_SYSCALL = 2,  /* struct pl_rec_call: result, args, latency */
+	PL_FORK = 3,     /* args: child pid, child tid, clone flags, child mm */
+	PL_EXEC = 4,     /* args: old mm, new mm, old tid; text: path */
+	PL_EXIT = 5,     /* args: min_flt, maj_flt, recorded, gup, lost, failed; dev: missed; ino: nofault */
+	PL_SWITCH = 6,   /* struct pl_rec_fault: addr = prev state (out) or 0 (in) */
+	PL_DAEMON = 7,   /* args and text by daemon; result: which (enum pl_daemon) */
+	PL_START = 8,    /* a task that the recording began with: args as PL_FORK; text: comm */
+	PL_KINDS = 9
+};
+
+enum pl_daemon {
+	PL_D_KHUGEPAGED_SCAN = 1,
+	PL_D_COLLAPSE = 2,
+	PL_D_MIGRATE = 3,
+	PL_D_COMPACTION = 4,
+	PL_D_RECLAIM = 5,
+	PL_D_WRITEBACK = 6,
+	PL_D_KSWAPD = 7,
+};
+
+/* head.flags */
+#define PL_F_USER 1      /* fault in user mode */
+#define PL_F_MAJOR 2     /* counted in maj_flt */
+#define PL_F_FAILED 4    /* did not complete */
+#define PL_F_LATENCY 8   /* latency_ns is known */
+#define PL_F_ERROR 16    /* error_code is known */
+#define PL_F_COMPAT 32   /* 32-bit system call */
+#define PL_F_OUT 64      /* switch: left the CPU */
+#define PL_F_FILE 128    /* dev and ino are those of a file */
+
+struct pl_head {
+	unsigned char kind, flags, nframes, ntext;
+	short nr;               /* system call that the thread was in, -1: none */
+	unsigned short cpu;
+	unsigned int pid, tid;
+	unsigned int mm;
+	unsigned int extra;     /* fault: error code; call: gup */
+	unsigned long long time_ns;
+	unsigned long long latency_ns;
+	unsigned long long ip;  /* user-space instruction */
+};                              /* 48 bytes */
+
+struct pl_rec_fault {
+	struct pl_head h;
+	unsigned long long addr;
+};                              /* 56: with the ring's header 64 */
+
+struct pl_rec_call {
+	struct pl_head h;
+	long long result;
+	unsigned long long args[6];
+	unsigned long long dev, ino;
+};                              /* 120 */
+
+#define PL_MAX_FRAMES 64
+#define PL_MAX_TEXT 248         /* ntext is a multiple of 8 */
+
+/* Per-task state, the value of the task-storage map. Written by user space only to arm the first task. */
+struct pl_task {
+	unsigned int state;     /* enum pl_task_state */
+	unsigned int pid, tid, mm;
+	unsigned long long base;        /* min_flt + maj_flt when recording of this task began */
+	unsigned long long base_min;
+	unsigned long long recorded, lost, gup, missed, failed, nofault;
+	unsigned long long pend_time, pend_addr, pend_ip;
+	unsigned int pend, pend_error;  /* pend: 0, or 1 with the flags of the fault << 8 */
+	unsigned long long enter_time, args[6];
+	int nr;                 /* -1: not in a system call */
+	unsigned int compat;
+	unsigned long long mm_ptr;
+};
+
+enum pl_task_state { PL_T_NEW = 0, PL_T_ARMED = 1, PL_T_LIVE = 2 };
+
+/* Sums over tasks that are gone: exact though an exit record may be lost. */
+struct pl_totals {
+	unsigned long long min_flt, maj_flt, recorded, lost, gup, missed, failed, nofault;
+	unsigned long long tasks_started, tasks_gone, tasks_untracked;
+	unsigned long long lost_records;        /* records of other kinds that found the ring full */
+	unsigned long long next_mm;
+	unsigned long long pid_level;           /* depth of the recorder's pid namespace: that of the first task */
+	unsigned long long stopped;             /* set by user space: no new members */
+};
+
+/* Settings, written before the load; the verifier removes what is switched off. */
+struct pl_settings {
+	unsigned int stacks;    /* frames of user stacks, 0: none */
+	unsigned int entry;     /* exceptions: error code, latency, failed faults */
+	unsigned int switches;
+	unsigned int unused;
+	unsigned long long clear_refs;  /* address of proc_clear_refs_operations, 0: unknown */
+};
+#endif

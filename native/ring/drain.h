@@ -1,0 +1,34 @@
+/* Rows of the spool, and what the drain shares with its stack table. */
+#ifndef PL_DRAIN_H
+#define PL_DRAIN_H
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../bpf/record.h"
+
+enum { PL_OUT_FAULTS, PL_OUT_CALLS, PL_OUT_SWITCHES, PL_OUT_STACKS, PL_OUT_TEXT, PL_OUTS };
+
+struct pl_spool_fault {
+	struct pl_rec_fault r;
+	int64_t stack_id;       /* -1: none */
+};
+
+struct pl_spool_call {
+	struct pl_rec_call r;
+	int64_t stack_id;
+	uint64_t text_offset;   /* into the segment's text file, r.h.ntext bytes, NUL ended */
+};
+
+struct pl_drain_stats {
+	uint64_t segment, segment_bytes, passes, watermark_ns, high_water;
+	uint64_t faults;                /* completed faults written to the spool */
+	uint64_t dropped_faults, dropped_others, damaged;
+	uint64_t taken[PL_KINDS];
+	int64_t error;                  /* errno of the first failed write, then nothing more is written */
+};
+
+struct pl_stacks;
+struct pl_stacks *pl_stacks_new(void);
+void pl_stacks_free(struct pl_stacks *s);
+int64_t pl_stacks_number(struct pl_stacks *s, const uint64_t *frames, unsigned int n, int *fresh);
+#endif

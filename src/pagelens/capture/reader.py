@@ -1,0 +1,166 @@
+"""Reading a capture: finished parts, and what is missing.
+
+Every table is a directory of Parquet parts, so any tool reads it; this reader adds the checks (is it a
+capture, is its version known, was the recorder killed) and the snapshots as `vm.Snapshot`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pagelens.capture import convert
+from pagelens.capture.store import META, SPOOL
+from pagelens.capture.tables import SCHEMA_VERSION, TABLES, schema
+from pagelens.vm.accounting import Accounting
+from pagelens.vm.errors import DamagedInputError, UsageError
+from pagelens.vm.pages import PageRuns
+from pagelens.vm.snapshot import Snapshot
+from pagelens.vm.vma import Vma, VmaList
+
+
+class Capture:
+    """A capture on disk, read only.
+
+    path: the directory. meta: meta.json. missing: sentences on what is not there, empty for a whole capture.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """UsageError where there is nothing, DamagedInputError where it is no capture or from a newer
+        pagelens.
+        """
+        self.path = Path(path)
+        if not self.path.exists():
+            raise UsageError(f"no capture at {path}")
+        try:
+            self.meta: dict[str, Any] = json.loads((self.path / META).read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise DamagedInputError(f"{path} is not a pagelens capture (no {META})") from None
+        except (ValueError, UnicodeDecodeError):
+            raise DamagedInputError(f"{path}: {META} is damaged") from None
+        except PermissionError:
+            raise DamagedInputError(f"{path} cannot be read: permission denied") from None
+        if not isinstance(self.meta, dict) or self.meta.get("format") != "pagelens capture":
+            raise DamagedInputError(f"{path} is not a pagelens capture")
+        if self.meta.get("schema_version", 0) > SCHEMA_VERSION:
+            raise DamagedInputError(f"{path} was written by a newer pagelens")
+        self.missing = self._missing()
+
+    def _missing(self) -> list[str]:
+        missing = []
+        left = convert.segments(self.path / SPOOL)
+        if self.meta.get("status") == "recording":
+            missing.append("the recorder did not finish: `pagelens recover` converts what it left")
+        elif left:
+            missing.append(f"{len(left)} spool segments are not converted: run `pagelens recover`")
+        return missing
+
+    def parts(self, table: str) -> list[Path]:
+        """The finished parts of a table, oldest first."""
+        return sorted((self.path / table).glob("part-*.parquet"))
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> Any:
+        """A whole table as pyarrow.Table, rows as written; empty with the right schema when there is none.
+
+        DamagedInputError where a part cannot be read.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if name not in TABLES:
+            raise UsageError(f"no table {name!r} (there are: {', '.join(TABLES)})")
+        wanted = schema(name)
+        if columns is not None:
+            wanted = pa.schema([wanted.field(c) for c in columns])
+        tables = []
+        for path in self.parts(name):
+            try:
+                tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
+            except (OSError, pa.ArrowInvalid) as error:
+                first = str(error).splitlines()[0]
+                raise DamagedInputError(f"{path} is damaged or cannot be read: {first}") from None
+        if not tables:
+            return wanted.empty_table()
+        return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
+
+    def events(self, columns: Sequence[str] | None = None) -> Any:
+        """`events` in order of (time_ns, seq)."""
+        if columns is not None and not {"time_ns", "seq"} <= set(columns):
+            table = self.table("events", [*columns, *({"time_ns", "seq"} - set(columns))])
+        else:
+            table = self.table("events", columns)
+        time = table.column("time_ns").to_numpy()
+        if len(time) and np.any(np.diff(time) < 0):
+            table = table.sort_by([("time_ns", "ascending"), ("seq", "ascending")])
+        return table if columns is None else table.select(list(columns))
+
+    def snapshot_rows(self) -> list[dict[str, Any]]:
+        """`snapshots` as dicts: snapshot, mm, pid, time_ns, moment, method, complete, notes, status."""
+        rows: list[dict[str, Any]] = self.table("snapshots").to_pylist()
+        return rows
+
+    def snapshot(self, number: int) -> Snapshot:
+        """One snapshot. UsageError if there is none of that number."""
+        import pyarrow.compute as pc
+
+        row = next((r for r in self.snapshot_rows() if r["snapshot"] == number), None)
+        if row is None:
+            raise UsageError(f"the capture has no snapshot {number}")
+
+        def mine(name: str) -> Any:
+            table = self.table(name)
+            return table.filter(pc.equal(table.column("snapshot"), number))
+
+        vmas = []
+        for v in mine("vmas").sort_by("vma").to_pylist():
+            prot, shared = Vma.parse_perms(v["perms"])
+            flags = None if v["vm_flags"] is None else frozenset(v["vm_flags"].split())
+            vmas.append(
+                Vma(v["start"], v["end"], prot, shared, v["offset"], v["dev"], v["inode"], v["name"], flags)
+            )
+        return Snapshot(
+            pid=row["pid"],
+            time_ns=row["time_ns"],
+            vmas=VmaList(vmas),
+            pages=_pages(mine("pages")),
+            accounting=_accounting(mine("accounting"), row["status"]),
+            method=row["method"],
+            complete=row["complete"],
+            notes=tuple((row["notes"] or "").splitlines()),
+        )
+
+
+def _pages(table: Any) -> PageRuns | None:
+    if not table.num_rows:
+        return None
+
+    def flat(name: str, dtype: str) -> Any:
+        column = table.column(name).combine_chunks()
+        if column.null_count == len(column):
+            return None
+        return column.flatten().to_numpy(zero_copy_only=False).astype(dtype)
+
+    return PageRuns(
+        table.column("start").to_numpy(),
+        table.column("count").to_numpy(),
+        table.column("state").to_numpy(),
+        flat("pfn", "u8"),
+        flat("mapcount", "i8"),
+        flat("kflags", "u8"),
+    )
+
+
+def _accounting(table: Any, status: str) -> Accounting | None:
+    if not table.num_rows:
+        return None
+    fields = [n for n in table.column_names[2:] if table.column(n).null_count < table.num_rows]
+    rows = table.sort_by("vma").to_pylist()
+    total = {f: int(rows[0][f] or 0) for f in fields} if rows[0]["vma"] == -1 else {}
+    per_vma = np.array([[r[f] or 0 for f in fields] for r in rows if r["vma"] >= 0], dtype=np.int64)
+    return Accounting(
+        tuple(fields), per_vma.reshape(-1, len(fields)) if len(per_vma) else None, total, json.loads(status)
+    )

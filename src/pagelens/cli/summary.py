@@ -1,0 +1,38 @@
+"""`pagelens summary`."""
+
+from __future__ import annotations
+
+import argparse
+
+from pagelens.cli.output import add_output_arguments, emit_object
+
+
+class Command:
+    """What a capture holds, and how complete it is.
+
+    recorded + gup + lost = what the kernel counted; what is left over is printed as unexplained.
+
+      pagelens summary out.plens
+      pagelens summary -c out.plens --format json
+    """
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Arguments."""
+        parser.add_argument("capture_path", nargs="?", metavar="CAPTURE", help="a capture")
+        parser.add_argument("-c", "--capture", metavar="DIR", help="likewise")
+        add_output_arguments(parser)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Exit code 0, also for a lossy capture: the verdict is in `status`."""
+        from pagelens.capture.overview import lines
+        from pagelens.capture.reader import Capture
+        from pagelens.capture.summary import summarize
+        from pagelens.vm.errors import UsageError
+
+        path = args.capture or args.capture_path
+        if not path:
+            raise UsageError("summary needs a capture: pagelens summary DIR")
+        capture = Capture(path)
+        summary = capture.meta.get("summary") or summarize(capture)
+        emit_object(args, summary, "\n".join(lines(capture, summary)))
+        return 0

@@ -1,0 +1,193 @@
+"""A live recording by BPF: object, rings, drain, and the first task of the tree.
+
+The recorded tree is a set of tasks marked in the kernel (task storage); see native/bpf/recorder.bpf.c for
+why. Everything here hangs on descriptors of this process: when it is killed the kernel detaches all of it,
+and the program goes on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pagelens.linux import bpf, perf, syscalls
+from pagelens.linux.drain import Drain, DrainStats
+
+# Programs of each level of detail.
+_LEAN = ("fault_minor", "fault_major", "call_enter", "call_exit", "task_new", "task_exec", "task_switch")
+_NORMAL = (*_LEAN, "entry_user", "entry_kernel")
+DETAILS = ("lean", "normal", "full")
+DEFAULT_RING = 8 << 20
+MAX_FRAMES = 64
+
+
+class _Settings(ctypes.Structure):
+    # struct pl_settings of native/bpf/record.h.
+    _fields_ = (
+        ("stacks", ctypes.c_uint32),
+        ("entry", ctypes.c_uint32),
+        ("switches", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+        ("clear_refs", ctypes.c_uint64),
+    )
+
+
+class Totals(ctypes.Structure):
+    """struct pl_totals of native/bpf/record.h: sums over the tasks that are gone."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            "min_flt",
+            "maj_flt",
+            "recorded",
+            "lost",
+            "gup",
+            "missed",
+            "failed",
+            "nofault",
+            "tasks_started",
+            "tasks_gone",
+            "tasks_untracked",
+            "lost_records",
+            "next_mm",
+            "pid_level",
+            "stopped",
+        )
+    )
+
+
+class _Task(ctypes.Structure):
+    # struct pl_task: written once, to arm the first task.
+    _fields_ = (
+        ("state", ctypes.c_uint32),
+        ("pid", ctypes.c_uint32),
+        ("tid", ctypes.c_uint32),
+        ("mm", ctypes.c_uint32),
+        ("counters", ctypes.c_uint64 * 8),
+        ("pend", ctypes.c_uint64 * 4),
+        ("enter", ctypes.c_uint64 * 7),
+        ("nr", ctypes.c_int32),
+        ("compat", ctypes.c_uint32),
+        ("mm_ptr", ctypes.c_uint64),
+    )
+
+
+_ARMED = 1
+
+
+@dataclass
+class Options:
+    """What to record. ring_size: bytes per CPU, a power of two. frames: of user stacks, 0 for none."""
+
+    detail: str = "normal"
+    ring_size: int = DEFAULT_RING
+    stacks: bool = True
+    switches: bool = False
+    absent: list[str] = field(default_factory=list)
+
+
+class BpfRecording:
+    """Between construction and `close`, tasks that are marked as members are recorded into `spool`."""
+
+    def __init__(self, options: Options, spool: Path) -> None:
+        """Loads and attaches. CapabilityMissingError where the kernel or the privilege lacks something."""
+        self.options = options
+        lean = options.detail == "lean"
+        cpus = perf.online_cpus()
+        self._rings = [-1] * (max(cpus) + 1)
+        self._object = bpf.BpfObject()
+        self._drain: Drain | None = None
+        try:
+            obj = self._object
+            options.absent = obj.select(_LEAN if lean else _NORMAL)
+            settings = obj.initial(".rodata", _Settings)
+            settings.stacks = MAX_FRAMES if options.stacks and not lean else 0
+            settings.entry = 0 if lean else 1
+            settings.switches = 1 if options.switches else 0
+            obj.set_max_entries("rings", len(self._rings))
+            obj.load()
+            outer = obj.map_fd("rings")
+            for cpu in cpus:
+                self._rings[cpu] = bpf.create_ring(options.ring_size)
+                bpf.map_update(outer, ctypes.c_uint32(cpu), ctypes.c_uint32(self._rings[cpu]))
+            wanted = obj.map_fd("wanted")
+            for number, condition in syscalls.WANTED.items():
+                bpf.map_update(wanted, ctypes.c_uint32(number), ctypes.c_uint8(condition))
+            self._totals = obj.shared(".bss", Totals)
+            self._drain = Drain(self._rings, options.ring_size, spool)
+            for name in sorted(obj.loaded):
+                if obj.sections[name].startswith("tp_btf/"):
+                    obj.attach(name)
+            for cpu in cpus:
+                for name, config in (
+                    ("fault_minor", perf.PAGE_FAULTS_MIN),
+                    ("fault_major", perf.PAGE_FAULTS_MAJ),
+                ):
+                    fd = perf.open_fault_event(config, cpu)
+                    try:
+                        obj.attach_perf(name, fd)
+                    finally:
+                        os.close(fd)
+            self._drain.start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def drain(self) -> Drain:
+        """The drain; RuntimeError after close."""
+        if self._drain is None:
+            raise RuntimeError("the recording is closed")
+        return self._drain
+
+    def arm(self, pid: int) -> None:
+        """Make a task of ours (a HeldProgram) the root of the tree: recorded from its execve on."""
+        task = _Task(state=_ARMED, pid=pid, tid=pid, nr=-1)
+        pidfd = os.pidfd_open(pid)
+        try:
+            self._totals.tasks_started += 1
+            bpf.map_update(self._object.map_fd("tasks"), ctypes.c_int(pidfd), task)
+        finally:
+            os.close(pidfd)
+
+    def mm_of(self, pid: int) -> int | None:
+        """Number of the address space that a recorded process uses now; None if it is not recorded."""
+        task = _Task()
+        pidfd = os.pidfd_open(pid)
+        try:
+            found = bpf.map_lookup(self._object.map_fd("tasks"), ctypes.c_int(pidfd), task)
+        finally:
+            os.close(pidfd)
+        return int(task.mm) if found else None
+
+    def live_tasks(self) -> int:
+        """Recorded tasks that have not been switched away from for the last time."""
+        return int(self._totals.tasks_started - self._totals.tasks_gone)
+
+    def totals(self) -> dict[str, int]:
+        """Sums over the tasks that are gone."""
+        return {name: int(getattr(self._totals, name)) for name, *_ in Totals._fields_}
+
+    def stats(self) -> DrainStats:
+        """Figures of the drain."""
+        return self.drain.stats()
+
+    def detach(self) -> None:
+        """No further event. The rings stay."""
+        self._object.detach()
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        self._object.detach()
+        if self._drain is not None:
+            self._drain.stop()
+            self._drain.free()
+            self._drain = None
+        for fd in self._rings:
+            if fd >= 0:
+                os.close(fd)
+        self._rings = []
+        self._object.close()
