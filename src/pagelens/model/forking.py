@@ -73,8 +73,13 @@ def copy_range(child: Mm, parent: Mm, area: Area, event: int) -> None:
     frames_of = parent.machine.frames
     cow = area.flags & (VM_SHARED | VM_MAYWRITE) == VM_MAYWRITE
     first, last = area.start >> SHIFT, area.end >> SHIFT
-    for table in _tables_in(parent, first, last):
-        child.tables.ensure(table << 9)
+    # copy_p4d_range and below allocate each level that the parent has, even where nothing hangs under it.
+    ours, theirs = child.tables, parent.tables
+    ours.pud_tables.update(_within(theirs.pud_tables, first >> 27, (last - 1) >> 27))
+    ours.pmd_tables.update(_within(theirs.pmd_tables, first >> 18, (last - 1) >> 18))
+    if ours.levels == 5:
+        ours.p4d_tables.update(_within(theirs.p4d_tables, first >> 36, (last - 1) >> 36))
+    ours.pte_tables.update(_within(theirs.pte_tables, first >> 9, (last - 1) >> 9))
     for start, chunk, part in parent.tables.spans(first, last):
         pte = chunk.pte[part]
         if not pte.any():
@@ -101,12 +106,11 @@ def copy_range(child: Mm, parent: Mm, area: Area, event: int) -> None:
             frames_of.mapcount[(plain >> _FRAME).astype(np.int64)] += 1
 
 
-def _tables_in(mm: Mm, first: int, last: int) -> list[int]:
-    lo, hi = first >> 9, ((last - 1) >> 9) + 1
-    tables = mm.tables.pte_tables
-    if hi - lo > len(tables):
-        return [t for t in tables if lo <= t < hi]
-    return [t for t in range(lo, hi) if t in tables]
+def _within(tables: set[int], first: int, last: int) -> list[int]:
+    # The numbers of [first, last] that exist, whichever is shorter to go through.
+    if last - first > len(tables):
+        return [t for t in tables if first <= t <= last]
+    return [t for t in range(first, last + 1) if t in tables]
 
 
 def exit_mm(mm: Mm, event: int) -> None:

@@ -72,6 +72,9 @@ class Profile:
     # copy_vma, keep_source: MREMAP_DONTUNMAP of an unfaulted vma must not merge the copy with its source
     # (7.0, and in 6.1 and 6.12 stable; not in 6.18.44).
     dontunmap_self_merge: bool = True
+    # prep_move_vma, needs_pre_split: MREMAP_DONTUNMAP of part of a locked vma splits it first (7.0, and in
+    # 6.1 and 6.12 stable); in 6.18.44 dontunmap_complete unlocks the whole of it.
+    dontunmap_pre_split: bool = False
     # move_vma: vrm_stat_account before dontunmap_complete clears VM_LOCKED counts locked_vm twice (6.17);
     # before 6.17 and from 7.0 not.
     dontunmap_locks_twice: bool = True
@@ -125,6 +128,7 @@ PROFILES: dict[str, Profile] = {
         mremap_multi_vma=False,
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
+        dontunmap_pre_split=True,
         smaps_ksm=False,
     ),
     "linux-6.12": replace(
@@ -140,6 +144,7 @@ PROFILES: dict[str, Profile] = {
         mremap_multi_vma=False,
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
+        dontunmap_pre_split=True,
     ),
     "linux-6.18": _6_18,
     "linux-7.2": replace(
@@ -150,6 +155,7 @@ PROFILES: dict[str, Profile] = {
         mremap_counts_exactly=True,
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
+        dontunmap_pre_split=True,
     ),
 }
 

@@ -284,7 +284,7 @@ def _move(r: _Remap, area: Area) -> int:
     elif mm.map_count >= limit - 3:
         return ENOMEM
     end = r.addr + r.old_len
-    if keep and area.flags & VM_LOCKED:
+    if keep and area.flags & VM_LOCKED and mm.profile.dontunmap_pre_split:
         if area.start < r.addr:
             area = split(mm, area, r.addr, r.event)
         if area.end > end:
