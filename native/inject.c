@@ -82,17 +82,17 @@ static int next_stop(struct pl_inject *req, pid_t tid, int *status)
 {
 	struct timespec nap = {0, 10000};
 	for (int spins = 0;; spins++) {
-		pid_t got = waitpid(tid, status, __WALL | WNOHANG);
-		if (got == tid) {
-			if (WIFSTOPPED(*status))
-				return 0;
+		siginfo_t info;
+		info.si_pid = 0;
+		/* Look first: the exit status of a target that is our own child belongs to who started it. */
+		int failed = waitid(P_PID, (id_t)tid, &info, WSTOPPED | WEXITED | WNOWAIT | WNOHANG | __WALL);
+		if ((failed && errno != EINTR) ||
+		    (!failed && info.si_pid && info.si_code != CLD_TRAPPED && info.si_code != CLD_STOPPED)) {
 			errno = ESRCH;
 			return -1;
 		}
-		if (got < 0 && errno != EINTR) {
-			errno = ESRCH;
-			return -1;
-		}
+		if (!failed && info.si_pid && waitpid(tid, status, __WALL | WNOHANG) == tid && WIFSTOPPED(*status))
+			return 0;
 		if (now_ns() > req->deadline_ns) {
 			errno = ETIMEDOUT;
 			return -1;

@@ -20,17 +20,17 @@ from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import Feature, Userfault, available
 from pagelens.vm.errors import CapabilityMissingError, UsageError
 
-Maker = Callable[[Process, Spans | None, bool], Backend]
+Maker = Callable[[Process, Spans | None, bool, bool], Backend]
 
 
-def _pagescan(proc: Process, ranges: Spans | None, keep_huge: bool) -> Backend:
+def _pagescan(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:
     why = pagescan_missing()
     if why:
         raise CapabilityMissingError(why, capability="uffd-wp-async", fix="boot Linux 6.7 or later")
     if proc.pid == os.getpid():
         uffd = Userfault.create(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
         return Pagescan(proc, uffd, ranges=ranges, keep_huge=keep_huge, handshake=False)
-    uffd, _ = inject.take_userfaultfd(proc)
+    uffd, _ = inject.take_userfaultfd(proc, traced=traced)
     try:
         return Pagescan(proc, uffd, ranges=ranges, keep_huge=keep_huge)
     except BaseException:
@@ -58,11 +58,12 @@ def semantics() -> dict[str, Semantics]:
 
 
 def make_backend(
-    name: str, proc: Process, *, ranges: Spans | None = None, keep_huge: bool = False
+    name: str, proc: Process, *, ranges: Spans | None = None, keep_huge: bool = False, traced: bool = False
 ) -> Backend:
-    """A backend for `proc`, not armed yet. Raises UsageError for a name that does not exist."""
+    """A backend for `proc`, not armed yet. traced: the calling thread traces it and holds its
+    leader in a stop. Raises UsageError for a name that does not exist."""
     if name == "auto":
         name = "pagescan"
     if name not in _MAKERS:
         raise UsageError(f"no backend {name!r} (there are: {', '.join(BACKENDS)})")
-    return _MAKERS[name](proc, ranges, keep_huge)
+    return _MAKERS[name](proc, ranges, keep_huge, traced)

@@ -124,6 +124,10 @@ class Pagescan:
         """Treat all contents as unknown: the next look lists everything (after exec, or of a new child)."""
         self._registered = spans.EMPTY
 
+    def contents(self) -> Spans:
+        """Pages with private contents as of the last look."""
+        return self._content
+
     def look(self) -> Look:
         """See the module."""
         regions = self._collect(self._places())
@@ -149,6 +153,7 @@ class Pagescan:
         self._content = content
         self._registered = self._watched
         look.vmas = self._vmas
+        look.details["content_pages"] = content.pages
         self._complaints(look)
         return look
 

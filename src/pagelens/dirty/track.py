@@ -122,6 +122,18 @@ class Tracker:
             self._last_ns = done
             return epoch
 
+    def list_everything(self) -> None:
+        """Make the next epoch list all contents, as NEW (a child that was found between looks)."""
+        with self._lock:
+            self._arm_from_nothing()
+
+    def contents(self) -> Spans:
+        """The pages that hold private contents as of the last look, or of the start; empty where the backend
+        does not know."""
+        with self._lock:
+            held = getattr(self._backend, "contents", None)
+            return held() if held is not None else spans.EMPTY
+
     def epochs(self, interval: float, count: int | None = None) -> Iterator[Epoch]:
         """An epoch every `interval` seconds, `count` of them or until the process ends."""
         due = time.monotonic()
