@@ -25,7 +25,7 @@ Make = Callable[[int], Tracker]
 
 class CommandRun:
     """Runs `argv`; iterate for its epochs; then `status` is its wait status. make(pid) makes a tracker in the
-    thread that holds the program (with traced=True); make_child(pid), where given, makes those of children."""
+    thread that holds the program (with traced=True); make_child(pid), where given, those of children."""
 
     def __init__(
         self, argv: Sequence[str], make: Make, interval: float | None, make_child: Make | None = None
