@@ -130,7 +130,7 @@ def test_memfd_pages_are_file_pages(puppet: Puppet) -> None:
     assert all(s & PageState.FILE for s in shared.values())
 
 
-@pytest.mark.requires("thp")
+@pytest.mark.requires("thp", "pagemap-scan")
 def test_thp_is_huge(puppet: Puppet) -> None:
     base = puppet.mmap(1536)
     aligned = (base + (2 << 20) - 1) & ~((2 << 20) - 1)

@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     all_of.add_argument("--results", type=Path, help="where results go (default build/vmtest)")
     all_of.add_argument("--measure", action="store_true", help="write measured values down, compare none")
     all_of.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="into the guest's environment"
+    )
+    all_of.add_argument(
         "--record", action="store_true", help="write docs/kernels/*.json and docs/kernels.md anew"
     )
     all_of.add_argument("--update", action="store_true", help="look for newer kernels first")

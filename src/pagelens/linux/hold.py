@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from pagelens.linux.ptrace import WALL, Tracee, libc, siginfo_signal
+from pagelens.linux.ptrace import WALL, Stop, Tracee, libc, siginfo_signal
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
 
 PF_KTHREAD = 0x00200000  # include/linux/sched.h, field `flags` of stat
@@ -222,7 +222,7 @@ class Held:
                     thread.interrupt()
             for thread in fresh:
                 try:
-                    stop = thread.wait(deadline)
+                    stop = self._await_stop(thread, deadline)
                 except TargetGoneError:
                     # Exited; exec by another thread also ends here, and the new leader is listed anew.
                     self._reap(thread.tid)
@@ -251,6 +251,21 @@ class Held:
             self.threads.remove(thread)
             del held[thread.tid]
         return bool(killed)
+
+    def _await_stop(self, thread: Tracee, deadline: float) -> Stop | None:
+        # exec in a thread that is not seized yet ends a seized leader without a word: the new one takes its
+        # id, and is nobody's tracee (de_thread, exchange_tids). On a slow machine this is the rule, not a
+        # rare race.
+        while True:
+            now = time.monotonic()
+            stop = thread.wait(min(deadline, now + 0.05))
+            if stop is not None or now > deadline:
+                return stop
+            tracer = _status_field(self.pid, "TracerPid", thread.tid)
+            if int(tracer or 0) != threading.get_native_id():
+                raise TargetGoneError(
+                    f"thread {thread.tid} of process {self.pid} made way for another's exec"
+                )
 
     def _seize(self, tid: int, dead: set[int]) -> Tracee | None:
         for _ in range(20):

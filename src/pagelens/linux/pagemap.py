@@ -10,7 +10,10 @@ Sources: pagemap(5), fs/proc/task_mmu.c (pte_to_pagemap_entry, pagemap_pmd_range
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import functools
+import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -84,14 +87,32 @@ def read(
             addr, entry = _entries(fd, spans)
             extra = None
             method = "pagemap"
-            notes += ("huge and zero pages are not told apart (no PAGEMAP_SCAN)",)
+            which = "huge pages" if _zero_frame() else "huge and zero pages"
+            notes += (f"{which} are not told apart (no PAGEMAP_SCAN)",)
     finally:
         os.close(fd)
     state, pfn = decode(entry)
+    if extra is None and _zero_frame():
+        # One frame serves all reads of memory that was never written (not the huge zero page).
+        state[pfn == np.uint64(_zero_frame())] |= np.uint32(PageState.ZERO)
     if extra is not None:
         present = (state & np.uint32(PageState.PRESENT)) != 0
         state |= np.where(present, extra, np.uint32(0))
     return PageTable(PageRuns.from_pages(addr, state, pfn=pfn if pfns else None), method, notes)
+
+
+@functools.cache
+def _zero_frame() -> int:
+    # The zero page's frame number, from a page of our own that is only read; 0 where frames are hidden.
+    with mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        assert page[0] == 0
+        address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            entry = int(entries(fd, address, 1)[0])
+        finally:
+            os.close(fd)
+    return entry & PFN_MASK if entry >> 63 else 0
 
 
 def decode(entry: U64) -> tuple[U32, U64]:
@@ -157,10 +178,18 @@ def _coalesce(start: U64, end: U64) -> list[tuple[int, int]]:
 
 def _entries(fd: int, spans: Iterable[tuple[int, int]]) -> tuple[U64, U64]:
     # (addresses, entries) of all pages in spans that have a non-empty entry (soft-dirty alone is a vma's
-    # flag).
+    # flag). In pieces, of which only what exists is kept: without PAGEMAP_SCAN a sparse terabyte is 2 GiB of
+    # zeros.
     addrs, values = [], []
-    for start, end in spans:
+    pieces = (
+        (at, min(end, at + _CHUNK * PAGE_SIZE))
+        for s, end in spans
+        for at in range(s, end, _CHUNK * PAGE_SIZE)
+    )
+    for start, end in pieces:
         value = entries(fd, start, (end - start) >> PAGE_SHIFT)
+        if not value.any():
+            continue
         keep = np.flatnonzero(value >> np.uint64(56))
         addrs.append((keep.astype(np.uint64) << np.uint64(PAGE_SHIFT)) + np.uint64(start))
         values.append(value if len(keep) == len(value) else value[keep])
