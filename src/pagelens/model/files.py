@@ -112,7 +112,7 @@ class File:
         if size < 0:
             return EINVAL
         old, self.size = self.size, size
-        if size < old:
+        if size <= old:  # shmem_setattr: also where nothing shrinks, what fallocate kept beyond the end goes
             self.machine.unmap_file_range(self, (size + PAGE - 1) >> SHIFT, None, even_cows=True)
             self._drop((size + PAGE - 1) >> SHIFT, None)
         return 0
