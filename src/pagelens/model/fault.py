@@ -269,10 +269,12 @@ def _file_fault(mm: Mm, area: Area, page: int, write: bool, event: int) -> str:
     index = area.pgoff_at(page << SHIFT)
     if not write and fault_around(mm, area, page, index, event):
         return "minor"
+    private_write = write and not area.flags & VM_SHARED
+    if private_write:
+        anon_prepare(mm, area)  # do_cow_fault: before the file is asked, so a fault that fails leaves it
     if index >= file.n_pages:
         return "bus"
-    if write and not area.flags & VM_SHARED:
-        anon_prepare(mm, area)
+    if private_write:
         _, major = file.get_page(index)
         mm.tables.ensure(page)
         _new_anon(mm, area, page, event)

@@ -72,6 +72,9 @@ class Profile:
     # copy_vma, keep_source: MREMAP_DONTUNMAP of an unfaulted vma must not merge the copy with its source
     # (7.0, and in 6.1 and 6.12 stable; not in 6.18.44).
     dontunmap_self_merge: bool = True
+    # dontunmap_complete gives the emptied source the page offset of an unfaulted vma (7.0, and in 6.1 and
+    # 6.12 stable; not in 6.18.44), so that it merges like one.
+    dontunmap_resets_pgoff: bool = False
     # prep_move_vma, needs_pre_split: MREMAP_DONTUNMAP of part of a locked vma splits it first (7.0, and in
     # 6.1 and 6.12 stable); in 6.18.44 dontunmap_complete unlocks the whole of it.
     dontunmap_pre_split: bool = False
@@ -129,6 +132,7 @@ PROFILES: dict[str, Profile] = {
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
         dontunmap_pre_split=True,
+        dontunmap_resets_pgoff=True,
         smaps_ksm=False,
     ),
     "linux-6.12": replace(
@@ -145,6 +149,7 @@ PROFILES: dict[str, Profile] = {
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
         dontunmap_pre_split=True,
+        dontunmap_resets_pgoff=True,
     ),
     "linux-6.18": _6_18,
     "linux-7.2": replace(
@@ -156,6 +161,7 @@ PROFILES: dict[str, Profile] = {
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
         dontunmap_pre_split=True,
+        dontunmap_resets_pgoff=True,
     ),
 }
 

@@ -301,7 +301,7 @@ def _move(r: _Remap, area: Area) -> int:
         source.flags &= ~VM_LOCKED_MASK
         if source.start == r.addr and source.end == end:
             unlink_chain(source)
-            if source.is_anon:
+            if source.is_anon and mm.profile.dontunmap_resets_pgoff:
                 mm.areas.resize(source, source.start, source.end, source.start >> SHIFT)
         mm.stat_account(flags, r.new_len >> SHIFT)
         if flags & VM_LOCKED and mm.profile.dontunmap_locks_twice:

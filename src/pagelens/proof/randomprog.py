@@ -21,7 +21,8 @@ from pagelens.vm.vma import Vma, VmaList
 
 _ARENA_END = ARENA_BASE + ARENA_PAGES * PAGE_SIZE
 _PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
-# Advice with its weight.
+# Advice with its weight. Without pageout: what reclaim achieves without swap is its own affair
+# (docs/fidelity.md).
 _ADVICE = {
     "dontneed": 8,
     "free": 4,
@@ -42,7 +43,6 @@ _ADVICE = {
     "normal": 2,
     "willneed": 1,
     "cold": 1,
-    "pageout": 1,
     "dontneed_locked": 2,
     "guard_install": 4,
     "guard_remove": 2,
