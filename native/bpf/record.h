@@ -80,6 +80,8 @@ struct pl_task {
 	int nr;                 /* -1: not in a system call */
 	unsigned int compat;
 	unsigned long long mm_ptr;
+	unsigned int walking;   /* our own stack walk: the faults it is refused do not count */
+	unsigned int unused;
 };
 
 enum pl_task_state { PL_T_NEW = 0, PL_T_ARMED = 1, PL_T_LIVE = 2 };

@@ -188,7 +188,9 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 			r->h.latency_ns = now - s->pend_time;
 			s->pend = 0;
 		}
+		s->walking = 1;
 		n = bpf_get_stack(ctx, (char *)x + sizeof(*r), PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
+		s->walking = 0;
 		if (n < 0 || n > PL_MAX_FRAMES * 8)
 			n = 0;
 		r->h.nframes = n >> 3;
@@ -242,7 +244,8 @@ static __always_inline int fault_entry(u64 addr, struct pt_regs *regs, u64 error
 		if (addr >> 47)
 			return 0;       /* a kernel address: spurious, or a probe of the kernel's own */
 		if (t->pagefault_disabled) {
-			s->nofault++;   /* the caller expects refusal; our own stack walk ends here too */
+			if (!s->walking)
+				s->nofault++;   /* the caller expects to be refused */
 			return 0;
 		}
 	}
@@ -425,8 +428,11 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 	__builtin_memcpy(x->call.args, s->args, sizeof(s->args));
 	x->call.dev = x->call.ino = 0;
 	if (cfg.stacks) {
-		long n = bpf_get_stack(ctx, x->tail, PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
+		long n;
 
+		s->walking = 1;
+		n = bpf_get_stack(ctx, x->tail, PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
+		s->walking = 0;
 		if (n > 0 && n <= PL_MAX_FRAMES * 8)
 			frames = n >> 3;
 		x->call.h.nframes = frames;

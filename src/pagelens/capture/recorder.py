@@ -58,18 +58,18 @@ class Result:
 
 class _Spooler(threading.Thread):
     # Converts segments. Stops at the first error (a full disk), which is then the recording's.
-    def __init__(self, recording: BpfRecording, writer: CaptureWriter) -> None:
+    def __init__(self, recording: BpfRecording, writer: CaptureWriter, part_bytes: int) -> None:
         super().__init__(name="pagelens-spool", daemon=True)
         self._recording, self._writer = recording, writer
+        self._part_bytes = part_bytes
         self._ask = threading.Event()
         self.error: OSError | None = None
         self.pending: list[tuple[int, int | None, str, Snapshot]] = []
-        self.unwritten_faults = 0
 
     def run(self) -> None:
         last = time.monotonic()
         while not self._ask.wait(0.25):
-            full = self._recording.stats().segment_bytes > PART_BYTES
+            full = self._recording.stats().segment_bytes > self._part_bytes
             if full or time.monotonic() - last > PART_SECONDS:
                 last = time.monotonic()
                 self.convert(self._recording.drain.rotate())
@@ -138,7 +138,9 @@ class Recorder:
             shutil.rmtree(path, ignore_errors=True)
             raise
         self._writer.write_meta(method="bpf", absent=options.absent)
-        self._spooler = _Spooler(self._recording, self._writer)
+        self._spooler = _Spooler(
+            self._recording, self._writer, min(PART_BYTES, settings.max_size or PART_BYTES)
+        )
 
     def run(self, path: str, argv: Sequence[str]) -> Result:
         """Start `path`, wait, write the summary."""

@@ -72,6 +72,7 @@ class _Task(ctypes.Structure):
         ("nr", ctypes.c_int32),
         ("compat", ctypes.c_uint32),
         ("mm_ptr", ctypes.c_uint64),
+        ("walking", ctypes.c_uint64),
     )
 
 
