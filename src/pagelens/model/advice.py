@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from pagelens.model import abi
 from pagelens.model.abi import (
@@ -49,7 +50,8 @@ from pagelens.model.frames import F_DIRTY, F_LAZY
 from pagelens.model.merge import modify
 from pagelens.model.populate import gup
 from pagelens.model.space import Mm
-from pagelens.model.zap import zap_range
+from pagelens.model.zap import release, zap_range
+from pagelens.vm.pages import U64
 
 _FRAME = np.uint64(FRAME_SHIFT)
 _FLAGS = {  # advice: (flags to set, flags to clear)
@@ -137,7 +139,10 @@ def _one(mm: Mm, area: Area, start: int, end: int, advice: int, event: int) -> i
     if advice in (abi.MADV_COLD, abi.MADV_PAGEOUT):
         if flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
             return EINVAL
-        _age(mm, start, end)
+        if advice == abi.MADV_COLD:
+            _age(mm, start, end)
+        else:
+            _pageout(mm, area, start, end, event)
         return 0
     if advice == abi.MADV_WILLNEED:
         return 0
@@ -196,14 +201,42 @@ def _free(mm: Mm, area: Area, start: int, end: int) -> int:
 
 
 def _age(mm: Mm, start: int, end: int) -> None:
-    # madvise_cold_or_pageout_pte_range without reclaim: pages mapped once lose their accessed bit.
-    frames_of = mm.machine.frames
+    # madvise_cold_or_pageout_pte_range for MADV_COLD: pages mapped once lose their accessed bit.
     for _first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
         pte = chunk.pte[part]
-        hit = (pte & np.uint64(P | ZERO | SPECIAL)) == np.uint64(P)
-        if hit.any():
-            hit &= frames_of.mapcount[(pte >> _FRAME).astype(np.int64)] == 1
-            pte[hit] &= np.uint64(~A & U64_MAX)
+        pte[_mapped_once(mm, pte)] &= np.uint64(~A & U64_MAX)
+
+
+def _mapped_once(mm: Mm, pte: U64) -> npt.NDArray[np.bool_]:
+    hit: npt.NDArray[np.bool_] = (pte & np.uint64(P | ZERO | SPECIAL)) == np.uint64(P)
+    if hit.any():
+        hit &= mm.machine.frames.mapcount[(pte >> _FRAME).astype(np.int64)] == 1
+    return hit
+
+
+def _pageout(mm: Mm, area: Area, start: int, end: int, event: int) -> None:
+    # MADV_PAGEOUT without swap: of the pages mapped once, reclaim takes those that need no writing. They are
+    # clean pages of the cache (shmem too: never written, they read as zeros again) and lazily freed ones.
+    frames_of = mm.machine.frames
+    for first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
+        pte = chunk.pte[part]
+        hit = _mapped_once(mm, pte)
+        frames = (pte >> _FRAME).astype(np.int64)
+        flags = frames_of.flags[frames]
+        anon = (pte & np.uint64(ANON)) != 0
+        dirty = ((pte & np.uint64(D)) != 0) | ((flags & F_DIRTY) != 0)
+        lazy = anon & ((flags & F_LAZY) != 0)
+        frames_of.flags[frames[hit & lazy & dirty]] &= np.uint8(~F_LAZY & 0xFF)
+        gone = hit & ~dirty & (lazy | ~anon)
+        pte[hit & ~gone] &= np.uint64(~A & U64_MAX)
+        if not gone.any():
+            continue
+        release(mm, pte[gone])
+        pte[gone] = 0
+        chunk.event[part][gone] = event
+        if area.file is not None:
+            for i in np.flatnonzero(gone & ~anon).tolist():
+                area.file.drop_page(area.pgoff_at((first + i) << SHIFT))
 
 
 def _remove(mm: Mm, area: Area, start: int, end: int) -> int:

@@ -160,10 +160,14 @@ class File:
 
     def _drop(self, first: int, last: int | None) -> None:
         gone = [i for i in self.pages if i >= first and (last is None or i < last)]
-        frames = self.machine.frames
         for index in gone:
-            frame = self.pages.pop(index)
-            self.not_uptodate.discard(index)
-            frames.flags[frame] &= ~np.uint8(F_CACHE)
-            if frames.mapcount[frame] == 0:
-                frames.free(frame)
+            self.drop_page(index)
+
+    def drop_page(self, index: int) -> None:
+        """A page leaves the cache (truncation, reclaim); freed unless an address space still maps it."""
+        frame = self.pages.pop(index)
+        self.not_uptodate.discard(index)
+        frames = self.machine.frames
+        frames.flags[frame] &= ~np.uint8(F_CACHE)
+        if frames.mapcount[frame] == 0:
+            frames.free(frame)

@@ -15,7 +15,14 @@ from pagelens.model.space import Mm
 
 def ignored_flags(mm: Mm) -> int:
     """Flags that need not match for a merge: VM_SOFTDIRTY, later all of VMA_STICKY_FLAGS."""
-    return VM_SOFTDIRTY | VM_MAYBE_GUARD if mm.profile.sticky_softdirty else VM_SOFTDIRTY
+    return VM_SOFTDIRTY | (VM_MAYBE_GUARD if mm.profile.guard_vma_flag else 0)
+
+
+def sticky_flags(mm: Mm) -> int:
+    """VMA_STICKY_FLAGS: a merged area has them if any part had."""
+    return (VM_SOFTDIRTY if mm.profile.sticky_softdirty else 0) | (
+        VM_MAYBE_GUARD if mm.profile.guard_vma_flag else 0
+    )
 
 
 def _is_mergeable(mm: Mm, area: Area, flags: int, file: File | None, name: str) -> bool:
@@ -54,15 +61,9 @@ def _anon_mergeable(
     return source is target.anon_vma
 
 
-def _compatible(mm: Mm, left: Area, right: Area) -> bool:
+def _compatible(left: Area, right: Area) -> bool:
     # are_anon_vmas_compatible: both ends of a three-way merge.
     a, b = left.anon_vma, right.anon_vma
-    if mm.profile.merge_unfaulted_target:
-        if a is None and b is not None:
-            return not _fork_child(right)
-        if a is not None and b is None:
-            return not _fork_child(left)
-        return a is b
     return a is None or b is None or a is b
 
 
@@ -121,29 +122,27 @@ def merge_new(
             # 6.1, __mmap_region: the next area is taken first, and the previous must then suit its anon_vma.
             left = _anon_mergeable(mm, following.anon_vma, prev, None, None)
         else:
-            right = _compatible(mm, prev, following) and not following.close_hook
+            right = _compatible(prev, following) and not following.close_hook
+    sticky = flags & sticky_flags(mm)
     if left and prev is not None:
         if right and following is not None:
             _dup_anon(prev, following)
-            sticky = following.flags & ignored_flags(mm) if mm.profile.sticky_softdirty else 0
+            sticky |= following.flags & sticky_flags(mm)
             new_end = following.end
             _drop(mm, following)
             mm.areas.resize(prev, prev.start, new_end, prev.pgoff)
-            prev.flags |= sticky
         else:
             mm.areas.resize(prev, prev.start, end, prev.pgoff)
         if copied is not None:
             _dup_anon(prev, copied)
-        if mm.profile.sticky_softdirty:
-            prev.flags |= flags & ignored_flags(mm)
+        prev.flags |= sticky
         prev.event = event
         return prev
     if right and following is not None:
         mm.areas.resize(following, start, following.end, following.pgoff - pages)
         if copied is not None:
             _dup_anon(following, copied)
-        if mm.profile.sticky_softdirty:
-            following.flags |= flags & ignored_flags(mm)
+        following.flags |= sticky
         following.event = event
         return following
     return None
@@ -171,9 +170,7 @@ def modify(mm: Mm, area: Area, start: int, end: int, flags: int, event: int) -> 
     """
     merged = _merge_existing(mm, area, start, end, flags, event)
     if merged is not None:
-        if mm.profile.sticky_softdirty:
-            return merged, merged.flags
-        return merged, flags
+        return merged, flags | merged.flags & sticky_flags(mm)
     limit = mm.machine.max_map_count
     if area.start < start:
         if mm.map_count >= limit:
@@ -211,7 +208,7 @@ def _merge_existing(mm: Mm, middle: Area, start: int, end: int, flags: int, even
         and _anon_mergeable(mm, middle.anon_vma, following, middle, None)
     )
     if left and right and prev is not None and following is not None:
-        right = _compatible(mm, prev, following)
+        right = _compatible(prev, following)
     if not (left or right):
         return None
     whole = at_left and at_right
@@ -219,14 +216,12 @@ def _merge_existing(mm: Mm, middle: Area, start: int, end: int, flags: int, even
         return None
     if left and right and following is not None and following.close_hook:
         right = False
-    sticky = 0
-    if mm.profile.sticky_softdirty:
-        mask = ignored_flags(mm)
-        sticky = flags & mask
-        if left and prev is not None:
-            sticky |= prev.flags & mask
-        if right and following is not None:
-            sticky |= following.flags & mask
+    mask = sticky_flags(mm)
+    sticky = flags & mask
+    if left and prev is not None:
+        sticky |= prev.flags & mask
+    if right and following is not None:
+        sticky |= following.flags & mask
     if left and right and prev is not None and following is not None:
         _dup_anon(prev, following if following.anon_vma is not None else middle)
         new_end = following.end

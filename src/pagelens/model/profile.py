@@ -51,8 +51,9 @@ class Profile:
     pagemap_guard_bit: bool = True
     # is_valid_guard_vma: file mappings allowed (6.15).
     guard_file: bool = True
-    # VM_MAYBE_GUARD instead of an anon_vma marks vmas with guards (6.19).
-    guard_vma_flag: bool = False
+    # madvise_guard_install: VM_MAYBE_GUARD marks the vma, is ignored in merges and has page tables copied at
+    # fork; before, an anon_vma did that (6.19, in 6.18 by stable).
+    guard_vma_flag: bool = True
     # madvise_walk_vmas etc. on MADV_DONTNEED_LOCKED (5.18) and MADV_COLLAPSE (6.1): all profiles.
     # zap_pte_range, try_get_and_clear_pmd: PT_RECLAIM frees empty PTE tables on DONTNEED (6.14).
     pt_reclaim: bool = True
@@ -125,6 +126,7 @@ PROFILES: dict[str, Profile] = {
         stack_nohugepage=False,
         thp_align_anon=False,
         guard_pages=False,
+        guard_vma_flag=False,
         pagemap_guard_bit=False,
         guard_file=False,
         pt_reclaim=False,
@@ -142,6 +144,7 @@ PROFILES: dict[str, Profile] = {
         merge_unfaulted_target=False,
         thp_align_file_test=False,
         guard_pages=False,
+        guard_vma_flag=False,
         pagemap_guard_bit=False,
         guard_file=False,
         pt_reclaim=False,
@@ -156,7 +159,6 @@ PROFILES: dict[str, Profile] = {
         _6_18,
         name="linux-7.2",
         sticky_softdirty=True,
-        guard_vma_flag=True,
         mremap_counts_exactly=True,
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,

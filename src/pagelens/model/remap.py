@@ -350,6 +350,8 @@ def move_tables(mm: Mm, old: int, new: int, length: int, event: int) -> None:
         to = new + (at - old)
         extent = min((at | _PMD_MASK) + 1 - at, end - at, (to | _PMD_MASK) + 1 - to)
         number = at >> 21
+        if at >> 30 in tables.pmd_tables:
+            tables.pud_tables.add(to >> 39)  # alloc_new_pud, whatever lies below
         if number in tables.pte_tables:
             target = to >> 21
             whole = extent == PMD_SIZE and target not in tables.pte_tables
