@@ -1,1 +1,1 @@
-"""Dump, store, verify, roll back, export and import of process memory."""
+"""Checkpoints: dump, store, verify, roll back, look into, export and import."""

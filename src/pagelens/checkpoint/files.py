@@ -1,0 +1,110 @@
+"""Writing so that a crash at any byte leaves either the old state or the new one.
+
+Every write of a checkpoint goes through `Files`, which makes it the one place where tests inject a full disk,
+EIO or SIGKILL at the N-th operation. The rules: a checkpoint is written as a directory `.NAME.partial` beside
+its place; each file is written, synced and closed; the directory is synced; only then it is renamed to NAME
+and the parent directory synced. A reader never looks at partial directories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from pagelens.vm.errors import UsageError
+
+RENAME_EXCHANGE = 2
+
+
+class Files:
+    """File operations, each counted by `step` (which tests override to fail)."""
+
+    def step(self, what: str) -> None:
+        """Called before each operation that reaches the disk."""
+
+    def write(self, fd: int, data: bytes | memoryview) -> None:
+        """All of `data`, over short writes."""
+        self.step("write")
+        view = memoryview(data).cast("B")
+        while len(view):
+            done = os.write(fd, view[: 1 << 30])
+            view = view[done:]
+
+    def sync(self, fd: int) -> None:
+        """fsync."""
+        self.step("fsync")
+        os.fsync(fd)
+
+    def sync_dir(self, path: Path) -> None:
+        """fsync of a directory: its entries are on disk."""
+        self.step("fsync dir")
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def put(self, path: Path, data: bytes | memoryview) -> None:
+        """A whole new file, synced."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            self.write(fd, data)
+            self.sync(fd)
+        finally:
+            os.close(fd)
+
+    def publish(self, partial: Path, final: Path) -> None:
+        """Rename a complete directory into place; one that is there already is exchanged for it,
+        atomically."""
+        self.sync_dir(partial)
+        self.step("rename")
+        if final.exists():
+            libc = ctypes.CDLL(None, use_errno=True)
+            old, new = os.fsencode(partial), os.fsencode(final)
+            if libc.renameat2(-100, old, -100, new, RENAME_EXCHANGE):
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code), str(final))
+            self.sync_dir(final.parent)
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.rename(final)
+            self.sync_dir(final.parent)
+
+
+class WriteLock:
+    """One writer per checkpoint name: an flock of `.NAME.lock` beside it, gone with its process."""
+
+    def __init__(self, final: Path) -> None:
+        self.path = final.parent / f".{final.name}.lock"
+        self._fd = -1
+
+    def __enter__(self) -> WriteLock:
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(fd)
+                if error.errno in (errno.EAGAIN, errno.EACCES):
+                    raise UsageError(
+                        f"another pagelens is writing {self.path.name[1:-5]} (lock {self.path}); wait for it"
+                    ) from None
+                raise
+            # The holder before us may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(fd).st_ino == self.path.stat().st_ino:
+                    self._fd = fd
+                    return self
+            os.close(fd)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.path.unlink(missing_ok=True)
+        os.close(self._fd)

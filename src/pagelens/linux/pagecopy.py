@@ -1,0 +1,128 @@
+"""Pages in and out of another process, and their hashes (native/pagecopy.c).
+
+`read` and `write` take runs (addresses and counts as numpy columns) and one flat buffer: no Python loop a
+page. Pages that process_vm_readv refuses (PROT_NONE) are tried through /proc/PID/mem; what neither can do
+is marked. Rejected: ptrace PEEKDATA (a word a call), /proc/PID/mem for everything (one call a run;
+process_vm_readv takes 512 runs a call).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.linux.native import library
+from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
+from pagelens.vm.units import PAGE_SIZE
+
+U8 = npt.NDArray[np.uint8]
+U64 = npt.NDArray[np.uint64]
+
+
+@functools.cache
+def _lib() -> Any:
+    lib = library()
+    pointer, size = ctypes.c_void_p, ctypes.c_size_t
+    lib.pl_hash.restype = ctypes.c_uint64
+    lib.pl_hash.argtypes = [pointer, size]
+    lib.pl_hash_pages.restype = None
+    lib.pl_hash_pages.argtypes = [pointer, size, pointer, pointer]
+    for name in ("pl_vm_read", "pl_vm_write"):
+        function = getattr(lib, name)
+        function.restype = ctypes.c_long
+        function.argtypes = [ctypes.c_int, ctypes.c_int, size, pointer, pointer, pointer, pointer]
+    return lib
+
+
+class MemoryFile:
+    """/proc/PID/mem, opened for reading and, with `write`, writing. Context manager."""
+
+    def __init__(self, pid: int, *, write: bool = False) -> None:
+        try:
+            self.fd = os.open(f"/proc/{pid}/mem", (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise TargetGoneError(f"process {pid} is gone") from None
+        except PermissionError:
+            raise CapabilityMissingError(
+                f"the kernel refuses access to the memory of process {pid}",
+                capability="ptrace",
+                fix="run pagelens with sudo",
+            ) from None
+
+    def __enter__(self) -> MemoryFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.fd)
+
+
+def buffer(pages: int) -> U8:
+    """uint8[pages * 4096], page-aligned, huge pages asked for (first use of a fresh buffer costs faults)."""
+    import mmap
+
+    if not pages:
+        return np.empty(0, np.uint8)
+    area = mmap.mmap(-1, pages * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if pages >= 1024:
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(area, np.uint8)
+
+
+def read(pid: int, mem: MemoryFile, addr: U64, pages: U64, out: U8) -> U8:
+    """Read runs into `out` (uint8, pages.sum() * 4096). Returns uint8[pages.sum()]: 1 = could not be read.
+
+    Raises TargetGoneError, CapabilityMissingError (EPERM).
+    """
+    addr, pages = np.ascontiguousarray(addr, np.uint64), np.ascontiguousarray(pages, np.uint64)
+    bad = np.zeros(len(out) // PAGE_SIZE, np.uint8)
+    assert len(bad) == int(pages.sum())
+    result = _lib().pl_vm_read(
+        pid, mem.fd, len(addr), addr.ctypes.data, pages.ctypes.data, out.ctypes.data, bad.ctypes.data
+    )
+    _check(pid, int(result))
+    return bad
+
+
+def write(pid: int, mem: MemoryFile, addr: U64, pages: U64, data: U8) -> U8:
+    """Write runs from `data`. Returns uint8[pages.sum()]: 1 = could not be written. Errors as `read`."""
+    addr, pages = np.ascontiguousarray(addr, np.uint64), np.ascontiguousarray(pages, np.uint64)
+    bad = np.zeros(len(data) // PAGE_SIZE, np.uint8)
+    assert len(bad) == int(pages.sum())
+    result = _lib().pl_vm_write(
+        pid, mem.fd, len(addr), addr.ctypes.data, pages.ctypes.data, data.ctypes.data, bad.ctypes.data
+    )
+    _check(pid, int(result))
+    return bad
+
+
+def _check(pid: int, result: int) -> None:
+    if result >= 0:
+        return
+    if result == -3:
+        raise TargetGoneError(f"process {pid} is gone")
+    if result in (-1, -13):
+        raise CapabilityMissingError(
+            f"the kernel refuses access to the memory of process {pid}",
+            capability="ptrace",
+            fix="run pagelens with sudo",
+        )
+    raise OSError(-result, os.strerror(-result))
+
+
+def hash_pages(data: U8) -> tuple[U64, npt.NDArray[np.bool_]]:
+    """(uint64[pages] hash, bool[pages] all zero) of a flat buffer of whole pages."""
+    pages = len(data) // PAGE_SIZE
+    out, zero = np.empty(pages, np.uint64), np.empty(pages, np.uint8)
+    _lib().pl_hash_pages(data.ctypes.data, pages, out.ctypes.data, zero.ctypes.data)
+    return out, zero.view(np.bool_)
+
+
+def hash_bytes(data: bytes | memoryview | U8) -> int:
+    """The same hash over any bytes: the checksum of stored blocks."""
+    flat = np.frombuffer(data, np.uint8)
+    return int(_lib().pl_hash(flat.ctypes.data, len(flat)))
