@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import OWN, Kind, ProcessState, Rows, compress, per_page
 from pagelens.checkpoint.reuse import Reuse
-from pagelens.checkpoint.state import read_state
+from pagelens.checkpoint.state import identities, read_state
 from pagelens.checkpoint.store import Writer
 from pagelens.linux import pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
@@ -46,20 +46,6 @@ class Result:
     method: str
     complete: bool
     notes: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Captured:
-    """What was taken while the target was held: state, plan, contents in capture order."""
-
-    state: ProcessState
-    plan: plans.Plan
-    data: pagecopy.U8
-    bad: pagecopy.U8
-    holes: list[tuple[int, int]]
-    stopped_ns: int = 0
-    method: str = ""
-    notes: list[str] = field(default_factory=list)
 
 
 def dump(
@@ -100,6 +86,8 @@ def dump(
                     plan.notes.append("more pages than fit into memory: written while the target was held")
                     with pagecopy.MemoryFile(pid) as mem:
                         stored = _store(writer, reuse, plan, _stream(pid, mem, plan))
+            # Not while it is held: stat and build-ids of all mapped files take milliseconds.
+            state = replace(state, backing=identities(proc, state.vmas))
             if stored is None:
                 stored = _store(writer, reuse, plan, chunks)
         rows, counts = stored
@@ -157,7 +145,7 @@ def _observe(
     table = pagemap.read(proc, vmas, within=span)
     plan = plans.make(proc, vmas, table.runs, with_files=with_files)
     plan.notes.extend(table.notes)
-    return read_state(proc, held, vmas), plan, holes
+    return read_state(proc, held, vmas, backing=False), plan, holes
 
 
 def _memory_budget() -> int:

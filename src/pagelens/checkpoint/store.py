@@ -56,7 +56,7 @@ class Writer:
         self._lock = WriteLock(self.final)
         self._pack = -1
         self._at = 0
-        self._blocks: list[tuple[int, int, int, int, int]] = []
+        self._blocks: list[tuple[int, ...]] = []
         self._hashes: list[np.ndarray] = []
         self._compressor: Any = None
         self.done = False
@@ -128,6 +128,21 @@ class Writer:
             self.files.write(self._pack, b"".join(held))
         number = np.arange(pages, dtype=np.int64)
         return (first + number // BLOCK_PAGES).astype(np.int32), (number % BLOCK_PAGES).astype(np.uint32)
+
+    def adopt(self, store: Any) -> None:
+        """Take over the id and the whole pack of a checkpoint that this one replaces (before any append)."""
+        self.id = store.id
+        os.ftruncate(self._pack, 0)
+        os.lseek(self._pack, 0, os.SEEK_SET)
+        with open(store.path / "pages.pack", "rb") as pack:
+            while data := pack.read(1 << 24):
+                self.files.write(self._pack, data)
+        self._at = int(store.manifest["pack_bytes"])
+        blocks, hashes, begin = store.blocks, store.own_pages()[0], 0
+        for row in blocks:
+            self._blocks.append(tuple(int(row[name]) for name in BLOCK.names or ()))
+            self._hashes.append(hashes[begin : begin + int(row["pages"])])
+            begin += int(row["pages"])
 
     def read_back(self, block: Any, first: Any) -> np.ndarray:
         """uint8[n, 4096]: pages that were appended, read from the pack."""

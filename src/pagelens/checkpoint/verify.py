@@ -72,7 +72,8 @@ def _one(store: Stored, verdict: Verdict, progress: Callable[[int], None] | None
         for name in store.manifest["files"]:
             store._table(name)
         blocks = store.blocks
-        header = (store.path / "pages.pack").open("rb").read(16)
+        with open(store.path / "pages.pack", "rb") as pack:
+            header = pack.read(16)
     except (DamagedInputError, OSError, ValueError) as error:
         verdict.problems.append(str(error))
         return

@@ -130,9 +130,9 @@ def report(args: argparse.Namespace, done: Any) -> None:
         emit(args, [Col(name, kind=kinds[type(value)]) for name, value in fields.items()], [fields])
         return
     text = (
-        f"{done.path}: {done.pages:,} pages ({done.zero_pages:,} zero, {done.reused_pages:,} from its parents, "
-        f"{done.stored_pages:,} stored in {format_size(done.stored_bytes)}), {done.file_pages:,} of files by "
-        f"reference; stopped {format_ns(done.stopped_ns)}, in all {format_ns(done.total_ns)}\n"
+        f"{done.path}: {done.pages:,} pages ({done.zero_pages:,} zero, {done.reused_pages:,} from its "
+        f"parents, {done.stored_pages:,} stored in {format_size(done.stored_bytes)}), {done.file_pages:,} of "
+        f"files by reference; stopped {format_ns(done.stopped_ns)}, in all {format_ns(done.total_ns)}\n"
         f"  method: {done.method}; {'complete' if done.complete else 'INCOMPLETE'}\n"
     )
     write_text(args, text + "".join(f"  note: {note}\n" for note in done.notes))

@@ -1,0 +1,292 @@
+"""Dumps of a program that writes all the time: every byte is that of one instant, and the store is sound."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pagelens.checkpoint.dump import dump
+from pagelens.checkpoint.files import Files
+from pagelens.checkpoint.image import Kind
+from pagelens.checkpoint.stored import Stored
+from pagelens.checkpoint.verify import verify
+from pagelens.vm.errors import DamagedInputError, UsageError
+from pagelens.vm.pages import PageState
+from pagelens.vm.units import AddrRange
+from support.scribe import Scribe, process_state
+from support.subjects import Subjects
+
+
+@pytest.fixture
+def scribe(subjects: Subjects, tmp_path: Path) -> Iterator[Scribe]:
+    with Scribe(subjects("scribe"), 3, 24, tmp_path / "file") as scribe:
+        yield scribe
+
+
+def test_thirty_checkpoints_are_true_to_the_byte_and_a_chain_restores_to_each(
+    scribe: Scribe, tmp_path: Path
+) -> None:
+    parent: Path | None = None
+    steps = []
+    for number in range(30):
+        out = tmp_path / f"c{number:02d}"
+        done = dump(scribe.pid, out, parent=parent, level=number % 2, dedup=() if number % 5 == 4 else None)
+        assert done.complete
+        parent = out if number % 7 != 6 else None
+        steps.append(scribe.check(Stored.open(out).read))
+    assert steps == sorted(steps)
+    assert steps[-1] > steps[0]
+    for number in range(30):
+        path = tmp_path / f"c{number:02d}"
+        verdict = verify(path)
+        assert verdict.ok, verdict.problems
+        assert scribe.check(Stored.open(path).read) == steps[number]
+    assert process_state(scribe.pid)[1] == 0
+
+
+def test_each_sort_of_memory_is_saved_and_named_as_what_it_is(scribe: Scribe, tmp_path: Path) -> None:
+    dump(scribe.pid, tmp_path / "c")
+    store = Stored.open(tmp_path / "c")
+    where = scribe.fixed(store.read)
+    length = 4096 * where["fixed_pages"]
+
+    def kinds(name: str) -> list[int]:
+        addr = np.arange(where[name], where[name] + length, 4096, dtype=np.uint64)
+        return store.locate(addr).kind.tolist()
+
+    assert store.read(where["hidden"], length) == b"\x11" * length
+    assert store.read(where["locked"], length) == b"\x22" * length
+    assert store.read(where["shared_a"], length) == b"\x33" * (length - 4096) + bytes(4096)
+    assert store.read(where["shared_b"], length) == store.read(where["shared_a"], length)
+    a, b = (store.locate(np.array([where[name]], np.uint64)) for name in ("shared_a", "shared_b"))
+    assert (a.block[0], a.first[0]) == (b.block[0], b.first[0])  # stored once
+    assert store.read(where["copied"], length) == b"\x55" * 4096 + b"\x44" * 4096 + b"\x55" * 8192
+    assert kinds("copied")[:2] == [Kind.FILE, Kind.DATA]
+    assert kinds("zero") == [Kind.ZERO] * 4
+    assert kinds("untouched") == [0] * 4
+    assert store.read(where["zero"], length) == store.read(where["untouched"], length) == bytes(length)
+    if kinds("guard")[1] == Kind.GUARD:  # 6.13 and later
+        assert kinds("guard") == [Kind.DATA, Kind.GUARD, Kind.DATA, Kind.DATA]
+        with pytest.raises(KeyError, match="guard page"):
+            store.read(where["guard"], length)
+    assert store.read(where["huge"], 2 << 20) == b"\x77" * (2 << 20)
+    locked = store.vmas.find(where["locked"])
+    assert locked is not None
+    assert "lo" in (locked.vm_flags or ())
+    hidden = store.runs().clipped(where["hidden"], where["hidden"] + length)
+    assert hidden.count_where(PageState.PRESENT) == 4
+    assert len(store.threads) == 4
+    assert {t.tid for t in store.threads} == {
+        int(name)
+        for name in os.listdir(f"/proc/{scribe.pid}/task")  # noqa: PTH208
+    }
+    with pytest.raises(KeyError, match="not mapped"):
+        store.read(0x1000, 10)
+
+
+def test_with_files_needs_no_file(scribe: Scribe, tmp_path: Path) -> None:
+    dump(scribe.pid, tmp_path / "without")
+    dump(scribe.pid, tmp_path / "with", with_files=True)
+    where = scribe.fixed(Stored.open(tmp_path / "with").read)["copied"]
+    (tmp_path / "file").write_bytes(b"changed")
+    assert Stored.open(tmp_path / "with").read(where, 8192) == b"\x55" * 4096 + b"\x44" * 4096
+    with pytest.raises(DamagedInputError, match="has changed since"):
+        Stored.open(tmp_path / "without").read(where, 4096)
+
+
+def test_ranges(scribe: Scribe, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    dump(scribe.pid, full)
+    store = Stored.open(full)
+    locked = store.vmas.find(scribe.fixed(store.read)["locked"])
+    assert locked is not None
+    out = tmp_path / "part"
+    dump(scribe.pid, out, within=AddrRange(locked.start + 4096, locked.start + 8192))
+    part = Stored.open(out)
+    assert [(v.start, v.end) for v in part.vmas] == [(locked.start + 4096, locked.start + 8192)]
+    assert part.read(locked.start + 4096, 4096) == b"\x22" * 4096
+    last = store.vmas[-1].end
+    dump(scribe.pid, tmp_path / "hole", within=AddrRange(store.vmas[-1].start, last + 8192))
+    assert Stored.open(tmp_path / "hole").manifest["holes"] == [[f"{last:#x}", f"{last + 8192:#x}"]]
+    with pytest.raises(UsageError, match="nothing is mapped"):
+        dump(scribe.pid, tmp_path / "x", within=AddrRange(0x1000, 0x2000))
+    for text, why in (("ffff800000000000-ffff800000001000", "kernel"), ("2000-1000", "reversed")):
+        with pytest.raises(UsageError, match=why):
+            AddrRange.parse(text)
+    assert not (tmp_path / "x").exists()
+
+
+def test_verify_finds_every_flipped_bit_and_a_missing_parent(scribe: Scribe, tmp_path: Path) -> None:
+    dump(scribe.pid, tmp_path / "a", within=None)
+    dump(scribe.pid, tmp_path / "b", parent=tmp_path / "a")
+    assert verify(tmp_path / "b").ok
+    rng = np.random.default_rng(7)
+    for store in ("a", "b"):
+        for path in sorted((tmp_path / store).iterdir()):
+            data = bytearray(path.read_bytes())
+            bits = [*rng.integers(0, len(data) * 8, 6).tolist(), 0, len(data) * 8 - 1]
+            for bit in bits:
+                data[bit // 8] ^= 1 << bit % 8
+                path.write_bytes(data)
+                assert not verify(tmp_path / "b").ok, f"{path.name} bit {bit}"
+                data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data[:-1])
+            assert not verify(tmp_path / "b").ok, f"{path.name} truncated"
+            path.write_bytes(data)
+    assert verify(tmp_path / "b").ok
+    dump(scribe.pid, tmp_path / "other")
+    (tmp_path / "a").rename(tmp_path / "gone")
+    assert "missing" in verify(tmp_path / "b").problems[0]
+    (tmp_path / "other").rename(tmp_path / "a")
+    assert "another checkpoint" in verify(tmp_path / "b").problems[0]
+
+
+class Failing(Files):
+    """Fails at the N-th operation: with an errno, or by SIGKILL of itself."""
+
+    def __init__(self, at: int, code: int) -> None:
+        self.left, self.code, self.count = at, code, 0
+
+    def step(self, what: str) -> None:
+        self.count += 1
+        self.left -= 1
+        if self.left == 0:
+            if self.code == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(self.code, os.strerror(self.code), what)
+
+
+@pytest.mark.parametrize("code", [28, 5])
+def test_a_failure_at_any_write_leaves_the_old_checkpoint(scribe: Scribe, tmp_path: Path, code: int) -> None:
+    out = tmp_path / "c"
+    first = dump(scribe.pid, out).id
+    count = Failing(0, code)
+    first = dump(scribe.pid, out, force=True, files=count).id
+    assert count.count > 10
+    for at in range(1, count.count + 1):
+        with pytest.raises(OSError):
+            dump(scribe.pid, out, force=True, files=Failing(at, code))
+        assert process_state(scribe.pid)[1] == 0
+        assert verify(out).ok
+        now = Stored.open(out)
+        scribe.check(now.read)
+        # Only a failed sync of the parent directory, after the rename, may leave the new one.
+        assert now.id == first or at == count.count
+        first = now.id
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+KILLED = """
+import sys
+sys.path[:0] = [{src!r}, {tests!r}]
+from pathlib import Path
+from live.test_checkpoint_dump import Failing
+from pagelens.checkpoint.dump import dump
+dump(int(sys.argv[1]), Path(sys.argv[2]), force=True, files=Failing(int(sys.argv[3]), 0))
+"""
+
+
+def test_sigkill_at_a_write_leaves_the_old_or_the_new_checkpoint(scribe: Scribe, tmp_path: Path) -> None:
+    import pagelens
+
+    out = tmp_path / "c"
+    before = dump(scribe.pid, out).id
+    source = str(Path(pagelens.__file__).parents[1])
+    program = KILLED.format(src=source, tests=str(Path(__file__).parents[1]))
+    for at in (1, 3, 6, 9, 11, 12, 13):
+        run = subprocess.run(
+            [sys.executable, "-c", program, str(scribe.pid), str(out), str(at)], capture_output=True
+        )
+        assert run.returncode in (-signal.SIGKILL, 0), run.stderr
+        assert process_state(scribe.pid)[1] == 0
+        assert verify(out).ok
+        scribe.check(Stored.open(out).read)
+        before = Stored.open(out).id
+    assert dump(scribe.pid, out, force=True).id != before  # what the dead left is no obstacle
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "file"]
+
+
+def test_a_full_disk(scribe: Scribe, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk], capture_output=True
+    ).returncode:
+        pytest.skip("missing capability: mount (CAP_SYS_ADMIN)")
+    try:
+        with pytest.raises(OSError, match="No space"):
+            dump(scribe.pid, disk / "c", level=0)
+        assert list(disk.iterdir()) == []
+        assert process_state(scribe.pid)[1] == 0
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_concurrent_writers_and_overwriting_are_refused(scribe: Scribe, tmp_path: Path) -> None:
+    from pagelens.checkpoint.files import WriteLock
+
+    out = tmp_path / "c"
+    with WriteLock(out), pytest.raises(UsageError, match="another pagelens is writing"):
+        dump(scribe.pid, out)
+    dump(scribe.pid, out)
+    with pytest.raises(UsageError, match="--force"):
+        dump(scribe.pid, out)
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "data").write_text("x")
+    with pytest.raises(UsageError, match="no checkpoint; not replaced"):
+        dump(scribe.pid, tmp_path / "precious", force=True)
+    shutil.rmtree(out)
+
+
+def test_dedup_shares_equal_pages(scribe: Scribe, tmp_path: Path) -> None:
+    plain = dump(scribe.pid, tmp_path / "plain", level=0)
+    once = dump(scribe.pid, tmp_path / "once", level=0, dedup=())
+    # The huge page alone is 512 equal pages, the fixed ones more.
+    assert plain.stored_pages - once.stored_pages > 500
+    scribe.check(Stored.open(tmp_path / "once").read)
+    other = dump(scribe.pid, tmp_path / "other", level=0, dedup=(tmp_path / "once",))
+    assert other.stored_pages < once.stored_pages
+    scribe.check(Stored.open(tmp_path / "other").read)
+    assert verify(tmp_path / "other").ok
+
+
+def test_merge_and_drop_keep_every_remaining_checkpoint_true(scribe: Scribe, tmp_path: Path) -> None:
+    from pagelens.checkpoint import prune
+
+    paths = [tmp_path / f"c{i}" for i in range(5)]
+    for number, path in enumerate(paths):
+        dump(scribe.pid, path, parent=paths[number - 1] if number else None)
+    steps = [scribe.check(Stored.open(path).read) for path in paths]
+    prune.merge(paths[3], tmp_path / "alone")
+    prune.drop([paths[0], paths[2]], [paths[1], paths[3], paths[4]])
+    assert not paths[0].exists()
+    for number in (1, 3, 4):
+        assert verify(paths[number]).ok
+        assert scribe.check(Stored.open(paths[number]).read) == steps[number]
+    for path in paths[1:2] + paths[3:]:
+        shutil.rmtree(path)
+    assert verify(tmp_path / "alone").ok
+    assert scribe.check(Stored.open(tmp_path / "alone").read) == steps[3]
+
+
+def test_a_chain_keeps_what_it_says(scribe: Scribe, tmp_path: Path) -> None:
+    from pagelens.checkpoint.incremental import Chain
+
+    with Chain(scribe.pid, tmp_path / "chain", keep=3) as chain:
+        for done in chain.run(0.0, 11):
+            newest = sorted((tmp_path / "chain").iterdir())[-3:]
+            assert newest[-1] == done.path
+            assert len(list((tmp_path / "chain").iterdir())) <= 5
+            for path in newest:
+                scribe.check(Stored.open(path).read)
+    assert all(verify(path).ok for path in sorted((tmp_path / "chain").iterdir())[-3:])
+    with pytest.raises(UsageError, match="not empty"):
+        Chain(scribe.pid, tmp_path / "chain").__enter__()
