@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from vmtest import image
+from vmtest import image, tsc
 from vmtest.errors import VmtestError
 from vmtest.fetch import Kernel
 from vmtest.rootfs import root_image
@@ -81,8 +81,8 @@ class _Run:
         # panic=-1 with -no-reboot: a panic ends qemu at once. The watchdogs' figures suit emulation.
         append = (
             "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off nokaslr random.trust_cpu=on "
-            "tsc=reliable no_timer_check rcupdate.rcu_cpu_stall_timeout=30 apparmor=0 selinux=0 audit=0 "
-            + m.append
+            f"tsc=reliable tsc_early_khz={tsc.khz()} no_timer_check rcupdate.rcu_cpu_stall_timeout=30 "
+            "apparmor=0 selinux=0 audit=0 " + m.append
         )
         command = [
             QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
