@@ -12,8 +12,8 @@ static inline uint64_t mix(uint64_t lane, uint64_t word)
 	return lane << 29 | lane >> 35;
 }
 
-PL_EXPORT void pl_hash_pages(const uint8_t *data, size_t pages, uint64_t *out);
-PL_EXPORT void pl_hash_pages(const uint8_t *data, size_t pages, uint64_t *out)
+PL_EXPORT void pl_page_sums(const uint8_t *data, size_t pages, uint64_t *out);
+PL_EXPORT void pl_page_sums(const uint8_t *data, size_t pages, uint64_t *out)
 {
 	for (size_t p = 0; p < pages; p++, data += 4096) {
 		uint64_t a = 1, b = 2, c = 3, d = 4, w[4];

@@ -57,7 +57,7 @@ def hash_pages(
     hashes = np.zeros(total, np.uint64)
     readable = np.zeros(total, bool)
     buffer = np.empty(min(_BATCH, max(PAGE_SIZE, total * PAGE_SIZE)), np.uint8)
-    native = library().pl_hash_pages
+    native = library().pl_page_sums
     native.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
     native.restype = None
     done = 0
