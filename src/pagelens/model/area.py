@@ -154,6 +154,8 @@ class AreaTree:
         self._ends: list[int] = []  # end of each block's last area
         self._gaps: list[int | None] = []  # widest gap below an area of the block, None: recompute
         self.count = 0
+        # What the last search from the top learnt: between top and high no gap is length bytes wide.
+        self._searched: tuple[int, int, int] | None = None  # (high, length, top)
 
     def _locate(self, addr: int) -> tuple[int, int]:
         # Position of the first area whose end is above addr.
@@ -240,6 +242,10 @@ class AreaTree:
             raise AssertionError("area is not in the tree")
         self.count -= 1
         del areas[index]
+        if self._searched is not None and area.end > self._searched[2]:
+            above = self.find(area.end) if index == len(areas) else areas[index]
+            high, length, _ = self._searched
+            self._searched = (high, length, above.start) if above is not None and above.start < high else None
         if areas:
             self._dirty(block)
         else:
@@ -250,6 +256,9 @@ class AreaTree:
     def resize(self, area: Area, start: int, end: int, pgoff: int) -> None:
         """Move an area's edges. Its place in the order stays; the caller has made room."""
         block, _ = self._locate(area.start)
+        shrinks = start > area.start or end < area.end
+        if shrinks and self._searched is not None and area.end > self._searched[2]:
+            self._searched = None
         area.start, area.end, area.pgoff = start, end, pgoff
         self._dirty(block)
 
@@ -272,9 +281,14 @@ class AreaTree:
 
     def highest_gap(self, low: int, high: int, length: int) -> tuple[int, Area | None] | None:
         """(end of the highest gap in [low, high) of at least length bytes, the area above it), or None."""
-        block, index = self._locate(high - 1)
+        known = self._searched
+        if known is not None and known[0] == high and known[1] <= length and known[2] > low:
+            block, index = self._locate(known[2])
+        else:
+            block, index = self._locate(high - 1)
         above = self._blocks[block][index] if block < len(self._blocks) else None
         top = min(high, above.start) if above is not None else high
+        steps = 0  # near neighbours are cheaper to look at than a block is to measure anew
         while True:
             if index:
                 index -= 1
@@ -283,10 +297,12 @@ class AreaTree:
                 index = len(self._blocks[block]) - 1 if block >= 0 else 0
             area = self._blocks[block][index] if block >= 0 else None
             if top - max(area.end if area else 0, low) >= length:
+                self._searched = (high, length, top) if above is not None and top < high else None
                 return top, above
             if area is None or area.start <= low:
                 return None
-            if self._gap(block) < length:
+            steps += 1
+            if steps > 8 and self._gap(block) < length:
                 index = 0  # no gap of this block is wide enough: go on below its first area
                 area = self._blocks[block][0]
             top, above = area.start, area

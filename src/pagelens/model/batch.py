@@ -121,9 +121,10 @@ def anon_pages(
         chunk.event[part] = base if result is None else np.arange(base, base + count, dtype=np.int32)
         if write:
             anon_prepare(mm, area)
-            frames = mm.machine.frames.alloc_many(count, F_ANON, base)
-            mm.machine.frames.mapcount[frames] = 1
-            chunk.pte[part] = frames.astype(np.uint64) << _FRAME | _NEW
+            frames = mm.machine.frames.alloc_many(count, F_ANON, base, mapcount=1)
+            fresh = frames.view(np.uint64)
+            fresh <<= _FRAME
+            np.bitwise_or(fresh, _NEW, out=pte)
             mm.rss_anon += count
         else:
             chunk.pte[part] = _ZERO_PAGE
@@ -210,9 +211,11 @@ def _write_some(
     n_fresh = int(np.count_nonzero(fresh))
     if n_fresh:
         anon_prepare(mm, area)
-        frames = frames_of.alloc_many(n_fresh, F_ANON, base)
-        frames_of.mapcount[frames] = 1
-        pte[fresh] = frames.astype(np.uint64) << _FRAME | _NEW
+        frames = frames_of.alloc_many(n_fresh, F_ANON, base, mapcount=1)
+        entries = frames.view(np.uint64)
+        entries <<= _FRAME
+        entries |= _NEW
+        pte[fresh] = entries
         mm.rss_anon += n_fresh
     codes = np.where(read_only, code | PF_PROT, code).astype(np.int32)
     _record(chunk, part, first, faulting, codes, base, result)

@@ -103,7 +103,7 @@ def copy_range(child: Mm, parent: Mm, area: Area, event: int) -> None:
             child.rss_anon += n_anon
             child.rss_shmem += n_shmem
             child.rss_file += len(plain) - n_anon - n_shmem
-            frames_of.mapcount[(plain >> _FRAME).astype(np.int64)] += 1
+            frames_of.map_many((plain >> _FRAME).astype(np.int64))
 
 
 def _within(tables: set[int], first: int, last: int) -> list[int]:

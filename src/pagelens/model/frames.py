@@ -20,7 +20,7 @@ F_LOCKED, F_LAZY = 16, 32  # mlocked; lazily freed (MADV_FREE)
 
 
 class Frames:
-    """Columns of all frames. mapcount int32, flags uint8, born int64 (event that filled the frame)."""
+    """Columns of all frames. mapcount int32, flags uint8, born int32 (event that filled the frame)."""
 
     def __init__(self, limit: int | None = None, start: int = 0x1000) -> None:
         self.limit = limit
@@ -29,7 +29,7 @@ class Frames:
         size = start + 4096
         self.mapcount: I32 = np.zeros(size, np.int32)
         self.flags: U8 = np.zeros(size, np.uint8)
-        self.born: I64 = np.zeros(size, np.int64)
+        self.born: I32 = np.zeros(size, np.int32)
         self._free: I64 = np.empty(1024, np.int64)
         self._nfree = 0
         self.used = 0
@@ -58,31 +58,25 @@ class Frames:
         self.born[frame] = event
         return frame
 
-    def alloc_many(self, count: int, flags: int, event: int) -> I64:
-        """int64[count]: frames with map count 0."""
+    def alloc_many(self, count: int, flags: int, event: int, mapcount: int = 0) -> I64:
+        """int64[count]: frames with that map count, the most recently freed first."""
         self.used += count
         take = min(count, self._nfree)
         fresh = count - take
-        if take and fresh:
-            reused = self._free[self._nfree - take : self._nfree]
-            frames = np.concatenate((reused, np.arange(self._next, self._next + fresh, dtype=np.int64)))
-        elif take:
-            frames = self._free[self._nfree - take : self._nfree].copy()
+        frames = self._free[self._nfree - take : self._nfree]
+        if fresh:
+            new = np.arange(self._next, self._next + fresh, dtype=np.int64)
+            frames = np.concatenate((frames, new)) if take else new
         else:
-            frames = np.arange(self._next, self._next + fresh, dtype=np.int64)
+            frames = frames.copy()
         self._nfree -= take
         self._next += fresh
         if self._next > len(self.mapcount):
             self._grow(self._next)
-        if fresh == count and count:
-            part = slice(self._next - fresh, self._next)
-            self.flags[part] = flags | F_USED
-            self.mapcount[part] = 0
-            self.born[part] = event
-        else:
-            self.flags[frames] = flags | F_USED
-            self.mapcount[frames] = 0
-            self.born[frames] = event
+        at = _span(frames)
+        self.flags[at] = flags | F_USED
+        self.mapcount[at] = mapcount
+        self.born[at] = event
         return frames
 
     def free(self, frame: int) -> None:
@@ -99,7 +93,7 @@ class Frames:
         count = len(frames)
         if not count:
             return
-        self.flags[frames] = 0
+        self.flags[_span(frames)] = 0
         self.used -= count
         need = self._nfree + count
         if need > len(self._free):
@@ -119,10 +113,17 @@ class Frames:
         """One mapping less for each. No frame is named twice: within one area none is mapped twice."""
         if not len(frames):
             return
-        self.mapcount[frames] -= 1
-        dead = frames[(self.mapcount[frames] == 0) & ((self.flags[frames] & F_CACHE) == 0)]
-        if len(dead):
-            self.free_many(dead)
+        at = _span(frames)
+        self.mapcount[at] -= 1
+        dead = (self.mapcount[at] == 0) & ((self.flags[at] & F_CACHE) == 0)
+        if dead.all():
+            self.free_many(frames)
+        elif dead.any():
+            self.free_many(frames[dead])
+
+    def map_many(self, frames: I64) -> None:
+        """One mapping more for each; no frame twice."""
+        self.mapcount[_span(frames)] += 1
 
     def lazyfree(self, frames: I64) -> npt.NDArray[np.bool_]:
         """bool[n]: frames that MADV_FREE marked (swap-backed bit cleared)."""
@@ -136,3 +137,14 @@ class Frames:
     def in_use(self) -> I64:
         """int64[n]: the frames that are allocated."""
         return np.flatnonzero(self.flags & F_USED)
+
+
+def _span(frames: I64) -> slice | I64:
+    # Frames that were allocated together are consecutive, and a slice is several times faster than an index.
+    if (
+        len(frames) > 1
+        and frames[-1] - frames[0] == len(frames) - 1
+        and (frames[1:] - frames[:-1] == 1).all()
+    ):
+        return slice(int(frames[0]), int(frames[-1]) + 1)
+    return frames
