@@ -1,0 +1,260 @@
+"""What each memory system call does to an address space, and when it takes effect.
+
+A call's effect lies somewhere between its entry and its return. What shrinks is applied at entry and what
+maps at return: an address is free before anybody can be given it again, so this order holds between threads
+too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pagelens.vm.snapshot import Snapshot
+from pagelens.vm.units import page_down, page_up
+from pagelens.vm.vma import Vma
+from pagelens.why.evidence import Area, Mark, Origin
+from pagelens.why.facts import Call
+from pagelens.why.space import Seg, Space, State
+
+MAP_SHARED, MAP_TYPE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 0xF, 0x20, 0x100
+MAP_LOCKED, MAP_POPULATE, MAP_STACK, MAP_HUGETLB = 0x2000, 0x8000, 0x20000, 0x40000
+SHRINKING = frozenset({"munmap", "shmdt", "madvise", "process_madvise"})
+# Effective at entry: they take pages or mappings away.
+
+
+def effect_time(call: Call) -> int:
+    """ns at which the effect of a call is applied."""
+    return call.start if call.name in SHRINKING else call.end
+
+
+def area_of(vma: Vma) -> Area:
+    """The kind of a vma of a snapshot."""
+    flags = vma.vm_flags or frozenset()
+    if "ht" in flags:
+        return Area.HUGETLB
+    if vma.name in ("[vdso]", "[vvar]", "[vsyscall]", "[vvar_vclock]", "[uprobes]") or "pf" in flags:
+        return Area.SPECIAL
+    if not vma.inode:
+        return Area.SHMEM if vma.shared else Area.ANON
+    memory = vma.name.startswith(("/memfd:", "/dev/shm/", "/SYSV", "/dev/zero", "/anon_hugepage"))
+    if vma.name.startswith("/anon_hugepage"):
+        return Area.HUGETLB
+    if vma.shared:
+        return Area.SHMEM if memory else Area.SHARED_FILE
+    return Area.ANON if vma.name == "/dev/zero" else Area.FILE
+
+
+def state_of(vma: Vma, thp: str) -> State:
+    """The state of a vma of a snapshot. thp: the setting "always", "madvise" or "never"."""
+    flags = vma.vm_flags or frozenset()
+    huge = ("hg" in flags or thp == "always") and "nh" not in flags and thp != "never"
+    return State(
+        area_of(vma),
+        int(vma.prot),
+        grows=vma.name == "[stack]" or "gd" in flags,
+        huge=huge,
+        uffd=bool(flags & {"um", "uw", "ui"}),
+        dontfork="dc" in flags,
+        wipeonfork="wf" in flags,
+        name=vma.name,
+    )
+
+
+class Effects:
+    """Applies calls. last: final snapshots, asked only for what arguments do not tell (shmat's length)."""
+
+    def __init__(self, thp: str, last: Mapping[int, Snapshot]) -> None:
+        self.thp = thp
+        self.last = last
+        self.brk: dict[int, int] = {}
+        self.threads_uffd: set[int] = set()
+        self._do: dict[str, Callable[[Space, Call, int], None]] = {
+            "mmap": self._mmap,
+            "munmap": self._munmap,
+            "brk": self._brk,
+            "mprotect": self._mprotect,
+            "pkey_mprotect": self._mprotect,
+            "mremap": self._mremap,
+            "madvise": self._madvise,
+            "mlock": self._mlock,
+            "mlock2": self._mlock,
+            "mlockall": self._mlockall,
+            "munlockall": self._munlockall,
+            "msync": self._msync,
+            "shmat": self._shmat,
+            "shmdt": self._shmdt,
+            "userfaultfd": self._userfaultfd,
+        }
+
+    def handles(self, name: str) -> bool:
+        """Whether a call of that name changes anything here."""
+        return name in self._do
+
+    def apply(self, space: Space, call: Call, time: int) -> None:
+        """Apply one call that succeeded (or, as munlock, cannot matter)."""
+        if call.result < 0 and call.name != "brk":
+            return
+        self._do[call.name](space, call, time)
+
+    def _mmap(self, space: Space, call: Call, time: int) -> None:
+        _, length, prot, flags, fd, _ = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
+        start, end = call.result, call.result + page_up(length)
+        shared = (flags & MAP_TYPE) != 2
+        anon = bool(flags & MAP_ANONYMOUS) or (fd & 0xFFFFFFFF) == 0xFFFFFFFF
+        memory = anon or call.detail.startswith(("memfd:", "/memfd:", "SYSV", "/dev/shm/", "/dev/zero"))
+        if flags & MAP_HUGETLB:
+            area = Area.HUGETLB
+        elif shared:
+            area = Area.SHMEM if memory or call.detail == "zero" else Area.SHARED_FILE
+        else:
+            area = Area.ANON if anon or call.detail in ("zero", "/dev/zero") else Area.FILE
+        nohuge = bool(flags & MAP_STACK)
+        state = State(
+            area,
+            prot & 7,
+            grows=bool(flags & MAP_GROWSDOWN),
+            huge=self.thp == "always" and not nohuge and area is Area.ANON,
+            populated=time if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 7 else -1,
+            populated_write=bool(prot & 2) and not shared,
+            made=call.seq,
+            name=call.detail,
+        )
+        space.remove(start, end, call.seq, call.start, call.end)
+        space.map(start, end, state, Origin.MMAP, time, call.seq)
+
+    @staticmethod
+    def _munmap(space: Space, call: Call, _time: int) -> None:
+        start = call.args[0]
+        space.remove(start, start + page_up(call.args[1]), call.seq, call.start, call.end)
+
+    def _brk(self, space: Space, call: Call, time: int) -> None:
+        end = page_up(call.result)
+        old = self.brk.get(space.mm)
+        self.brk[space.mm] = end
+        if old is None:
+            old = self._heap_end(space, end)
+        if end < old:
+            space.remove(end, old, call.seq, call.start, call.end)
+        elif end > old:
+            state = State(Area.ANON, 3, huge=self.thp == "always", made=-2, name="[heap]")
+            space.map(old, end, state, Origin.BRK, time, call.seq)
+
+    @staticmethod
+    def _heap_end(space: Space, end: int) -> int:
+        for seg in reversed(space.segs):
+            if seg.start <= end and space.lives.states[seg.state].name == "[heap]":
+                return seg.end
+        return end  # the first brk of a program only asks where the break is
+
+    @staticmethod
+    def _mprotect(space: Space, call: Call, time: int) -> None:
+        start, length, prot = call.args[:3]
+        space.change(
+            start, start + page_up(length), lambda s: s._replace(prot=prot & 7, prot_time=time, guard=False)
+        )
+
+    @staticmethod
+    def _mremap(space: Space, call: Call, time: int) -> None:
+        old, old_len, new_len, flags = call.args[:4]
+        old_len, new_len, new = page_up(old_len), page_up(new_len), call.result
+        if new == old and new_len <= old_len:
+            space.remove(old + new_len, old + old_len, call.seq, call.start, call.end)
+            return
+        if new != old:
+            keep = min(old_len, new_len)
+            space.remove(old + keep, old + old_len, call.seq, call.start, call.end)
+            moved = space.remove(old, old + keep, call.seq, call.start, call.end)
+            space.remove(new, new + new_len, call.seq, call.start, call.end)
+            for seg in moved:
+                space.insert(Seg(seg.start - old + new, seg.end - old + new, seg.key, seg.state))
+                if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty
+                    space.map(
+                        seg.start, seg.end, space.lives.states[seg.state], Origin.MREMAP, time, call.seq
+                    )
+        tail = min(old_len, new_len) if old_len else 0
+        if new_len > tail:
+            i = space.index(new + tail - 1) if tail else -1
+            state = space.lives.states[space.segs[i].state] if i >= 0 else State(Area.ANON, 3)
+            space.map(new + tail, new + new_len, state, Origin.MREMAP, time, call.seq)
+
+    def _madvise(self, space: Space, call: Call, time: int) -> None:
+        start, length, advice = call.args[:3]
+        end = start + page_up(length)
+        marks = {8: Mark.FREE, 20: Mark.COLD, 21: Mark.PAGEOUT}
+        if advice in (4, 9, 24):  # DONTNEED, REMOVE, DONTNEED_LOCKED
+            space.drop(start, end, time, call.seq)
+        elif advice in marks:
+            space.change(start, end, lambda s: s._replace(mark=marks[advice], mark_time=time))
+        elif advice == 14:
+            space.change(start, end, lambda s: s._replace(huge=self.thp != "never"))
+        elif advice == 15:
+            space.change(start, end, lambda s: s._replace(huge=False))
+        elif advice in (10, 11):
+            space.change(start, end, lambda s: s._replace(dontfork=advice == 10))
+        elif advice in (18, 19):
+            space.change(start, end, lambda s: s._replace(wipeonfork=advice == 18))
+        elif advice in (22, 23):  # POPULATE_READ, POPULATE_WRITE
+            space.change(start, end, lambda s: _populate(s, time, advice == 23))
+        elif advice == 102:  # GUARD_INSTALL
+            space.drop(start, end, time, call.seq)
+            space.change(start, end, lambda s: s._replace(guard=True))
+        elif advice == 103:
+            space.change(start, end, lambda s: s._replace(guard=False))
+
+    @staticmethod
+    def _mlock(space: Space, call: Call, time: int) -> None:
+        if call.name == "mlock2" and call.args[2] & 1:  # MLOCK_ONFAULT
+            return
+        start = page_down(call.args[0])
+        space.change(start, page_up(call.args[0] + call.args[1]), lambda s: _lock(s, time))
+
+    @staticmethod
+    def _mlockall(space: Space, call: Call, time: int) -> None:
+        flags = call.args[0]
+        if flags & 1 and not flags & 4:
+            space.change(0, 1 << 62, lambda s: _lock(s, time))
+        if flags & 2:
+            space.future = 2 if flags & 4 else 1
+
+    @staticmethod
+    def _munlockall(space: Space, _call: Call, _time: int) -> None:
+        space.future = 0
+
+    @staticmethod
+    def _msync(space: Space, call: Call, time: int) -> None:
+        space.change(call.args[0], call.args[0] + page_up(call.args[1]), lambda s: s._replace(sync_time=time))
+
+    def _shmat(self, space: Space, call: Call, time: int) -> None:
+        # The length is the segment's and no argument tells it: the last snapshot does, if it is still
+        # attached.
+        snapshot = self.last.get(space.mm)
+        vma = snapshot.vmas.find(call.result) if snapshot else None
+        end = vma.end if vma and vma.start == call.result else call.result + (64 << 20)
+        i = space.index(end - 1)
+        nearest = [s.start for s in space.segs if call.result < s.start < end]
+        if nearest and (vma is None or i >= 0):
+            end = min(nearest)
+        prot = 1 if call.args[2] & 0o10000 else 3
+        space.map(
+            call.result, end, State(Area.SHMEM, prot, made=call.seq, name="SYSV"), Origin.MMAP, time, call.seq
+        )
+
+    @staticmethod
+    def _shmdt(space: Space, call: Call, _time: int) -> None:
+        i = space.index(call.args[0])
+        if i >= 0:
+            space.remove(space.segs[i].start, space.segs[i].end, call.seq, call.start, call.end)
+
+    def _userfaultfd(self, space: Space, _call: Call, _time: int) -> None:
+        self.threads_uffd.add(space.mm)
+
+
+def _populate(state: State, time: int, write: bool) -> State:
+    return state._replace(populated=time, populated_write=write or state.populated_write)
+
+
+def _lock(state: State, time: int) -> State:
+    # populate_vma_page_range: a write fault for private writable memory, else a read; nothing without rights.
+    if not state.prot or state.area is Area.SPECIAL:
+        return state
+    return _populate(state, time, bool(state.prot & 2) and state.area in (Area.ANON, Area.FILE))

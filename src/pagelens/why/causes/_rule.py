@@ -1,0 +1,57 @@
+"""What a cause is: a slug, words for people, and a pure function of one `Evidence`.
+
+Rules do not know each other and have no order. Where two hold, the verdict is `ambiguous` with both as
+candidates; where none holds it is `unknown`. So a rule that claims too much shows up as ambiguity, not as a
+wrong answer that happened to come first. Rejected: a decision tree (its order hides what the evidence does
+not decide).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pagelens.why.evidence import Area, Evidence, Race
+from pagelens.why.verdict import CERTAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A rule holds: how surely, and by what (one sentence)."""
+
+    why: str
+    confidence: str = CERTAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One cause."""
+
+    slug: str
+    title: str
+    remedy: str
+    holds: Callable[[Evidence], Finding | None]
+
+    @property
+    def doc(self) -> str:
+        """Where the cause is explained."""
+        return f"docs/causes.md#{self.slug}"
+
+
+def ordinary(e: Evidence) -> bool:
+    """Completed, and neither a handler in user space nor another thread's fault did the work."""
+    return not e.failed and not e.uffd and e.race is not Race.THREAD and e.area is not Area.UNSEEN
+
+
+def private(e: Evidence) -> bool:
+    """In a private mapping, where a write makes the page one's own."""
+    return e.area in (Area.ANON, Area.FILE)
+
+
+def allowed(e: Evidence) -> bool:
+    """The vma's rights permit the access."""
+    if e.write:
+        return e.writable
+    if e.exec:
+        return e.executable
+    return e.readable or e.executable or e.writable

@@ -1,0 +1,49 @@
+"""Faults that come back because pages were given away: MADV_DONTNEED, MADV_FREE, MADV_PAGEOUT."""
+
+from __future__ import annotations
+
+from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.evidence import Area, Evidence, Mark, Prior
+from pagelens.why.verdict import CERTAIN, LIKELY
+
+
+def _absent(e: Evidence) -> bool:
+    return ordinary(e) and not e.present and e.area not in (Area.SPECIAL, Area.HUGETLB)
+
+
+def _dontneed(e: Evidence) -> Finding | None:
+    if not (_absent(e) and e.dropped and e.prior is Prior.NONE):
+        return None
+    return Finding("the page had been in use until MADV_DONTNEED (or MADV_REMOVE, punch hole) dropped it")
+
+
+def _free(e: Evidence) -> Finding | None:
+    if not (_absent(e) and e.mark is Mark.FREE and e.prior is not Prior.NONE):
+        return None
+    return Finding("MADV_FREE had allowed the kernel to take the page, and it did")
+
+
+def _pageout(e: Evidence) -> Finding | None:
+    if not (_absent(e) and e.mark is Mark.PAGEOUT and e.prior is not Prior.NONE):
+        return None
+    sure = CERTAIN if e.major or e.prior is Prior.SWAPPED else LIKELY
+    return Finding("MADV_PAGEOUT had reclaimed the page; it came back from swap or its file", sure)
+
+
+def _cold(e: Evidence) -> Finding | None:
+    if not (_absent(e) and e.mark is Mark.COLD and e.prior is not Prior.NONE):
+        return None
+    return Finding("MADV_COLD had put the page first in line for reclaim, and it was reclaimed", LIKELY)
+
+
+RULE = Rule(
+    "after-dontneed",
+    "touched again after MADV_DONTNEED",
+    "let the allocator keep memory longer (glibc M_TRIM_THRESHOLD; jemalloc dirty_decay_ms, muzzy_decay_ms)",
+    _dontneed,
+)
+RULE_FREE = Rule("after-free", "touched again after MADV_FREE", "as after-dontneed", _free)
+RULE_PAGEOUT = Rule(
+    "after-pageout", "touched again after MADV_PAGEOUT", "page out only what stays cold", _pageout
+)
+RULE_COLD = Rule("after-cold", "touched again after MADV_COLD", "advise only what stays cold", _cold)

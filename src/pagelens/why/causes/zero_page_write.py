@@ -1,0 +1,21 @@
+"""Write over the zero page: it was read first, now it gets a page of its own (do_wp_page, wp_page_copy)."""
+
+from __future__ import annotations
+
+from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.evidence import Area, Evidence, Huge, Prior
+
+
+def _holds(e: Evidence) -> Finding | None:
+    zero = e.prior is Prior.ZERO or (e.huge is Huge.READ and e.prior is Prior.NONE)
+    if not (ordinary(e) and e.area in (Area.ANON, Area.FILE) and e.write and e.present and zero):
+        return None
+    return Finding("write to a present read-only page that had only been read: the zero page stood there")
+
+
+RULE = Rule(
+    "zero-page-write",
+    "write over the zero page",
+    "write first, or populate with MADV_POPULATE_WRITE: then one fault instead of two",
+    _holds,
+)

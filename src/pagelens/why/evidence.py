@@ -1,0 +1,193 @@
+"""Evidence: everything a cause may look at, for one fault, as a handful of small values.
+
+Why small values: a million faults have a few dozen different evidences. The replay packs each fault's
+evidence into one integer, numpy finds the distinct ones, and the rules, plain functions of one `Evidence`,
+run once for each. So the rules read like sentences and still judge a million faults in well under a second.
+Rejected: rules as numpy masks (fast, but nobody can check one by reading it); a rule call per fault (minutes
+for a million).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+I64 = npt.NDArray[np.int64]
+
+
+class Area(enum.IntEnum):
+    """What is mapped at the address when the fault comes."""
+
+    UNMAPPED = 0
+    ANON = 1  # private, no file: heap, stack, malloc, bss
+    FILE = 2  # private file mapping
+    SHARED_FILE = 3
+    SHMEM = 4  # shared anonymous memory, memfd, /dev/shm, System V: page cache without a disk behind
+    HUGETLB = 5
+    SPECIAL = 6  # vdso, vvar, device memory
+    UNSEEN = 7  # mapped before the recording began, and no first snapshot tells what
+
+
+class Prior(enum.IntEnum):
+    """What is known of the page before the fault, in its present life (since mapped, dropped or copied)."""
+
+    NONE = 0
+    ZERO = 1  # read before: the zero page stands there
+    FILE = 2  # a page of the file is mapped (private or shared)
+    ANON = 3  # written before: a page of its own
+    SWAPPED = 4
+    POPULATED = 5  # a call made it present (mlock, MAP_POPULATE, MADV_POPULATE_*)
+    SHARED = 6  # shared memory, touched before
+
+
+class Origin(enum.IntEnum):
+    """How the present life of the page's range began."""
+
+    SNAPSHOT = 0  # it was there when the recording of this address space began
+    MMAP = 1
+    BRK = 2
+    GROWTH = 3  # stack growth
+    DONTNEED = 4
+    FORK = 5
+    MREMAP = 6
+    UNSEEN = 7
+
+
+class Mark(enum.IntEnum):
+    """Advice given since the page was last touched."""
+
+    NONE = 0
+    FREE = 1
+    PAGEOUT = 2
+    COLD = 3
+
+
+class Forked(enum.IntEnum):
+    """Whether a fork write-protected the page since its last write."""
+
+    NONE = 0
+    PARENT = 1  # this address space forked after it wrote the page
+    CHILD = 2  # the page came by fork
+
+
+class Sharers(enum.IntEnum):
+    """Other address spaces that map the same page at that time."""
+
+    NA = 0
+    LIVE = 1  # at least one is alive and has not got its own copy
+    GONE = 2  # all have exited, exec'd, written or dropped theirs
+    UNCLEAR = 3  # one was exiting just then
+    UNSEEN = 4  # forked before the recording, so nobody knows
+
+
+class Outcome(enum.IntEnum):
+    """Copied or reused, by the frame numbers of two snapshots."""
+
+    UNDECIDED = 0
+    COPIED = 1
+    REUSED = 2
+
+
+class Race(enum.IntEnum):
+    """Something else that touched the page or its range while the fault was handled."""
+
+    NONE = 0
+    THREAD = 1  # another thread's fault on the same page completed within this one
+    CALL = 2  # another thread's memory system call on this range overlapped it
+    HANDLER = 3  # a userfaultfd ioctl overlapped it
+
+
+class Huge(enum.IntEnum):
+    """What is known of the 2 MiB block around the page."""
+
+    NO = 0  # huge pages cannot be here, or other faults in the block rule one out
+    MADE = 1  # this fault made a huge page: the last snapshot shows it, or it was alone in the block and slow
+    READ = 2  # the huge zero page stands here since an earlier read
+    INSIDE = 3  # an earlier fault of the block made a huge page
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One fault, as the rules see it. Booleans are 0 or 1 in the packed form."""
+
+    known: bool  # the error code was recorded
+    present: bool  # error code bit 0: a page table entry was there, and forbade it
+    write: bool
+    exec: bool
+    user: bool  # taken in user mode
+    in_call: bool  # taken by the kernel within a system call
+    failed: bool
+    major: bool
+    area: Area
+    readable: bool
+    writable: bool
+    executable: bool
+    grew: bool  # below a stack that could grow to it
+    prior: Prior
+    origin: Origin
+    dropped: bool  # touched before DONTNEED (or the like) took it away
+    mark: Mark
+    forked: Forked
+    sharers: Sharers
+    outcome: Outcome
+    race: Race
+    huge: Huge
+    uffd: bool  # the range is registered with userfaultfd, as far as evidence goes
+    numa: bool  # NUMA balancing was on, and the process had a second thread
+    rearmed: bool  # mprotect changed the rights after the page was last touched
+    flushed: bool  # shared file: synced, or long enough ago that writeback may have cleaned it
+    was_mapped: bool  # unmapped now, but something was mapped there earlier
+    by_exec: bool  # taken in execve, before the new program ran
+
+
+# Widths in bits, in the order of the fields; decoding is generated from it.
+_ENUMS: dict[str, type[enum.IntEnum]] = {
+    "area": Area,
+    "prior": Prior,
+    "origin": Origin,
+    "mark": Mark,
+    "forked": Forked,
+    "sharers": Sharers,
+    "outcome": Outcome,
+    "race": Race,
+    "huge": Huge,
+}
+FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Evidence))
+_WIDTH = {name: (3 if name in _ENUMS else 1) for name in FIELDS}
+
+
+def pack(columns: dict[str, npt.NDArray[np.generic] | int]) -> I64:
+    """int64[n], one packed evidence a row. columns: a value or an array of n for every field of
+    `Evidence`.
+    """
+    length = max(len(c) for c in columns.values() if isinstance(c, np.ndarray))
+    out = np.zeros(length, np.int64)
+    shift = 0
+    for name in FIELDS:
+        out |= np.asarray(columns[name]).astype(np.int64) << shift
+        shift += _WIDTH[name]
+    return out
+
+
+def unpack(code: int) -> Evidence:
+    """The `Evidence` of one packed value."""
+    values: dict[str, object] = {}
+    for name in FIELDS:
+        width = _WIDTH[name]
+        raw = code & ((1 << width) - 1)
+        values[name] = _ENUMS[name](raw) if name in _ENUMS else bool(raw)
+        code >>= width
+    return Evidence(**values)  # type: ignore[arg-type]
+
+
+def evidence(**given: object) -> Evidence:
+    """An ordinary user-mode read of an absent page of readable, writable anonymous memory, but for
+    `given`.
+    """
+    values: dict[str, object] = {name: (_ENUMS[name](0) if name in _ENUMS else False) for name in FIELDS}
+    values |= {"known": True, "user": True, "area": Area.ANON, "readable": True, "writable": True}
+    values["origin"] = Origin.MMAP
+    return Evidence(**(values | given))  # type: ignore[arg-type]

@@ -1,0 +1,275 @@
+"""Features: from the replay's columns to one packed `Evidence` a fault."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.vm.pages import PageState
+from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
+from pagelens.why.evidence import (
+    Area,
+    Forked,
+    Huge,
+    Mark,
+    Outcome,
+    Prior,
+    Race,
+    Sharers,
+    pack,
+)
+from pagelens.why.facts import Call, Facts
+from pagelens.why.history import History
+from pagelens.why.replay import (
+    BLOCK,
+    EXECVE,
+    GREW,
+    IN_FLIGHT,
+    WAS_MAPPED,
+    Replayed,
+    state_column,
+)
+from pagelens.why.sharing import sharers
+
+I64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+# ioctls that resolve a userfault: COPY, ZEROPAGE, MOVE, WRITEPROTECT, CONTINUE, POISON, WAKE (low 16 bits).
+_RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
+HUGE_SLOW = 20_000  # ns: zeroing 2 MiB takes longer than this, zeroing 4 KiB never does (both measured)
+UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
+
+
+def features(facts: Facts, run: Replayed, past: History) -> I64:
+    """int64[n]: the packed evidence of each fault of `run.faults`."""
+    faults = run.faults
+    n = len(faults)
+    known = faults.error >= 0
+    error = np.where(known, faults.error, 0)
+    present, write, fetch = (error & 1) != 0, (error & 2) != 0, (error & 16) != 0
+    area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
+    prot = state_column(run.lives, run.state, "prot", 0)
+    prot = np.where(state_column(run.lives, run.state, "guard", 0) != 0, 0, prot)
+    prior = past.prior.copy()
+    begun = faults.time - np.maximum(faults.latency, 0)
+
+    race = _thread_race(run, past, begun, write)
+    # A read of another thread came first: the page was there when this write was looked at.
+    raced_read = (race == Race.NONE) & (past.before >= 0) & write & ~present
+    raced_read &= (past.touch > begun) & (prior == Prior.ZERO)
+    present = present | raced_read
+    _call_race(facts, run, race, begun)
+    uffd = _handlers(facts, run, race, begun)
+
+    private = (area == Area.ANON) | (area == Area.FILE)
+    forked, share, outcome = _forks(facts, run, past, private & present & write & ~faults.failed, prior)
+    mark_time = state_column(run.lives, run.state, "mark_time", -1)
+    mark = state_column(run.lives, run.state, "mark", 0)
+    mark = np.where((mark_time > past.touch) & (prior != Prior.NONE), mark, int(Mark.NONE))
+    columns: dict[str, npt.NDArray[np.generic] | int] = {
+        "known": known,
+        "present": present,
+        "write": write,
+        "exec": fetch,
+        "user": faults.user,
+        "in_call": faults.call >= 0,
+        "failed": faults.failed,
+        "major": faults.major,
+        "area": area,
+        "readable": (prot & 1) != 0,
+        "writable": (prot & 2) != 0,
+        "executable": (prot & 4) != 0,
+        "grew": (run.flags & GREW) != 0,
+        "prior": prior,
+        "origin": past.origin,
+        "dropped": past.dropped,
+        "mark": mark,
+        "forked": forked,
+        "sharers": share,
+        "outcome": outcome,
+        "race": race,
+        "huge": _huge(facts, run, past, present, write),
+        "uffd": uffd,
+        "numa": _numa(facts, run),
+        "rearmed": state_column(run.lives, run.state, "prot_time", -1) > past.touch,
+        "flushed": state_column(run.lives, run.state, "sync_time", -1) > past.touch,
+        "was_mapped": (run.flags & WAS_MAPPED) != 0,
+        "by_exec": np.isin(faults.call, EXECVE) & ~faults.user,
+    }
+    return pack(columns) if n else np.empty(0, np.int64)
+
+
+def _thread_race(run: Replayed, past: History, begun: I64, write: Bool) -> I64:
+    faults = run.faults
+    race = np.full(len(faults), int(Race.NONE), np.int64)
+    rows = np.flatnonzero((past.before >= 0) & ~faults.failed & (faults.latency > 0))
+    prev = past.before[rows]
+    hit = (faults.time[prev] > begun[rows]) & (faults.tid[prev] != faults.tid[rows])
+    hit &= faults.mm[prev] == faults.mm[rows]
+    hit &= write[prev] | ~write[rows]
+    race[rows[hit]] = int(Race.THREAD)
+    return race
+
+
+def _overlaps(run: Replayed, call: Call, begun: I64) -> I64:
+    # Faults of the call's address space, by other threads, under way while the call was.
+    faults = run.faults
+    lo, hi = np.searchsorted(faults.mm, [call.mm, call.mm + 1])
+    # A fault that takes over a second to complete is found by its end only if it ends within 10 s of the
+    # call.
+    a = lo + int(np.searchsorted(faults.time[lo:hi], call.start))
+    b = lo + int(np.searchsorted(faults.time[lo:hi], call.end + 10_000_000_000))
+    rows = np.arange(a, b)
+    return np.asarray(rows[(begun[rows] <= call.end) & (faults.tid[rows] != call.tid)], dtype=np.int64)
+
+
+def _call_race(facts: Facts, run: Replayed, race: I64, begun: I64) -> None:
+    faults = run.faults
+    race[((run.flags & IN_FLIGHT) != 0) & (race == Race.NONE)] = int(Race.CALL)
+    odd = np.flatnonzero(faults.failed & (race == Race.NONE))
+    if not len(odd) or len(odd) > 200_000:
+        return
+    for call in facts.calls:
+        if call.name not in ("mprotect", "pkey_mprotect", "munmap", "mmap", "mremap", "madvise"):
+            continue
+        rows = np.intersect1d(_overlaps(run, call, begun), odd, assume_unique=True) if len(odd) else odd
+        if len(rows):
+            start = call.result if call.name == "mmap" else call.args[0]
+            addr = faults.addr[rows].astype(np.int64)
+            race[rows[(addr >= start) & (addr < start + call.args[1])]] = int(Race.CALL)
+
+
+def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64) -> Bool:
+    faults = run.faults
+    uffd = np.zeros(len(faults), bool)
+    ioctls = [c for c in facts.calls if c.name == "ioctl" and (c.args[1] & 0xFFFF) in _RESOLVES]
+    registered = state_column(run.lives, run.state, "uffd", 0) != 0
+    users = {c.mm for c in facts.calls if c.name == "userfaultfd" and c.result >= 0}
+    if not ioctls and not registered.any():
+        return uffd
+    starts = np.sort(np.array([c.start for c in ioctls], np.int64))
+    slow = ~faults.failed & (faults.latency >= UFFD_SLOW) & (np.isin(faults.mm, list(users)) | registered)
+    rows = np.flatnonzero(slow)
+    within = np.searchsorted(starts, begun[rows]) < np.searchsorted(starts, faults.time[rows], side="right")
+    rows = rows[within]
+    rows = rows[_may_be_registered(facts, run, rows)]
+    uffd[rows] = True
+    race[rows] = int(Race.HANDLER)
+    return uffd
+
+
+def _may_be_registered(facts: Facts, run: Replayed, rows: I64) -> Bool:
+    # The last snapshot's VmFlags tell which ranges are registered; a range that is gone by then may have
+    # been.
+    out = np.ones(len(rows), bool)
+    faults = run.faults
+    for mm in np.unique(faults.mm[rows]).tolist():
+        last = facts.last.get(mm)
+        if last is None or not any(v.vm_flags is not None for v in last.vmas):
+            continue
+        here = np.flatnonzero(faults.mm[rows] == mm)
+        at = last.vmas.find_many(faults.addr[rows[here]])
+        flags = [bool((v.vm_flags or frozenset()) & {"um", "uw", "ui"}) for v in last.vmas] + [True]
+        if not any(flags[:-1]):
+            continue  # all unregistered before the end (the descriptor was closed): it tells nothing
+        out[here] = np.array(flags, bool)[at]
+    return out
+
+
+def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, I64]:
+    faults = run.faults
+    n = len(faults)
+    forked = np.full(n, int(Forked.NONE), np.int64)
+    share = np.full(n, int(Sharers.NA), np.int64)
+    outcome = np.full(n, int(Outcome.UNDECIDED), np.int64)
+    rows = np.flatnonzero(wanted & np.isin(prior, [Prior.ANON, Prior.POPULATED, Prior.NONE]))
+    child = rows[past.inherited[rows] & (past.own[rows] < 0)]
+    forked[child] = int(Forked.CHILD)
+    since = np.maximum(past.own, past.begun)
+    for mm, times in run.family.forks.items():
+        mine = rows[(faults.mm[rows] == mm) & (forked[rows] == Forked.NONE)]
+        when = np.array(sorted(times), np.int64)
+        later = np.searchsorted(when, faults.time[mine]) > np.searchsorted(when, since[mine])
+        forked[mine[later]] = int(Forked.PARENT)
+    old = _forked_before(facts, run, rows, forked, prior)
+    both = np.flatnonzero(forked)
+    if len(both):
+        share[both] = sharers(run, both, _last_seen(facts, run))
+    forked[old] = int(Forked.PARENT)
+    share[old] = int(Sharers.UNSEEN)
+    return forked, share, outcome
+
+
+def _forked_before(facts: Facts, run: Replayed, rows: I64, forked: I64, prior: I64) -> I64:
+    # attach: an address space that existed before the recording may have forked, or been forked, before it.
+    born = set(run.family.parent) | {int(t.args[1]) for t in facts.tasks if t.name == "exec"}
+    old = rows[(forked[rows] == Forked.NONE) & ~np.isin(run.faults.mm[rows], list(born))]
+    snapshot = prior[old] == Prior.ANON
+    return np.asarray(old[snapshot], dtype=np.int64) if "attached" in facts.settings else old[:0]
+
+
+def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:
+    out: dict[int, int] = {}
+    faults = run.faults
+    if len(faults):
+        edges = [*np.flatnonzero(np.diff(faults.mm)).tolist(), len(faults) - 1]
+        out = {int(faults.mm[i]): int(faults.time[i]) for i in edges}
+    for call in facts.calls:
+        out[call.mm] = max(out.get(call.mm, -1), call.start)
+    return out
+
+
+def _huge(facts: Facts, run: Replayed, past: History, present: Bool, write: Bool) -> I64:
+    faults = run.faults
+    out = np.full(len(faults), int(Huge.NO), np.int64)
+    rows = np.flatnonzero(((run.flags & BLOCK) != 0) & ~faults.failed & (past.life >= 0))
+    if not len(rows):
+        return out
+    block = (faults.addr[rows] // np.uint64(HPAGE_SIZE)).astype(np.int64)
+    order = np.lexsort((faults.time[rows], block, past.life[rows]))
+    rows, block = rows[order], block[order]
+    life = past.life[rows]
+    new = np.ones(len(rows), bool)
+    new[1:] = (life[1:] != life[:-1]) | (block[1:] != block[:-1])
+    group = np.cumsum(new) - 1
+    absent = np.bincount(group, weights=(~present[rows]).astype(np.float64))
+    first = rows[new]
+    alone = absent == 1
+    shown = _huge_in_last(facts, run, first)
+    made = ~present[first] & (shown | (alone & (faults.latency[first] >= HUGE_SLOW)))
+    zero = made & ~write[first]
+    # A read maps the huge zero page in a moment; that it did, later writes to present pages tell.
+    more = np.bincount(group) > 1
+    zero |= ~present[first] & ~write[first] & alone & more
+    later = ~new
+    out[rows[later & zero[group]]] = int(Huge.READ)
+    out[rows[later & (made & ~zero)[group]]] = int(Huge.INSIDE)
+    out[first[made | zero]] = int(Huge.MADE)
+    return out
+
+
+def _huge_in_last(facts: Facts, run: Replayed, first: I64) -> Bool:
+    faults = run.faults
+    out = np.zeros(len(first), bool)
+    for mm in np.unique(faults.mm[first]).tolist():
+        last = facts.last.get(mm)
+        if last is None or last.pages is None:
+            continue
+        runs = last.pages.where(PageState.HUGE)
+        if not len(runs):
+            continue
+        here = np.flatnonzero(faults.mm[first] == mm)
+        addr = faults.addr[first[here]] & ~np.uint64(0xFFF)
+        at = np.searchsorted(runs.start, addr, side="right") - 1
+        size = runs.count << np.uint64(PAGE_SHIFT)
+        near = np.maximum(at, 0)
+        out[here] = (at >= 0) & (addr < runs.start[near] + size[near])
+    return out
+
+
+def _numa(facts: Facts, run: Replayed) -> Bool:
+    faults = run.faults
+    if not facts.settings.get("numa_balancing"):
+        return np.zeros(len(faults), bool)
+    many = [mm for mm, tasks in run.family.tasks.items() if tasks > 1]
+    return np.asarray(np.isin(faults.mm, many), dtype=bool)

@@ -1,0 +1,83 @@
+"""Judge one evidence: run every rule, and say what comes of none, one or several that hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from pagelens.why.causes import ACCESS, RULES, Finding, Rule
+from pagelens.why.evidence import Evidence
+from pagelens.why.verdict import AMBIGUOUS, LIKELY, UNKNOWN, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """verdict: the cause of the fault. page: what the page needed (a slug; differs from the verdict's cause
+    only where the kernel accessed the page)."""
+
+    verdict: Verdict
+    page: str
+
+
+def judge(e: Evidence, rules: Sequence[Rule] = RULES) -> Judgement:
+    """The verdict on one evidence. `rules` is there for tests that break one on purpose."""
+    page = _page_verdict(e, rules)
+    found = ACCESS.holds(e)
+    if found is None:
+        return Judgement(page, page.cause)
+    needed = {"unknown": "", "ambiguous": f"; what the page needed: {' or '.join(page.candidates)}"}.get(
+        page.cause, f"; what the page needed: {page.cause}"
+    )
+    access = Verdict(ACCESS.slug, found.confidence, found.why + needed, ACCESS.remedy, ACCESS.doc)
+    return Judgement(access, page.cause)
+
+
+def _page_verdict(e: Evidence, rules: Sequence[Rule]) -> Verdict:
+    held = _holding(e, rules) if e.known else _without_error_code(e, rules)
+    if not held:
+        why = "the recording began after the page was mapped" if e.area.name == "UNSEEN" else "no rule fits"
+        return Verdict("unknown", UNKNOWN, f"{why}: {describe(e)}")
+    if len(held) == 1:
+        (rule, finding) = next(iter(held.values()))
+        confidence = finding.confidence if e.known or finding.confidence == AMBIGUOUS else LIKELY
+        candidates = ("reused", "copied") if confidence == AMBIGUOUS else ()
+        return Verdict(rule.slug, confidence, finding.why, rule.remedy, rule.doc, candidates)
+    slugs = tuple(held)
+    return Verdict("ambiguous", AMBIGUOUS, "the evidence fits several causes", candidates=slugs)
+
+
+def _holding(e: Evidence, rules: Sequence[Rule]) -> dict[str, tuple[Rule, Finding]]:
+    out: dict[str, tuple[Rule, Finding]] = {}
+    for rule in rules:
+        finding = rule.holds(e)
+        if finding is not None:
+            out[rule.slug] = (rule, finding)
+    return out
+
+
+def _without_error_code(e: Evidence, rules: Sequence[Rule]) -> dict[str, tuple[Rule, Finding]]:
+    # --detail lean: every access that it may have been is tried.
+    out: dict[str, tuple[Rule, Finding]] = {}
+    for present in (False, True):
+        for write in (False, True):
+            out |= _holding(replace(e, known=True, present=present, write=write), rules)
+    return out
+
+
+def describe(e: Evidence) -> str:
+    """The evidence in a few words, for unknown verdicts and tests."""
+    access = "write" if e.write else "fetch" if e.exec else "read"
+    words = [
+        "failed" if e.failed else "completed",
+        access if e.known else "access (no error code)",
+        "of a present page" if e.present else "of an absent page",
+        f"area {e.area.name.lower()}",
+        f"before: {e.prior.name.lower()}",
+        f"life began by {e.origin.name.lower()}",
+    ]
+    for name in ("forked", "sharers", "mark", "race", "huge", "outcome"):
+        value = getattr(e, name)
+        if value:
+            words.append(f"{name} {value.name.lower()}")
+    words += [name for name in ("dropped", "grew", "uffd", "rearmed", "numa") if getattr(e, name)]
+    return ", ".join(words)

@@ -1,0 +1,149 @@
+"""From a capture on disk to `Facts`.
+
+Only the columns that are used are read, and only memory calls and calls that took faults become objects.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pagelens.capture.reader import Capture
+from pagelens.vm.snapshot import Snapshot
+from pagelens.why.facts import I64, Call, Facts, Faults, Task
+
+_FAULT_COLUMNS = [
+    "seq",
+    "time_ns",
+    "latency_ns",
+    "mm",
+    "tid",
+    "addr",
+    "ip",
+    "error_code",
+    "in_syscall",
+    "user_mode",
+    "major",
+    "failed",
+]
+_CALL_COLUMNS = [
+    "seq",
+    "time_ns",
+    "latency_ns",
+    "mm",
+    "pid",
+    "tid",
+    "name",
+    "args",
+    "result",
+    "gup",
+    "detail",
+    "file_dev",
+    "file_inode",
+]
+
+
+def load(capture: Capture) -> Facts:
+    """The facts of a capture. DamagedInputError where a part cannot be read."""
+    import pyarrow.parquet as pq
+
+    faults: list[dict[str, Any]] = []
+    calls: list[Call] = []
+    tasks: list[Task] = []
+    for path in capture.parts("events"):
+        columns = list(dict.fromkeys([*_FAULT_COLUMNS, *_CALL_COLUMNS, "kind"]))
+        table = pq.read_table(path, columns=columns)
+        kinds = table.column("kind").combine_chunks()
+        names = kinds.dictionary.to_pylist()
+        kind = kinds.indices.to_numpy(zero_copy_only=False)
+        fault = np.flatnonzero(kind == names.index("fault")) if "fault" in names else np.empty(0, int)
+        if len(fault):
+            faults.append(_faults(table.select(_FAULT_COLUMNS).take(fault)))
+        others = [n for n in ("syscall", "task") if n in names]
+        rest = np.flatnonzero(np.isin(kind, [names.index(n) for n in others]))
+        if len(rest):
+            picked = table.select([*_CALL_COLUMNS, "kind"]).take(rest)
+            for row in picked.to_pylist():
+                (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
+    first, last = _snapshots(capture)
+    settings = dict(capture.meta.get("settings") or {})
+    return Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings)
+
+
+def _column(table: Any, name: str, null: int) -> I64:
+    import pyarrow.compute as pc
+
+    column = table.column(name)
+    if column.null_count:
+        column = pc.fill_null(column, null)
+    return np.asarray(column.to_numpy().astype(np.int64))
+
+
+def _faults(table: Any) -> dict[str, Any]:
+    # args and the like are not read for faults: null lists cost memory too.
+    import pyarrow.compute as pc
+
+    def flag(name: str) -> Any:
+        return pc.fill_null(table.column(name), False).to_numpy().astype(bool)
+
+    return {
+        "seq": _column(table, "seq", -1),
+        "time": _column(table, "time_ns", -1),
+        "latency": _column(table, "latency_ns", -1),
+        "mm": _column(table, "mm", -1),
+        "tid": _column(table, "tid", -1),
+        "addr": table.column("addr").to_numpy().astype(np.uint64),
+        "ip": _column(table, "ip", 0).astype(np.uint64),
+        "error": _column(table, "error_code", -1),
+        "call": _column(table, "in_syscall", -1),
+        "user": flag("user_mode"),
+        "major": flag("major"),
+        "failed": flag("failed"),
+    }
+
+
+def _joined(parts: list[dict[str, Any]]) -> Faults:
+    kinds = {"addr": np.uint64, "ip": np.uint64, "user": bool, "major": bool, "failed": bool}
+    columns = {
+        name: np.concatenate([p[name] for p in parts]) if parts else np.empty(0, kinds.get(name, np.int64))
+        for name in Faults.__dataclass_fields__
+    }
+    return Faults(**columns)
+
+
+def _record(row: dict[str, Any]) -> Call | Task:
+    args = tuple(row["args"] or ())
+    if row["kind"] == "task":
+        return Task(
+            row["seq"], row["time_ns"], row["mm"], row["pid"], row["tid"], row["name"], args, row["detail"] or ""
+        )
+    start = row["time_ns"]
+    result = row["result"]
+    return Call(
+        seq=row["seq"],
+        start=start,
+        end=start + (row["latency_ns"] or 0),
+        mm=row["mm"],
+        tid=row["tid"],
+        name=row["name"],
+        args=args,
+        result=-1 if result is None else result,
+        gup=row["gup"] or 0,
+        detail=row["detail"] or "",
+        dev=row["file_dev"] or 0,
+        inode=row["file_inode"] or 0,
+    )
+
+
+def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapshot]]:
+    first: dict[int, Snapshot] = {}
+    last: dict[int, Snapshot] = {}
+    for row in capture.snapshot_rows():
+        if row["mm"] is None:
+            continue
+        into = first if row["moment"] in ("exec", "attach") else last
+        if into is first and row["mm"] in first:
+            continue
+        into[row["mm"]] = capture.snapshot(row["snapshot"])
+    return first, last

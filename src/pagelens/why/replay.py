@@ -1,0 +1,264 @@
+"""Replay: rebuilds every address space over time, and finds for each fault the interval that held it.
+
+Events are walked in order of effect; the faults between two changes of an address space are looked up at once
+(numpy), or one by one where there are few. What comes out are columns beside the faults: state and key (see
+`space`). Rejected: walking faults one by one (seconds for a million), and one big interval index over time
+and address (more code than the walk, and no faster: the walk has as many steps as there are calls).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.vm.snapshot import Snapshot
+from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
+from pagelens.why.calls import Effects, effect_time, state_of
+from pagelens.why.evidence import Area, Origin
+from pagelens.why.facts import I64, Call, Facts, Faults, Task
+from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
+
+CLONE_VM = 0x100
+EXECVE = (59, 322)
+_FEW = 24  # below this many faults, bisect beats building arrays
+
+# What happened to a fault's lookup, as bits.
+GREW, WAS_MAPPED, IN_FLIGHT, BLOCK = 1, 2, 4, 8
+
+
+@dataclass(slots=True)
+class Family:
+    """Life times and descent of address spaces. end: mm -> ns of its last task's exit or exec.
+    parent: child mm -> (parent mm, ns of the fork). tasks: mm -> most tasks at one time."""
+
+    end: dict[int, int] = field(default_factory=dict)
+    parent: dict[int, tuple[int, int]] = field(default_factory=dict)
+    forks: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    tasks: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+
+
+@dataclass(slots=True)
+class Replayed:
+    """faults: sorted by (mm, time). key, state: int64[n] (state -1: nothing mapped). flags: int64[n].
+    removed: for a failed fault, seq of the call that unmapped the address (-1 none)."""
+
+    faults: Faults
+    key: I64
+    state: I64
+    flags: I64
+    removed: I64
+    lives: Lives
+    spaces: dict[int, Space]
+    family: Family
+    first_keys: dict[int, tuple[list[int], list[Seg]]]
+
+
+class Replay:
+    """One run over the facts."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        thp = str(facts.settings.get("thp", "madvise"))
+        self.thp = thp
+        self.effects = Effects(thp, facts.last)
+        self.lives = Lives()
+        self.spaces: dict[int, Space] = {}
+        self.family = Family()
+        self.first_keys: dict[int, tuple[list[int], list[Seg]]] = {}
+        self._users: dict[int, int] = defaultdict(int)
+        faults = _with_new_mm(facts)
+        order = np.lexsort((faults.seq, faults.time, faults.mm))
+        self.faults = faults.take(order)
+        n = len(self.faults)
+        self.key = np.full(n, -1, np.int64)
+        self.state = np.full(n, -1, np.int64)
+        self.flags = np.zeros(n, np.int64)
+        self.removed = np.full(n, -1, np.int64)
+        self._unseen = self.lives.intern(State(Area.UNSEEN, 7))
+        mms, first = np.unique(self.faults.mm, return_index=True)
+        bounds = [*first.tolist(), n]
+        self._next = dict(zip(mms.tolist(), bounds[:-1], strict=True))
+        self._end = dict(zip(mms.tolist(), bounds[1:], strict=True))
+
+    def run(self) -> Replayed:
+        """Walk all events."""
+        born = {int(t.args[3]) for t in self.facts.tasks if t.name == "fork"}
+        born |= {int(t.args[1]) for t in self.facts.tasks if t.name == "exec"}
+        for mm in {*self._next, *self.facts.first} - born:
+            self._begin(mm)
+            self._users[mm] = 1
+        steps: list[tuple[int, int, Call | Task]] = [
+            (effect_time(c), c.seq, c) for c in self.facts.calls if self.effects.handles(c.name)
+        ]
+        steps += [(t.time, t.seq, t) for t in self.facts.tasks]
+        steps.sort(key=lambda s: s[:2])
+        for time, _, event in steps:
+            space = self.spaces.get(event.mm)
+            if space is not None:
+                self._flush(space, time)
+            if isinstance(event, Task):
+                self._task(event)
+            else:
+                self.effects.apply(space or self._begin(event.mm), event, time)
+        for mm in list(self._next):
+            self._flush(self.spaces.get(mm) or self._begin(mm), 1 << 62)
+        return Replayed(
+            self.faults,
+            self.key,
+            self.state,
+            self.flags,
+            self.removed,
+            self.lives,
+            self.spaces,
+            self.family,
+            self.first_keys,
+        )
+
+    def _begin(self, mm: int) -> Space:
+        snapshot = self.facts.first.get(mm)
+        space = Space(mm, self.lives, snapshot is not None)
+        self.spaces[mm] = space
+        if snapshot is not None:
+            for vma in snapshot.vmas:
+                key = self.lives.begin(vma.pages, mm, Origin.SNAPSHOT, -1, -1)
+                space.insert(Seg(vma.start, vma.end, key, self.lives.intern(state_of(vma, self.thp))))
+            self.first_keys[mm] = (
+                list(space.starts),
+                [Seg(s.start, s.end, s.key, s.state) for s in space.segs],
+            )
+        return space
+
+    def _task(self, task: Task) -> None:
+        users = self._users
+        if task.name == "fork":
+            flags, child = int(task.args[2]), int(task.args[3])
+            users[child] += 1
+            self.family.tasks[child] = max(self.family.tasks[child], users[child])
+            if not flags & CLONE_VM and child != task.mm:
+                parent = self.spaces.get(task.mm) or self._begin(task.mm)
+                self.spaces[child] = parent.fork(child, task.time, task.seq)
+                if task.mm in self.effects.brk:
+                    self.effects.brk[child] = self.effects.brk[task.mm]
+                self.family.parent[child] = (task.mm, task.time)
+                self.family.forks[task.mm].append(task.time)
+        elif task.name == "exec":
+            old, new = int(task.args[0]), int(task.args[1])
+            self._leave(old, task.time)
+            users[new] += 1
+            self._begin(new)
+            # Faults of execve itself were given the new number, and came before this event.
+        elif task.name == "exit":
+            self._leave(task.mm, task.time)
+
+    def _leave(self, mm: int, time: int) -> None:
+        self._users[mm] -= 1
+        if self._users[mm] <= 0:
+            self.family.end[mm] = time
+
+    def _flush(self, space: Space, time: int) -> None:
+        lo = self._next.get(space.mm)
+        if lo is None:
+            return
+        hi = lo + int(np.searchsorted(self.faults.time[lo : self._end[space.mm]], time))
+        if hi == lo:
+            return
+        self._next[space.mm] = hi
+        if hi - lo < _FEW:
+            for i in range(lo, hi):
+                self._one(space, i)
+            return
+        addr = self.faults.addr[lo:hi].astype(np.int64)
+        start, end, key, state = space.columns()
+        inside = np.zeros(hi - lo, bool)
+        if len(start):
+            at = np.searchsorted(start, addr, side="right") - 1
+            inside = (at >= 0) & (addr < end[np.maximum(at, 0)])
+            at = at[inside]
+            self.key[lo:hi][inside] = key[at] + ((addr[inside] - start[at]) >> PAGE_SHIFT)
+            self.state[lo:hi][inside] = state[at]
+            self._blocks(space, lo, np.flatnonzero(inside), addr)
+        for i in np.flatnonzero(~inside).tolist():
+            self._one(space, lo + i)
+
+    def _blocks(self, space: Space, lo: int, rows: I64, addr: I64) -> None:
+        huge = np.array([s.huge for s in self.lives.states], bool)
+        rows = rows[huge[self.state[lo + rows]]]
+        if not len(rows):
+            return
+        blocks, back = np.unique(addr[rows] & -HPAGE_SIZE, return_inverse=True)
+        fits = np.array([space.block_fits(b) for b in blocks.tolist()], bool)
+        self.flags[lo + rows[fits[back]]] |= BLOCK
+
+    def _one(self, space: Space, i: int) -> None:
+        addr = int(self.faults.addr[i])
+        at = space.index(addr)
+        if at >= 0:
+            self._put(i, space.segs[at], addr)
+            if self.lives.states[space.segs[at].state].huge and space.block_fits(addr):
+                self.flags[i] |= BLOCK
+            return
+        time, failed = int(self.faults.time[i]), bool(self.faults.failed[i])
+        if not failed:
+            seg = space.grow(addr, time, int(self.faults.seq[i]))
+            if seg is not None:
+                self._put(i, seg, addr)
+                self.flags[i] |= GREW
+                return
+        begun = time - max(int(self.faults.latency[i]), 0)
+        for since, until, seq, seg in reversed(space.past):
+            if seg.start <= addr < seg.end:
+                if not failed and begun <= until and time >= since:
+                    self._put(i, seg, addr)
+                    self.flags[i] |= IN_FLIGHT
+                else:
+                    self.flags[i] |= WAS_MAPPED
+                    self.removed[i] = seq
+                return
+        if not space.seen:
+            self.state[i] = self._unseen
+        self.key[i] = UNSEEN_KEY + (space.mm << 36) + (addr >> PAGE_SHIFT)
+
+    def _put(self, i: int, seg: Seg, addr: int) -> None:
+        self.key[i] = seg.key + ((addr - seg.start) >> PAGE_SHIFT)
+        self.state[i] = seg.state
+
+
+def _with_new_mm(facts: Facts) -> Faults:
+    """execve works on the new address space before the recorder gives it its number: those faults move."""
+    faults = facts.faults
+    execs = [t for t in facts.tasks if t.name == "exec"]
+    in_exec = np.flatnonzero(np.isin(faults.call, EXECVE) & ~faults.user)
+    if not execs or not len(in_exec):
+        return faults
+    mm = faults.mm.copy()
+    by_tid: dict[int, list[Task]] = defaultdict(list)
+    for task in sorted(execs, key=lambda t: t.time):
+        by_tid[int(task.args[2]) if len(task.args) > 2 and task.args[2] else task.tid].append(task)
+    for i in in_exec.tolist():
+        after = by_tid.get(int(faults.tid[i]), [])
+        at = bisect.bisect_left([t.time for t in after], int(faults.time[i]))
+        if at < len(after) and int(after[at].args[0]) == int(mm[i]):
+            new = int(after[at].args[1])
+            if _holds(facts.first, new, int(faults.addr[i])):
+                mm[i] = new
+    columns = {name: getattr(faults, name) for name in faults.__dataclass_fields__}
+    return Faults(**(columns | {"mm": mm}))
+
+
+def _holds(first: Mapping[int, Snapshot], mm: int, addr: int) -> bool:
+    snapshot = first.get(mm)
+    return snapshot is None or snapshot.vmas.find(addr) is not None
+
+
+def state_column(lives: Lives, state: I64, name: str, missing: int) -> I64:
+    """int64[n]: one field of each fault's state, `missing` where nothing is mapped."""
+    table = np.array([int(getattr(s, name)) for s in lives.states] + [missing], np.int64)
+    return np.asarray(table[state], dtype=np.int64)
+
+
+Bool = npt.NDArray[np.bool_]

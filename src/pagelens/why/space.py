@@ -1,0 +1,254 @@
+"""One address space over time: intervals of equal state, and keys that name a page's life.
+
+A page's identity here is neither its address (mremap moves it, munmap and mmap reuse the address) nor its
+frame (nobody records it for each fault), but the life of its range: mmap, brk, DONTNEED, fork give the range
+new keys, mremap carries them along. "The fault before this one on the same page" is then a sort by key.
+Rejected: a dict of page states changed fault by fault (a Python step for each of a million faults).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT, PAGE_SIZE
+from pagelens.why.evidence import Area, Mark, Origin
+
+I64 = npt.NDArray[np.int64]
+
+NO_LINK, FORK_LINK, DROP_LINK = 0, 1, 2
+# Keys of pages in ranges that nothing is known of: by mm and page number, far above the counted ones.
+UNSEEN_KEY = 1 << 60
+
+
+class State(NamedTuple):
+    """What holds for every page of an interval. Times are ns, -1 = never."""
+
+    area: Area
+    prot: int
+    grows: bool = False
+    huge: bool = False  # transparent huge pages may be made here
+    uffd: bool = False
+    guard: bool = False
+    populated: int = -1
+    populated_write: bool = False
+    mark: Mark = Mark.NONE
+    mark_time: int = -1
+    prot_time: int = -1
+    sync_time: int = -1
+    dontfork: bool = False
+    wipeonfork: bool = False
+    made: int = -1  # seq of the call that mapped it, -1 = it was there at the first snapshot
+    name: str = ""
+
+
+class Seg:
+    """[start, end) with one state; `key` names its first page."""
+
+    __slots__ = ("end", "key", "start", "state")
+
+    def __init__(self, start: int, end: int, key: int, state: int) -> None:
+        self.start, self.end, self.key, self.state = start, end, key, state
+
+
+class Lives:
+    """All states (interned) and all lives of ranges, of all address spaces. Keys ascend in order of birth."""
+
+    def __init__(self) -> None:
+        self.states: list[State] = []
+        self._known: dict[State, int] = {}
+        self.key: list[int] = []
+        self.mm: list[int] = []
+        self.origin: list[int] = []
+        self.time: list[int] = []
+        self.seq: list[int] = []
+        self.link: list[int] = []
+        self.parent: list[int] = []  # key of the first page in the life before, -1 without
+        self.populated: list[bool] = []  # the life before had been populated by a call
+        self._next = 0
+
+    def intern(self, state: State) -> int:
+        """The number of a state."""
+        number = self._known.get(state)
+        if number is None:
+            number = self._known[state] = len(self.states)
+            self.states.append(state)
+        return number
+
+    def begin(
+        self,
+        pages: int,
+        mm: int,
+        origin: Origin,
+        time: int,
+        seq: int,
+        link: int = NO_LINK,
+        parent: int = -1,
+        populated: bool = False,
+    ) -> int:
+        """A new life for `pages` pages; returns the key of the first."""
+        key = self._next
+        self._next += pages
+        self.key.append(key)
+        self.mm.append(mm)
+        self.origin.append(origin)
+        self.time.append(time)
+        self.seq.append(seq)
+        self.link.append(link)
+        self.parent.append(parent)
+        self.populated.append(populated)
+        return key
+
+
+class Space:
+    """The intervals of one address space, now. Every change is O(intervals touched) plus a list insertion."""
+
+    def __init__(self, mm: int, lives: Lives, seen: bool) -> None:
+        self.mm = mm
+        self.lives = lives
+        self.seen = seen  # a first snapshot (or a parent) tells what is mapped
+        self.starts: list[int] = []
+        self.segs: list[Seg] = []
+        self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
+        self.drops: list[tuple[int, int, int]] = []  # (start, end, ns) of everything that took pages away
+        self.future: int = 0  # mlockall(MCL_FUTURE): 1, with ONFAULT: 2
+        self._columns: tuple[I64, I64, I64, I64] | None = None
+
+    def index(self, addr: int) -> int:
+        """Index of the interval that holds addr, or -1."""
+        i = bisect.bisect_right(self.starts, addr) - 1
+        return i if i >= 0 and addr < self.segs[i].end else -1
+
+    def cut(self, addr: int) -> None:
+        """Make addr a boundary."""
+        i = self.index(addr)
+        if i < 0 or self.segs[i].start == addr:
+            return
+        seg = self.segs[i]
+        right = Seg(addr, seg.end, seg.key + ((addr - seg.start) >> PAGE_SHIFT), seg.state)
+        seg.end = addr
+        self.segs.insert(i + 1, right)
+        self.starts.insert(i + 1, addr)
+        self._columns = None
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """Index range of the intervals inside [start, end), after cutting at both ends."""
+        self.cut(start)
+        self.cut(end)
+        return bisect.bisect_left(self.starts, start), bisect.bisect_left(self.starts, end)
+
+    def remove(self, start: int, end: int, seq: int, since: int, until: int) -> list[Seg]:
+        """Unmap; returns what was there, and remembers it."""
+        lo, hi = self.span(start, end)
+        gone = self.segs[lo:hi]
+        if gone:
+            del self.segs[lo:hi]
+            del self.starts[lo:hi]
+            self.past += [(since, until, seq, seg) for seg in gone]
+            self.drops.append((start, end, since))
+            self._columns = None
+        return gone
+
+    def insert(self, seg: Seg) -> None:
+        """Map; the range must be free."""
+        i = bisect.bisect_left(self.starts, seg.start)
+        self.segs.insert(i, seg)
+        self.starts.insert(i, seg.start)
+        self._columns = None
+
+    def map(self, start: int, end: int, state: State, origin: Origin, time: int, seq: int) -> None:
+        """A fresh mapping over whatever was there."""
+        if end <= start:
+            return
+        self.remove(start, end, seq, time, time)
+        if self.future and state.prot:
+            state = state._replace(
+                populated=time if self.future == 1 else -1, populated_write=bool(state.prot & 2)
+            )
+        key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
+        self.insert(Seg(start, end, key, self.lives.intern(state)))
+
+    def change(self, start: int, end: int, how: Callable[[State], State]) -> None:
+        """Change the state of all that is mapped in [start, end)."""
+        lo, hi = self.span(start, end)
+        for seg in self.segs[lo:hi]:
+            seg.state = self.lives.intern(how(self.lives.states[seg.state]))
+        self._columns = None
+
+    def drop(self, start: int, end: int, time: int, seq: int) -> None:
+        """The pages go, the mapping stays: MADV_DONTNEED and its like."""
+        self.drops.append((start, end, time))
+        lo, hi = self.span(start, end)
+        for seg in self.segs[lo:hi]:
+            state = self.lives.states[seg.state]
+            pages = (seg.end - seg.start) >> PAGE_SHIFT
+            seg.key = self.lives.begin(
+                pages, self.mm, Origin.DONTNEED, time, seq, DROP_LINK, seg.key, state.populated >= 0
+            )
+            seg.state = self.lives.intern(state._replace(populated=-1, mark=Mark.NONE, mark_time=-1))
+        self._columns = None
+
+    def fork(self, mm: int, time: int, seq: int) -> Space:
+        """The child's address space (dup_mmap, kernel/fork.c)."""
+        child = Space(mm, self.lives, self.seen)
+        for seg in self.segs:
+            state = self.lives.states[seg.state]
+            if state.dontfork:
+                continue
+            link, parent = (NO_LINK, -1) if state.wipeonfork else (FORK_LINK, seg.key)
+            state = state._replace(
+                uffd=False
+            )  # dup_userfaultfd: without EVENT_FORK the child is not registered
+            if state.wipeonfork:
+                state = state._replace(populated=-1, mark=Mark.NONE)
+            pages = (seg.end - seg.start) >> PAGE_SHIFT
+            key = self.lives.begin(pages, mm, Origin.FORK, time, seq, link, parent)
+            child.segs.append(Seg(seg.start, seg.end, key, self.lives.intern(state)))
+        child.starts = [seg.start for seg in child.segs]
+        return child
+
+    def grow(self, addr: int, time: int, seq: int) -> Seg | None:
+        """Extend the stack above addr down to it, as expand_stack does; None where there is none."""
+        i = bisect.bisect_right(self.starts, addr)
+        if i >= len(self.segs):
+            return None
+        above = self.segs[i]
+        state = self.lives.states[above.state]
+        if not state.grows:
+            return None
+        start = addr & ~(PAGE_SIZE - 1)
+        key = self.lives.begin((above.start - start) >> PAGE_SHIFT, self.mm, Origin.GROWTH, time, seq)
+        seg = Seg(start, above.start, key, above.state)
+        self.insert(seg)
+        return seg
+
+    def columns(self) -> tuple[I64, I64, I64, I64]:
+        """(start, end, key, state) of all intervals, int64."""
+        if self._columns is None:
+            rows = [(s.start, s.end, s.key, s.state) for s in self.segs]
+            table = np.array(rows, np.int64).reshape(-1, 4)
+            self._columns = (table[:, 0], table[:, 1], table[:, 2], table[:, 3])
+        return self._columns
+
+    def block_fits(self, addr: int) -> bool:
+        """Whether the 2 MiB block around addr lies within memory of one kind (so that it can be huge)."""
+        start = addr & ~(HPAGE_SIZE - 1)
+        end = start + HPAGE_SIZE
+        i = self.index(start)
+        if i < 0:
+            return False
+        first = self.lives.states[self.segs[i].state]
+        while i < len(self.segs) and self.segs[i].start < end:
+            state = self.lives.states[self.segs[i].state]
+            if (state.area, state.prot, state.huge) != (first.area, first.prot, first.huge):
+                return False
+            if self.segs[i].end >= end:
+                return True
+            if i + 1 >= len(self.segs) or self.segs[i + 1].start != self.segs[i].end:
+                return False
+            i += 1
+        return False
