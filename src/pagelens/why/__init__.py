@@ -1,1 +1,37 @@
-"""The causes, one rule per small file, and the replay that feeds them."""
+"""The causes, one rule per small file, and the replay that feeds them; writes derived tables.
+
+    result = why.classify(capture)      # verdicts on every fault
+    result.counts()                     # by cause
+    why.derive(capture)                 # derived/causes, which `query` joins
+
+Facts come in, verdicts go out: nothing here reads the kernel.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagelens.why.classify import Classified, classify_facts
+    from pagelens.why.derive import classify, derive, summary_fields, table
+    from pagelens.why.verdict import Verdict
+
+_HOME = {
+    "Classified": "pagelens.why.classify",
+    "Verdict": "pagelens.why.verdict",
+    "classify": "pagelens.why.derive",
+    "classify_facts": "pagelens.why.classify",
+    "derive": "pagelens.why.derive",
+    "summary_fields": "pagelens.why.derive",
+    "table": "pagelens.why.derive",
+}
+
+__all__ = ["Classified", "Verdict", "classify", "classify_facts", "derive", "summary_fields", "table"]
+
+
+def __getattr__(name: str) -> Any:
+    # numpy and pyarrow only where they are used.
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'pagelens.why' has no attribute {name!r}")

@@ -250,7 +250,7 @@ class Effects:
 
 
 def _populate(state: State, time: int, write: bool) -> State:
-    return state._replace(populated=time, populated_write=write or state.populated_write)
+    return state._replace(populated=time, populated_write=write or (state.populated >= 0 and state.populated_write))
 
 
 def _lock(state: State, time: int) -> State:

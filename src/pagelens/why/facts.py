@@ -95,7 +95,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One capture. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
+    """One capture. ran: (mm, ns) of switches onto a CPU, int64[n, 2]. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
     them (`numa_balancing`, `thp`, …; absent = unknown)."""
 
     faults: Faults
@@ -104,3 +104,4 @@ class Facts:
     first: Mapping[int, Snapshot] = field(default_factory=dict)
     last: Mapping[int, Snapshot] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
+    ran: I64 = field(default_factory=lambda: np.empty((0, 2), np.int64))

@@ -37,6 +37,7 @@ Bool = npt.NDArray[np.bool_]
 # ioctls that resolve a userfault: COPY, ZEROPAGE, MOVE, WRITEPROTECT, CONTINUE, POISON, WAKE (low 16 bits).
 _RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
 HUGE_SLOW = 20_000  # ns: zeroing 2 MiB takes longer than this, zeroing 4 KiB never does (both measured)
+EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
 UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
 
 
@@ -209,6 +210,8 @@ def _forked_before(facts: Facts, run: Replayed, rows: I64, forked: I64, prior: I
 
 
 def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:
+    # The last moment at which each address space was surely in use: its own faults and calls, and the last time
+    # that a task of it got a CPU well before its exit (the exit itself takes some 10 to 50 µs of CPU).
     out: dict[int, int] = {}
     faults = run.faults
     if len(faults):
@@ -216,6 +219,16 @@ def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:
         out = {int(faults.mm[i]): int(faults.time[i]) for i in edges}
     for call in facts.calls:
         out[call.mm] = max(out.get(call.mm, -1), call.start)
+    mm, time = facts.ran[:, 0], facts.ran[:, 1]
+    ends = np.full(int(mm.max(initial=0)) + 1, 1 << 62, np.int64)
+    for space, end in run.family.end.items():
+        if space < len(ends):
+            ends[space] = end - EXIT_WORK
+    early = time < ends[mm]
+    latest = np.full(len(ends), -1, np.int64)
+    np.maximum.at(latest, mm[early], time[early])
+    for space in np.flatnonzero(latest >= 0).tolist():
+        out[space] = max(out.get(space, -1), int(latest[space]))
     return out
 
 

@@ -5,12 +5,16 @@ Only the columns that are used are read, and only memory calls and calls that to
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pagelens.capture.reader import Capture
+from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
+from pagelens.vm.vma import Vma, VmaList
 from pagelens.why.facts import I64, Call, Facts, Faults, Task
 
 _FAULT_COLUMNS = [
@@ -51,6 +55,7 @@ def load(capture: Capture) -> Facts:
     faults: list[dict[str, Any]] = []
     calls: list[Call] = []
     tasks: list[Task] = []
+    ran: list[I64] = []
     for path in capture.parts("events"):
         columns = list(dict.fromkeys([*_FAULT_COLUMNS, *_CALL_COLUMNS, "kind"]))
         table = pq.read_table(path, columns=columns)
@@ -60,6 +65,8 @@ def load(capture: Capture) -> Facts:
         fault = np.flatnonzero(kind == names.index("fault")) if "fault" in names else np.empty(0, int)
         if len(fault):
             faults.append(_faults(table.select(_FAULT_COLUMNS).take(fault)))
+        if "switch" in names:
+            ran.append(_switches_in(table.select(["name", "mm", "time_ns"]), kind == names.index("switch")))
         others = [n for n in ("syscall", "task") if n in names]
         rest = np.flatnonzero(np.isin(kind, [names.index(n) for n in others]))
         if len(rest):
@@ -68,7 +75,19 @@ def load(capture: Capture) -> Facts:
                 (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
     first, last = _snapshots(capture)
     settings = dict(capture.meta.get("settings") or {})
-    return Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings)
+    onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
+    return Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings, onto)
+
+
+def _switches_in(table: Any, wanted: npt.NDArray[np.bool_]) -> I64:
+    names = table.column("name").combine_chunks()
+    words = names.dictionary.to_pylist()
+    if "in" not in words:
+        return np.empty((0, 2), np.int64)
+    codes = names.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(wanted & (codes == words.index("in")))
+    both = (_column(table, "mm", -1)[rows], _column(table, "time_ns", -1)[rows])
+    return np.stack(both, axis=1)
 
 
 def _column(table: Any, name: str, null: int) -> I64:
@@ -137,13 +156,45 @@ def _record(row: dict[str, Any]) -> Call | Task:
 
 
 def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapshot]]:
+    # Each table is read once and split, not once for each snapshot: there may be hundreds.
+    rows = [r for r in capture.snapshot_rows() if r["mm"] is not None]
+    vmas: dict[int, list[Vma]] = defaultdict(list)
+    columns = ["snapshot", "vma", "start", "end", "perms", "offset", "dev", "inode", "name", "vm_flags"]
+    for v in capture.table("vmas", columns).to_pylist():
+        prot, shared = Vma.parse_perms(v["perms"])
+        flags = None if v["vm_flags"] is None else frozenset(v["vm_flags"].split())
+        vmas[v["snapshot"]].append(
+            Vma(v["start"], v["end"], prot, shared, v["offset"], v["dev"], v["inode"], v["name"], flags)
+        )
+    pages = _pages(capture)
     first: dict[int, Snapshot] = {}
     last: dict[int, Snapshot] = {}
-    for row in capture.snapshot_rows():
-        if row["mm"] is None:
-            continue
+    for row in rows:
         into = first if row["moment"] in ("exec", "attach") else last
         if into is first and row["mm"] in first:
             continue
-        into[row["mm"]] = capture.snapshot(row["snapshot"])
+        number = row["snapshot"]
+        into[row["mm"]] = Snapshot(
+            row["pid"],
+            row["time_ns"],
+            VmaList(vmas[number]),
+            pages.get(number),
+            method=row["method"],
+            complete=row["complete"],
+        )
     return first, last
+
+
+def _pages(capture: Capture) -> dict[int, PageRuns]:
+    table = capture.table("pages", ["snapshot", "start", "count", "state"])
+    if not table.num_rows:
+        return {}
+    number = table.column("snapshot").to_numpy()
+    order = np.lexsort((table.column("start").to_numpy(), number))
+    number = number[order]
+    start, count, state = (table.column(c).to_numpy()[order] for c in ("start", "count", "state"))
+    edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
+    return {
+        int(number[a]): PageRuns(start[a:b], count[a:b], state[a:b])
+        for a, b in zip(edges[:-1], edges[1:], strict=True)
+    }

@@ -63,6 +63,17 @@ class _Writes:
         self.times = np.sort(faults.time)
         self.wrote = ~faults.failed & ((faults.error < 0) | ((faults.error & 2) != 0))
         self._by_mm: dict[int, I64] = {}
+        self._spaces = run.spaces
+        self._drops: dict[int, I64] = {}
+
+    def drops(self, mm: int) -> I64:
+        """int64[n, 3]: start, end, ns of all that took pages away from mm."""
+        table = self._drops.get(mm)
+        if table is None:
+            space = self._spaces.get(mm)
+            rows = space.drops if space else []
+            table = self._drops[mm] = np.array(rows, np.int64).reshape(-1, 3)
+        return table
 
     def _column(self, mm: int) -> I64:
         column = self._by_mm.get(mm)
@@ -95,12 +106,12 @@ def _still_shared(run: Replayed, writes: _Writes, a: int, b: int, page: I64, tim
                 left.append(until)
                 break
             clean &= writes.count(mm, page, born, until) == 0
-            clean &= ~_dropped(run, mm, page, born, until)
+            clean &= ~_dropped(writes, mm, page, born, until)
             until = born
     # In the ancestor: unwritten between the two departures (or since the one departure).
     first, second = np.minimum(left[0], left[1]), np.maximum(left[0], left[1])
     clean &= writes.count(common, page, first, second) == 0
-    clean &= ~_dropped(run, common, page, first, second)
+    clean &= ~_dropped(writes, common, page, first, second)
     return clean
 
 
@@ -114,17 +125,20 @@ def _ancestry(run: Replayed, mm: int) -> list[tuple[int, int]]:
         mm = parent[0]
 
 
-def _dropped(run: Replayed, mm: int, page: I64, after: I64 | int, until: I64 | int) -> Bool:
+def _dropped(writes: _Writes, mm: int, page: I64, after: I64 | int, until: I64 | int) -> Bool:
     out = np.zeros(len(page), bool)
-    space = run.spaces.get(mm)
-    if space is None or not space.drops or not len(page):
+    table = writes.drops(mm)
+    if not len(table) or not len(page):
         return out
-    table = np.array(space.drops, np.int64)
-    near = (table[:, 2] > np.min(after)) & (table[:, 2] < np.max(until))
-    near &= (table[:, 1] > page.min() << PAGE_SHIFT) & (table[:, 0] <= page.max() << PAGE_SHIFT)
-    for start, end, when in table[near].tolist():
-        hit = (page >= start >> PAGE_SHIFT) & (page < end >> PAGE_SHIFT)
-        out |= hit & (when > np.asarray(after)) & (when < np.asarray(until))
+    near = table[(table[:, 2] > np.min(after)) & (table[:, 2] < np.max(until))]
+    order = np.argsort(page)
+    ordered = page[order]
+    lo = np.searchsorted(ordered, near[:, 0] >> PAGE_SHIFT)
+    hi = np.searchsorted(ordered, near[:, 1] >> PAGE_SHIFT)
+    after, until = np.broadcast_to(after, page.shape), np.broadcast_to(until, page.shape)
+    for i in np.flatnonzero(lo < hi).tolist():
+        rows, when = order[lo[i] : hi[i]], near[i, 2]
+        out[rows] |= (when > after[rows]) & (when < until[rows])
     return out
 
 
