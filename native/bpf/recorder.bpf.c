@@ -427,6 +427,14 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 	x->call.result = ret;
 	__builtin_memcpy(x->call.args, s->args, sizeof(s->args));
 	x->call.dev = x->call.ino = 0;
+	if (nr == 16) { /* userfaultfd's: the range stands in the structure, and ioctl has but three arguments */
+		u64 words[3] = {};
+
+		s->walking = 1;
+		if (!bpf_probe_read_user(words, sizeof(words), (void *)s->args[2]))
+			__builtin_memcpy(&x->call.args[3], words, sizeof(words));
+		s->walking = 0;
+	}
 	if (cfg.stacks) {
 		long n;
 

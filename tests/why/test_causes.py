@@ -174,6 +174,8 @@ def _consistent(g: dict[str, object]) -> bool:
     if g["forked"] is not Forked.NONE and not (g["present"] and g["write"]):
         return False
     shared = g["area"] not in (Area.ANON, Area.FILE)
-    if shared and g["prior"] in (Prior.ANON, Prior.ZERO, Prior.SWAPPED) or (not shared and g["prior"] is Prior.SHARED):
+    if (shared and g["prior"] in (Prior.ANON, Prior.ZERO, Prior.SWAPPED)) or (
+        not shared and g["prior"] is Prior.SHARED
+    ):
         return False
     return not (g["area"] is Area.SPECIAL and g["prior"] is not Prior.NONE)

@@ -251,6 +251,9 @@ def _args(calls: Rows, kind: Rows, n_fault: int, order: Rows) -> Any:
     # A system call has as many arguments as it takes; the other registers mean nothing.
     syscall = np.flatnonzero(kind == Kind.SYSCALL)
     by_row[syscall] = _arity()[np.clip(calls["nr"][syscall - n_fault], 0, 1023)]
+    # But a userfaultfd ioctl's structure follows its three (recorder.bpf.c, call_exit).
+    rows = calls[syscall - n_fault]
+    by_row[syscall[(rows["nr"] == 16) & ((rows["args"][:, 1] >> np.uint64(8)) & np.uint64(0xFF) == 0xAA)]] = 6
     lengths = by_row[order]
     offsets = np.zeros(len(order) + 1, "i4")
     np.cumsum(lengths, out=offsets[1:])

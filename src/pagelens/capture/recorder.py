@@ -25,6 +25,7 @@ from pagelens.capture.summary import build
 from pagelens.linux import snapshot as live
 from pagelens.linux.drain import HeldProgram
 from pagelens.linux.recording import DEFAULT_RING, BpfRecording, Options
+from pagelens.linux.settings import memory_settings
 from pagelens.linux.tracer import Tracer
 from pagelens.vm.errors import PagelensError
 from pagelens.vm.snapshot import Snapshot
@@ -123,6 +124,7 @@ class Recorder:
             "started": time.time(),
             "started_ns": time.monotonic_ns(),
             "kernel": " ".join(os.uname()[i] for i in (0, 2, 3, 4)),
+            "settings": memory_settings(),
             "detail": settings.detail,
             "snapshot": settings.snapshot,
             "ring_size": settings.ring_size,

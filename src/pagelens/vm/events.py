@@ -49,7 +49,12 @@ EVENTS: tuple[Column, ...] = (
         "in_syscall", "int16", "", "not in a system call", "number of the system call that the thread was in"
     ),
     Column(
-        "args", "list<uint64>", "", "faults, switches", "system call arguments, or those of the task event"
+        "args",
+        "list<uint64>",
+        "",
+        "faults, switches",
+        "arguments of the system call or task event; a userfaultfd ioctl's 3 to 5: first words of its "
+        "structure",
     ),
     Column(
         "result", "int64", "", "faults; call never returned", "return value, -errno on failure; exit code"

@@ -13,18 +13,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pagelens.why.classify import Classified, classify_facts
-    from pagelens.why.derive import classify, derive, summary_fields, table
+    from pagelens.why.classified import Classified, classify_facts
+    from pagelens.why.derived import classify, derive, summary_fields, table
     from pagelens.why.verdict import Verdict
 
 _HOME = {
-    "Classified": "pagelens.why.classify",
+    "Classified": "pagelens.why.classified",
     "Verdict": "pagelens.why.verdict",
-    "classify": "pagelens.why.derive",
-    "classify_facts": "pagelens.why.classify",
-    "derive": "pagelens.why.derive",
-    "summary_fields": "pagelens.why.derive",
-    "table": "pagelens.why.derive",
+    "classify": "pagelens.why.derived",
+    "classify_facts": "pagelens.why.classified",
+    "derive": "pagelens.why.derived",
+    "summary_fields": "pagelens.why.derived",
+    "table": "pagelens.why.derived",
 }
 
 __all__ = ["Classified", "Verdict", "classify", "classify_facts", "derive", "summary_fields", "table"]

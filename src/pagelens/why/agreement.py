@@ -1,9 +1,9 @@
 """Agreement: how far the replay and the kernel's last snapshots say the same.
 
-vmas: share of the kernel's vmas (and of ranges that only the replay has) on which range, rights and kind agree.
-pages: of anonymous pages that the replay holds present or the kernel shows present, the share that both do.
-faults: share of faults with a verdict that is not unknown. accounting: null, the replay does no accounting.
-Null where the capture has no last snapshot. Never rounded up: floor to six digits.
+vmas: share of the kernel's vmas (and of ranges that only the replay has) on which range, rights and kind
+agree. pages: of anonymous pages that the replay holds present or the kernel shows present, the share that
+both do. faults: share of faults with a verdict that is not unknown. accounting: null, the replay does no
+accounting. Null where the capture has no last snapshot. Never rounded up: floor to six digits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pagelens.vm.pages import PageState
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import HPAGE_SIZE
 from pagelens.why.calls import area_of
-from pagelens.why.classify import Classified
+from pagelens.why.classified import Classified
 from pagelens.why.evidence import Area
 from pagelens.why.space import FORK_LINK, UNSEEN_KEY, Space
 
@@ -73,7 +73,9 @@ def _vmas(space: Space, snapshot: Snapshot) -> tuple[int, int]:
     for seg in space.segs:
         if space.lives.states[seg.state].name == "[vsyscall]":
             continue
-        inside = sum(max(0, min(seg.end, b) - max(seg.start, a)) for a, b in covered if a < seg.end and b > seg.start)
+        inside = sum(
+            max(0, min(seg.end, b) - max(seg.start, a)) for a, b in covered if a < seg.end and b > seg.start
+        )
         extra += inside < seg.end - seg.start
     return right, total + extra
 
@@ -107,7 +109,13 @@ def _pages(result: Classified, space: Space, snapshot: Snapshot) -> tuple[int, i
         there = first.pages.where(PageState.PRESENT).addresses().astype(np.int64)
         keep = [s for s in segs if lives.seq[_life(lives.key, s.key)] == -1]
         held.append(
-            there[_inside(there, np.array([s.start for s in keep], np.int64), np.array([s.end for s in keep], np.int64))]
+            there[
+                _inside(
+                    there,
+                    np.array([s.start for s in keep], np.int64),
+                    np.array([s.end for s in keep], np.int64),
+                )
+            ]
         )
     ours = np.unique(np.concatenate(held)) if held else np.empty(0, np.int64)
     huge = pages.where(PageState.HUGE).addresses().astype(np.int64)

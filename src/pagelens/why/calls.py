@@ -67,7 +67,6 @@ class Effects:
         self.thp = thp
         self.last = last
         self.brk: dict[int, int] = {}
-        self.threads_uffd: set[int] = set()
         self._do: dict[str, Callable[[Space, Call, int], None]] = {
             "mmap": self._mmap,
             "munmap": self._munmap,
@@ -83,7 +82,7 @@ class Effects:
             "msync": self._msync,
             "shmat": self._shmat,
             "shmdt": self._shmdt,
-            "userfaultfd": self._userfaultfd,
+            "ioctl": self._ioctl,
         }
 
     def handles(self, name: str) -> bool:
@@ -245,12 +244,18 @@ class Effects:
         if i >= 0:
             space.remove(space.segs[i].start, space.segs[i].end, call.seq, call.start, call.end)
 
-    def _userfaultfd(self, space: Space, _call: Call, _time: int) -> None:
-        self.threads_uffd.add(space.mm)
+    @staticmethod
+    def _ioctl(space: Space, call: Call, _time: int) -> None:
+        command = call.args[1] & 0xFFFF
+        if command in (0xAA00, 0xAA01) and len(call.args) >= 5:  # UFFDIO_REGISTER, UFFDIO_UNREGISTER
+            start, length = call.args[3], call.args[4]
+            space.change(start, start + page_up(length), lambda s: s._replace(uffd=command == 0xAA00))
 
 
 def _populate(state: State, time: int, write: bool) -> State:
-    return state._replace(populated=time, populated_write=write or (state.populated >= 0 and state.populated_write))
+    return state._replace(
+        populated=time, populated_write=write or (state.populated >= 0 and state.populated_write)
+    )
 
 
 def _lock(state: State, time: int) -> State:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pagelens.why.classify import Classified
+from pagelens.why.classified import Classified
 from pagelens.why.evidence import Area, Forked, Origin, unpack
 from pagelens.why.facts import Call, Task
 from pagelens.why.verdict import Verdict

@@ -95,8 +95,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """One capture. ran: (mm, ns) of switches onto a CPU, int64[n, 2]. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
-    them (`numa_balancing`, `thp`, …; absent = unknown)."""
+    """One capture. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
+    them (`numa_balancing`, `thp`, …; absent = unknown). ran: (mm, ns) of switches onto a CPU, int64[n, 2]."""
 
     faults: Faults
     calls: tuple[Call, ...] = ()

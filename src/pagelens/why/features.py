@@ -36,6 +36,8 @@ Bool = npt.NDArray[np.bool_]
 
 # ioctls that resolve a userfault: COPY, ZEROPAGE, MOVE, WRITEPROTECT, CONTINUE, POISON, WAKE (low 16 bits).
 _RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
+_COPIES = {0xAA03, 0xAA05}  # COPY, MOVE: destination, source, length
+_SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
 HUGE_SLOW = 20_000  # ns: zeroing 2 MiB takes longer than this, zeroing 4 KiB never does (both measured)
 EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
 UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
@@ -141,40 +143,32 @@ def _call_race(facts: Facts, run: Replayed, race: I64, begun: I64) -> None:
 
 
 def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64) -> Bool:
+    """Faults in registered ranges that had to wait; race becomes HANDLER where an ioctl resolved that very
+    page.
+    """
     faults = run.faults
-    uffd = np.zeros(len(faults), bool)
-    ioctls = [c for c in facts.calls if c.name == "ioctl" and (c.args[1] & 0xFFFF) in _RESOLVES]
     registered = state_column(run.lives, run.state, "uffd", 0) != 0
-    users = {c.mm for c in facts.calls if c.name == "userfaultfd" and c.result >= 0}
-    if not ioctls and not registered.any():
+    uffd: Bool = registered & ~faults.failed & (faults.latency >= UFFD_SLOW)
+    rows = np.flatnonzero(uffd)
+    ioctls = [c for c in facts.calls if c.name == "ioctl" and (c.args[1] & 0xFFFF) in _RESOLVES]
+    if not len(rows) or not ioctls:
         return uffd
-    starts = np.sort(np.array([c.start for c in ioctls], np.int64))
-    slow = ~faults.failed & (faults.latency >= UFFD_SLOW) & (np.isin(faults.mm, list(users)) | registered)
-    rows = np.flatnonzero(slow)
-    within = np.searchsorted(starts, begun[rows]) < np.searchsorted(starts, faults.time[rows], side="right")
-    rows = rows[within]
-    rows = rows[_may_be_registered(facts, run, rows)]
-    uffd[rows] = True
-    race[rows] = int(Race.HANDLER)
+    spans = np.array(
+        [(c.args[3], c.args[4 + (c.args[1] & 0xFFFF in _COPIES)], c.start) for c in ioctls], np.int64
+    )
+    pages = np.minimum(np.maximum(spans[:, 1] >> PAGE_SHIFT, 1), _SPAN_LIMIT)
+    at = np.repeat(np.arange(len(pages)), pages)
+    step = np.arange(len(at)) - np.repeat(np.cumsum(pages) - pages, pages)
+    page = (spans[at, 0] >> PAGE_SHIFT) + step
+    order = np.lexsort((spans[at, 2], page))
+    page, start = page[order], spans[at, 2][order]
+    lo = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="left")
+    hi = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="right")
+    for row, a, b in zip(rows[lo < hi].tolist(), lo[lo < hi].tolist(), hi[lo < hi].tolist(), strict=True):
+        first = a + int(np.searchsorted(start[a:b], begun[row]))
+        if first < b and start[first] <= faults.time[row]:
+            race[row] = int(Race.HANDLER)
     return uffd
-
-
-def _may_be_registered(facts: Facts, run: Replayed, rows: I64) -> Bool:
-    # The last snapshot's VmFlags tell which ranges are registered; a range that is gone by then may have
-    # been.
-    out = np.ones(len(rows), bool)
-    faults = run.faults
-    for mm in np.unique(faults.mm[rows]).tolist():
-        last = facts.last.get(mm)
-        if last is None or not any(v.vm_flags is not None for v in last.vmas):
-            continue
-        here = np.flatnonzero(faults.mm[rows] == mm)
-        at = last.vmas.find_many(faults.addr[rows[here]])
-        flags = [bool((v.vm_flags or frozenset()) & {"um", "uw", "ui"}) for v in last.vmas] + [True]
-        if not any(flags[:-1]):
-            continue  # all unregistered before the end (the descriptor was closed): it tells nothing
-        out[here] = np.array(flags, bool)[at]
-    return out
 
 
 def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, I64]:
@@ -210,8 +204,8 @@ def _forked_before(facts: Facts, run: Replayed, rows: I64, forked: I64, prior: I
 
 
 def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:
-    # The last moment at which each address space was surely in use: its own faults and calls, and the last time
-    # that a task of it got a CPU well before its exit (the exit itself takes some 10 to 50 µs of CPU).
+    # The last moment at which each address space was surely in use: its own faults and calls, and the last
+    # time that a task of it got a CPU well before its exit (the exit itself takes some 10 to 50 µs of CPU).
     out: dict[int, int] = {}
     faults = run.faults
     if len(faults):

@@ -6,6 +6,7 @@ Only the columns that are used are read, and only memory calls and calls that to
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -135,7 +136,14 @@ def _record(row: dict[str, Any]) -> Call | Task:
     args = tuple(row["args"] or ())
     if row["kind"] == "task":
         return Task(
-            row["seq"], row["time_ns"], row["mm"], row["pid"], row["tid"], row["name"], args, row["detail"] or ""
+            row["seq"],
+            row["time_ns"],
+            row["mm"],
+            row["pid"],
+            row["tid"],
+            row["name"],
+            args,
+            row["detail"] or "",
         )
     start = row["time_ns"]
     result = row["result"]
@@ -194,7 +202,4 @@ def _pages(capture: Capture) -> dict[int, PageRuns]:
     number = number[order]
     start, count, state = (table.column(c).to_numpy()[order] for c in ("start", "count", "state"))
     edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
-    return {
-        int(number[a]): PageRuns(start[a:b], count[a:b], state[a:b])
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
-    }
+    return {int(number[a]): PageRuns(start[a:b], count[a:b], state[a:b]) for a, b in pairwise(edges)}

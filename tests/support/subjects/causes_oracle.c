@@ -397,7 +397,7 @@ static void op_fork(void)
 	put(p + PAGE, "none", 0);
 	put(p + 3 * PAGE, "zero-page-write", 1);
 	put(p + 5 * PAGE, "first-write", 1);
-	if (!rnd(4)) {
+	if (!rnd(10)) {
 		put(p, "sharers-gone", 1);      /* the child has its own copy */
 	}
 	if (write(go[1], "x", 1) != 1)
@@ -405,7 +405,7 @@ static void op_fork(void)
 	waitpid(child, &status, 0);
 	if (status)
 		_exit(7);
-	if (!rnd(4))
+	if (!rnd(10))
 		put(p + 2 * PAGE, "sharers-gone", 1);
 	close(go[0]), close(go[1]), close(done[0]), close(done[1]), close(fd);
 	munmap(p, 8 * PAGE);

@@ -25,7 +25,9 @@ def _hint(e: Evidence) -> Finding | None:
 def _unmapped(e: Evidence) -> Finding | None:
     if e.numa or not _was_present(e):
         return None
-    return Finding("a present page had been unmapped by nobody's call: migration, compaction or reclaim", LIKELY)
+    return Finding(
+        "a present page had been unmapped by nobody's call: migration, compaction or reclaim", LIKELY
+    )
 
 
 RULE = Rule(

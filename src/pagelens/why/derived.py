@@ -13,7 +13,7 @@ import numpy as np
 
 from pagelens.capture.reader import Capture
 from pagelens.why.agreement import agreement
-from pagelens.why.classify import Classified, classify_facts
+from pagelens.why.classified import Classified, classify_facts
 from pagelens.why.load import load
 
 RULES_VERSION = 1  # of what the rules conclude: raise it when a verdict changes
@@ -33,12 +33,12 @@ def table(result: Classified) -> Any:
     verdicts = result.judgements
     faults, calls = result.run.faults, result.calls
     index = result.verdict
-    names = {
+    names: dict[str, list[str]] = {
         "cause": [j.verdict.cause for j in verdicts],
         "confidence": [j.verdict.confidence for j in verdicts],
         "page": [j.page for j in verdicts],
     }
-    gup = {
+    gup: dict[str, list[str | None]] = {
         "cause": [cause for _, cause in calls],
         "confidence": ["certain"] * len(calls),
         "page": [None] * len(calls),

@@ -1,0 +1,106 @@
+"""The causes against a program that knows the true cause of each of its accesses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pagelens.why import classify, classify_facts
+from pagelens.why.causes import RULES, Finding, Rule, first_write, fork_cow
+from pagelens.why.load import load
+from support.causes import join
+from support.recording import record
+from support.subjects import Subjects
+
+pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
+
+CAUSES = {
+    "after-dontneed",
+    "file-cow",
+    "file-page-cached",
+    "first-read",
+    "first-write",
+    "fork-cow-child",
+    "fork-cow-parent",
+    "huge-page",
+    "invalid-end-of-file",
+    "invalid-permission",
+    "invalid-unmapped",
+    "kernel-access",
+    "none",
+    "shared-page",
+    "sharers-gone",
+    "stack-growth",
+    "userfaultfd",
+    "write-notify",
+    "zero-page-write",
+}
+
+
+def test_five_thousand_accesses_without_contradiction(tmp_path: Path, subjects: Subjects) -> None:
+    log, data = tmp_path / "log", tmp_path / "data"
+    data.write_bytes(b"x" * (1024 * 4096))
+    run = record(tmp_path, [subjects("causes_oracle"), log, data, "7", "5000", "3", "2"])
+    assert run.returncode == 0
+    facts = load(run.capture)
+    result = classify_facts(facts)
+    joined = join(result, log)
+    assert joined.accesses > 4700
+    assert set(joined.right) == CAUSES
+    assert not joined.wrong, joined.wrong
+    assert joined.ambiguous < 0.01 * joined.accesses
+    assert result.shares()[0] == 0, "unknown"
+    # Two threads write one fresh page: one gets it, and the other, if it faulted at all, was late.
+    for verdicts in joined.races:
+        assert sorted(set(verdicts) - {"spurious"}) in ([], ["first-write"]), verdicts
+    assert sum(verdicts.count("first-write") for verdicts in joined.races) > 0
+    assert agreement_is_high(result)
+
+    # The oracle must be able to say no: each rule broken on purpose contradicts it.
+    for broken in _broken():
+        bad = join(classify_facts(facts, broken), log)
+        assert bad.wrong or bad.ambiguous > 0.01 * bad.accesses
+
+
+def agreement_is_high(result) -> bool:  # type: ignore[no-untyped-def]
+    from pagelens.why.agreement import agreement
+
+    figures = agreement(result)
+    assert figures["vmas"] is not None and figures["vmas"] > 0.99, figures
+    assert figures["pages"] is not None and figures["pages"] > 0.95, figures
+    return True
+
+
+def _broken() -> list[tuple[Rule, ...]]:
+    def without(rule: Rule) -> tuple[Rule, ...]:
+        return tuple(r for r in RULES if r is not rule)
+
+    def swapped(rule: Rule) -> Rule:
+        # Takes reads for writes.
+        return replace(rule, holds=lambda e: rule.holds(replace(e, write=not e.write)))
+
+    always = replace(fork_cow.RULE, holds=lambda e: Finding("broken") if e.present else None)
+    return [
+        without(first_write.RULE),
+        (*without(first_write.RULE), swapped(first_write.RULE)),
+        (*without(fork_cow.RULE), always),
+        without(fork_cow.RULE_CHILD),
+    ]
+
+
+def test_the_derived_table_has_every_fault(tmp_path: Path, subjects: Subjects) -> None:
+    import pyarrow.parquet as pq
+
+    from pagelens.why import derive
+
+    log, data = tmp_path / "log", tmp_path / "data"
+    data.write_bytes(b"x" * (1024 * 4096))
+    run = record(tmp_path, [subjects("causes_oracle"), log, data, "8", "300", "1", "2"])
+    table = pq.read_table(derive(run.capture))
+    summary = run.capture.meta["summary"]["faults"]
+    weights = sum(table.column("faults").to_pylist())
+    assert weights == summary["recorded"] + summary["failed"] + summary["gup"]
+    assert table.column("seq").to_pylist() == sorted(set(table.column("seq").to_pylist()))
+    assert sum(row["faults"] for row in classify(run.capture).counts()) == weights
