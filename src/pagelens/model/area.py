@@ -217,6 +217,8 @@ class AreaTree:
     def insert(self, area: Area) -> None:
         """Add an area; the caller has made room."""
         self.count += 1
+        if area.file is not None:
+            area.file.users += 1
         block, index = self._locate(area.start)
         if block == len(self._blocks):
             if not block or len(self._blocks[-1]) >= _BLOCK:
@@ -241,6 +243,9 @@ class AreaTree:
         if areas[index] is not area:
             raise AssertionError("area is not in the tree")
         self.count -= 1
+        if area.file is not None:
+            area.file.users -= 1
+            area.file.unused()
         del areas[index]
         if self._searched is not None and area.end > self._searched[2]:
             above = self.find(area.end) if index == len(areas) else areas[index]

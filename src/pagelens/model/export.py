@@ -6,23 +6,21 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.model.abi import (
-    AE,
     ANON,
     FRAME_SHIFT,
     GUARD,
     SD,
     SHIFT,
-    SHMEM,
     SPECIAL,
     VM_LOCKED,
     VM_MAYSHARE,
-    VM_SHARED,
     VM_SOFTDIRTY,
     ZERO,
     A,
     D,
     P,
     flag_codes,
+    page_align,
 )
 from pagelens.model.area import Area
 from pagelens.model.frames import F_DIRTY
@@ -226,9 +224,25 @@ def smaps_area(mm: Mm, area: Area) -> tuple[dict[str, int], int, int]:
     return out, pss, pss_dirty
 
 
+def _code(mm: Mm) -> tuple[int, int]:
+    # task_mem: bytes of the program's own text, and of other executable mappings.
+    layout = mm.layout
+    text = page_align(layout.end_code) - (layout.start_code & ~4095)
+    text = min(text, mm.exec_vm << SHIFT)
+    return text, (mm.exec_vm << SHIFT) - text
+
+
+def statm(mm: Mm) -> tuple[int, int, int, int, int, int, int]:
+    """(size, resident, shared, text, 0, data, 0) in pages: task_statm."""
+    layout = mm.layout
+    text = (page_align(layout.end_code) - (layout.start_code & ~4095)) >> SHIFT
+    data = mm.data_vm + mm.stack_vm
+    return mm.total_vm, mm.rss, mm.rss_file + mm.rss_shmem, text, 0, data, 0
+
+
 def status_fields(mm: Mm) -> dict[str, int]:
     """task_mem (VmPeak … VmPTE) in bytes, and statm's pages in bytes."""
-    text = lib = 0
+    text, lib = _code(mm)
     return {
         "VmPeak": max(mm.hiwater_vm, mm.total_vm) << SHIFT,
         "VmSize": mm.total_vm << SHIFT,
@@ -246,6 +260,3 @@ def status_fields(mm: Mm) -> dict[str, int]:
         "VmPTE": mm.tables.bytes,
         "VmSwap": 0,
     }
-
-
-_ = (AE, SHMEM, VM_SHARED)

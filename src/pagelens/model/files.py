@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pagelens.model.abi import EINVAL, PAGE, SHIFT
-from pagelens.model.frames import F_CACHE, F_DIRTY, I64
+from pagelens.model.frames import F_CACHE, F_DIRTY, F_SHMEM, I64
 
 if TYPE_CHECKING:
     from pagelens.model.machine import Machine
@@ -27,19 +27,23 @@ class File:
     """
 
     __slots__ = (
+        "charged",
         "close_hook",
         "dev",
+        "frame_flags",
         "inode",
         "machine",
         "name",
         "noexec",
         "not_uptodate",
+        "opens",
         "page_mkwrite",
         "pages",
         "readable",
         "shmem",
         "size",
         "thp_align",
+        "users",
         "writable",
     )  # fmt: skip
 
@@ -63,16 +67,32 @@ class File:
         self.writable = writable
         self.readable = readable
         self.noexec = False
+        self.frame_flags = F_CACHE | (F_SHMEM if shmem else 0)
         self.dev = dev
         self.inode = inode or machine.next_inode()
         self.page_mkwrite = not shmem
         self.thp_align = False  # get_unmapped_area = thp_get_unmapped_area (ext4, xfs, btrfs)
         self.close_hook = False
+        self.users = 0  # areas that map it
+        self.opens = 1  # open descriptors; shared anonymous memory has none
+        self.charged = 0  # pages charged at once (shmem_acct_size), given back with the object
         self.pages: dict[int, int] = {}  # page index -> frame
         # shmem_fallocate leaves its pages !uptodate until someone asks for them: fault-around passes them by.
         self.not_uptodate: set[int] = set()
         if cached:
             self.make_resident(0, (size + PAGE - 1) >> SHIFT)
+
+    def close(self) -> None:
+        """Close the descriptor: shmem without name, descriptor and mapping is freed."""
+        self.opens = 0
+        self.unused()
+
+    def unused(self) -> None:
+        """Free an object that nobody can reach any more; a file on disk stays."""
+        if self.shmem and not self.opens and not self.users:
+            self._drop(0, None)
+            self.machine.committed -= self.charged
+            self.charged = 0
 
     @property
     def n_pages(self) -> int:
@@ -82,7 +102,7 @@ class File:
     def make_resident(self, first: int, count: int) -> None:
         """Put pages into the page cache (read ahead, or pre-read by the caller)."""
         missing = [i for i in range(first, first + count) if i not in self.pages]
-        frames = self.machine.frames.alloc_many(len(missing), F_CACHE, self.machine.events.current)
+        frames = self.machine.frames.alloc_many(len(missing), self.frame_flags, self.machine.events.current)
         self.pages.update(zip(missing, frames.tolist(), strict=True))
 
     def lookup(self, index: int) -> int:
@@ -100,7 +120,7 @@ class File:
         self.not_uptodate.discard(index)
         major = False
         if frame < 0:
-            frame = self.machine.frames.alloc(F_CACHE, self.machine.events.current)
+            frame = self.machine.frames.alloc(self.frame_flags, self.machine.events.current)
             self.pages[index] = frame
             major = not self.shmem
         if write:

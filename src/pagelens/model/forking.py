@@ -39,6 +39,8 @@ _FRAME = np.uint64(FRAME_SHIFT)
 def dup_mm(parent: Mm, event: int) -> Mm | None:
     """A copy of the address space as fork makes it; None where the commit limit forbids it."""
     child = Mm(parent.machine, parent.layout, parent.limits)
+    child.parent = (parent.number, event)
+    parent.machine.parents[child.number] = child.parent
     child.start_brk, child.brk = parent.start_brk, parent.brk
     child.total_vm, child.data_vm = parent.total_vm, parent.data_vm
     child.exec_vm, child.stack_vm = parent.exec_vm, parent.stack_vm

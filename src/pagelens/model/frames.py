@@ -16,7 +16,7 @@ I32 = npt.NDArray[np.int32]
 U8 = npt.NDArray[np.uint8]
 
 F_USED, F_ANON, F_CACHE, F_DIRTY = 1, 2, 4, 8
-F_LOCKED, F_LAZY = 16, 32  # mlocked; lazily freed (MADV_FREE)
+F_SHMEM, F_LAZY = 16, 32  # page cache of shmem; lazily freed (MADV_FREE)
 
 
 class Frames:

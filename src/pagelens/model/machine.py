@@ -7,11 +7,22 @@ import numpy as np
 from pagelens.model.abi import ANON, FRAME_SHIFT, SHIFT, D, P, W
 from pagelens.model.events import EventLog
 from pagelens.model.files import File
-from pagelens.model.frames import F_DIRTY, Frames
+from pagelens.model.frames import F_ANON, F_DIRTY, F_LAZY, F_SHMEM, F_USED, Frames
 from pagelens.model.process import Process
 from pagelens.model.profile import Profile, get_profile
 from pagelens.model.space import Layout, Limits, Mm
 from pagelens.model.zap import zap_range
+
+# include/uapi/linux/kernel-page-flags.h
+KPF_UPTODATE, KPF_DIRTY, KPF_BUDDY, KPF_MMAP, KPF_ANON, KPF_SWAPBACKED, KPF_ZERO_PAGE = (
+    3,
+    4,
+    10,
+    11,
+    12,
+    14,
+    24,
+)
 
 
 class Machine:
@@ -44,6 +55,7 @@ class Machine:
         self.user_reserve_pages = 32768
         self.zero_frame = 1
         self.processes: list[Process] = []
+        self.parents: dict[int, tuple[int, int] | None] = {}  # mm -> (parent's mm, fork event)
         self._inode = 1024
         self._mm = 0
         self._pid = 1
@@ -66,7 +78,9 @@ class Machine:
     ) -> Process:
         """A process as exec leaves it: the areas of the layout."""
         mm = Mm(self, layout or Layout(), limits)
-        return Process(self, mm, pid if pid is not None else self.next_pid())
+        process = Process(self, mm, pid if pid is not None else self.next_pid())
+        process.start()
+        return process
 
     def file(self, name: str, size: int = 0, *, cached: bool = True, shmem: bool = False) -> File:
         """A file on disk (or tmpfs), by name; cached: all of it is in the page cache."""
@@ -124,6 +138,24 @@ class Machine:
         """Map count of a frame (kpagecount); 0 for the zero page."""
         return int(self.frames.mapcount[pfn]) if pfn < len(self.frames.mapcount) else 0
 
+    def kpageflags(self, pfn: int) -> int:
+        """Flags of a frame as /proc/kpageflags has them; the LRU's own bits are not modelled and stay 0."""
+        if pfn == self.zero_frame:
+            return 1 << KPF_ZERO_PAGE
+        flags = int(self.frames.flags[pfn]) if pfn < len(self.frames.flags) else 0
+        if not flags & F_USED:
+            return 1 << KPF_BUDDY
+        out = 1 << KPF_UPTODATE
+        if self.frames.mapcount[pfn]:
+            out |= 1 << KPF_MMAP
+        if flags & F_DIRTY:
+            out |= 1 << KPF_DIRTY
+        if flags & F_ANON:
+            out |= 1 << KPF_ANON
+        if flags & (F_ANON | F_SHMEM) and not flags & F_LAZY:
+            out |= 1 << KPF_SWAPBACKED
+        return out
+
     def check(self) -> None:
         """Invariants; AssertionError names the first that fails. For tests."""
         count = np.zeros(len(self.frames.mapcount), np.int64)
@@ -143,6 +175,3 @@ class Machine:
                 "rss differs from present pages"
             )
         assert (count == self.frames.mapcount).all(), "map counts differ from PTEs"
-
-
-_ = F_DIRTY

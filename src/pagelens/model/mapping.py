@@ -179,9 +179,11 @@ def mmap_region(mm: Mm, file: File | None, addr: int, length: int, vm: int, pgof
     if area is None:
         if file is None and vm & VM_SHARED:
             # shmem_zero_setup; shmem_acct_size charges shared memory once, for the object.
-            if not vm & VM_NORESERVE and mm.charge(pages):
+            charged = 0 if vm & VM_NORESERVE else pages
+            if mm.charge(charged):
                 return ENOMEM
             file = File(machine, "/dev/zero (deleted)", length, shmem=True)
+            file.opens, file.charged = 0, charged
         area = Area(addr, end, vm, pgoff, file, event=event)
         mm.areas.insert(area)
     mm.stat_account(vm, pages)

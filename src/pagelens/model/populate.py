@@ -10,6 +10,7 @@ from pagelens.model.abi import (
     EFAULT,
     ENOMEM,
     FRAME_SHIFT,
+    PAGE,
     SHIFT,
     SPECIAL,
     VM_IO,
@@ -67,6 +68,24 @@ def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = 
                 return EFAULT
             machine.count_fault(outcome == "major", gup=True)
     return 0
+
+
+def remote_access(mm: Mm, addr: int, length: int, *, write: bool) -> int:
+    """process_vm_rw_core: bytes that could be reached in another address space, up to the first failure."""
+    at, end = addr, addr + length
+    frames = mm.machine.frames
+    while at < end:
+        area = mm.areas.at(at)
+        if area is None:
+            break
+        page = at & ~(PAGE - 1)
+        if gup(mm, area, page, page + PAGE, write=write):
+            break
+        pte = mm.tables.get(page >> SHIFT)
+        if write and not pte & (ZERO | SPECIAL):
+            frames.flags[pte >> FRAME_SHIFT] |= F_DIRTY  # unpin_user_pages_dirty_lock
+        at = min(page + PAGE, end)
+    return at - addr
 
 
 def _gup_anon(mm: Mm, area: Area, first: int, last: int, write: bool) -> int:

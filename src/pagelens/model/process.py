@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pagelens.model import advice, export, forking, lock, mapping, populate, protect, refs, remap
-from pagelens.model.abi import ENOMEM, PAGE
+from pagelens.model import (
+    advice,
+    export,
+    forking,
+    lock,
+    mapping,
+    populate,
+    protect,
+    provenance,
+    refs,
+    remap,
+)
+from pagelens.model.abi import CLONE_THREAD, CLONE_VFORK, CLONE_VM, EFAULT, ENOMEM, PAGE
 from pagelens.model.area import Area
 from pagelens.model.batch import access_range
 from pagelens.model.events import Entry
@@ -35,12 +46,11 @@ class Process:
         self.maj_flt = 0
         self.alive = True
         machine.processes.append(self)
-        if tid is None and not mm.areas.count:
-            self._start(mm.layout)
 
-    def _start(self, layout: Layout) -> None:
+    def start(self) -> None:
+        """Give a fresh mm the areas of its layout (what exec leaves behind)."""
         event = self.machine.events.next_id()
-        for given in layout.areas:
+        for given in self.mm.layout.areas:
             area = Area(given.start, given.end, given.vm_flags, given.pgoff, given.file, given.name, event)
             self.mm.areas.insert(area)
             self.mm.stat_account(area.flags, area.pages)
@@ -177,17 +187,78 @@ class Process:
         self._done(event, "fork", (child.pid, child.tid, 0, child_mm.number), child.pid, kind="task")
         return child
 
+    def vfork(self, pid: int | None = None) -> Process:
+        """vfork(2): a process that shares this address space until it execs or exits."""
+        return self._sharing(
+            pid if pid is not None else self.machine.next_pid(), None, CLONE_VM | CLONE_VFORK
+        )
+
+    def thread(self, tid: int | None = None) -> Process:
+        """A second thread: same pid and address space, counters of its own."""
+        tid = tid if tid is not None else self.machine.next_pid()
+        return self._sharing(self.pid, tid, CLONE_VM | CLONE_THREAD)
+
+    def _sharing(self, pid: int, tid: int | None, flags: int) -> Process:
+        event = self._enter()
+        other = Process(self.machine, self.mm, pid, tid)
+        self.mm.users += 1
+        self._done(event, "fork", (pid, other.tid, flags, self.mm.number), other.tid, kind="task")
+        return other
+
+    def exec(self, layout: Layout) -> None:
+        """execve(2): a new address space; the old one goes with its last user. Other threads end."""
+        event = self._enter()
+        old = self.mm
+        for thread in self._threads():
+            thread._leave()
+        self.mm = Mm(self.machine, layout, old.limits)
+        self.mm.pid = self.pid
+        self.tid = self.pid
+        old.users -= 1
+        if old.users == 0:
+            forking.exit_mm(old, event)
+        self._done(event, "exec", (old.number, self.mm.number), 0, kind="task")
+        self.start()
+
+    def _threads(self) -> list[Process]:
+        return [p for p in self.machine.processes if p is not self and p.pid == self.pid and p.mm is self.mm]
+
+    def _leave(self) -> None:
+        self.alive = False
+        self.mm.users -= 1
+        self.machine.processes.remove(self)
+
+    def process_vm_writev(self, target: Process, addr: int, length: int) -> int:
+        """process_vm_writev(2) of one range: bytes written, or -EFAULT where nothing could be."""
+        return self._remote(target, addr, length, "process_vm_writev", write=True)
+
+    def process_vm_readv(self, target: Process, addr: int, length: int) -> int:
+        """process_vm_readv(2) of one range: bytes read, or -EFAULT where nothing could be."""
+        return self._remote(target, addr, length, "process_vm_readv", write=False)
+
+    def _remote(self, target: Process, addr: int, length: int, name: str, *, write: bool) -> int:
+        event = self._enter()
+        done = populate.remote_access(target.mm, addr, length, write=write)
+        result = done if done or not length else EFAULT
+        args = (target.pid, addr, length)
+        log = self.machine.events
+        entry = Entry(event, target.mm.number, self.pid, self.tid, "syscall", name, args, result)
+        entry.gup, entry.ranges = self.machine.gup, ((addr, addr + done),)
+        log.add(entry)
+        return result
+
     def exit(self, code: int = 0) -> None:
-        """exit_group(2): the address space goes with its last user."""
+        """exit_group(2), exit(2) for a thread: the address space goes with its last user."""
         if not self.alive:
             return
         event = self._enter()
-        self.alive = False
-        self.mm.users -= 1
+        if self.tid == self.pid:
+            for thread in self._threads():
+                thread._leave()
+        self._leave()
         self._done(event, "exit", (self.min_flt, self.maj_flt, 0, 0), code, kind="task")
         if self.mm.users == 0:
             forking.exit_mm(self.mm, event)
-        self.machine.processes.remove(self)
 
     def memfd_create(self, name: str) -> File:
         """memfd_create(2): an empty shmem file with ftruncate, pwrite and fallocate."""
@@ -217,6 +288,18 @@ class Process:
     def pagemap(self, start: int, npages: int) -> U64:
         """uint64[npages] as /proc/PID/pagemap encodes it; frame numbers are the model's own."""
         return export.pagemap(self.mm, start, npages)
+
+    def walk(self, addr: int) -> list[tuple[str, int, bool]]:
+        """The page-table walk of an address: (level, index, present), top first, to the first that is absent."""
+        return self.mm.tables.walk(addr)
+
+    def statm(self) -> tuple[int, int, int, int, int, int, int]:
+        """/proc/PID/statm, in pages."""
+        return export.statm(self.mm)
+
+    def provenance(self, addr: int) -> list[Entry]:
+        """The events that put the page at addr into its state, newest first, through mremap and fork."""
+        return provenance.chain(self.machine, self.mm, addr)
 
     def snapshot(self, *, pages: bool = True, accounting: bool = True) -> Snapshot:
         """The address space as vm.Snapshot."""

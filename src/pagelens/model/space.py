@@ -70,6 +70,8 @@ class Layout:
     end_data: int = 0
     start_stack: int = 0
     task_size: int = TASK_SIZE
+    start_code: int = 0
+    end_code: int = 0
     levels: int = 4
     areas: list[InitialArea] = field(default_factory=list)
 
@@ -93,6 +95,7 @@ class Mm:
         self.def_flags = 0
         self.users = 1
         self.pid = 0
+        self.parent: tuple[int, int] | None = None  # (mm number, fork event) that this one was copied from
 
     # -- counters and limits
 
