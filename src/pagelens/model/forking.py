@@ -7,7 +7,6 @@ import numpy as np
 from pagelens.model.abi import (
     AE,
     ANON,
-    ENOMEM,
     FRAME_SHIFT,
     GUARD,
     SHIFT,
@@ -128,6 +127,3 @@ def exit_mm(mm: Mm, event: int) -> None:
         numbers.clear()
     tables.chunks.clear()
     mm.total_vm = mm.data_vm = mm.exec_vm = mm.stack_vm = mm.locked_vm = 0
-
-
-_ = ENOMEM

@@ -9,7 +9,6 @@ from pagelens.model.abi import (
     MAP_32BIT,
     MAP_FIXED,
     MAP_SHARED,
-    MAP_STACK,
     MASK,
     PAGE,
     PMD_SIZE,
@@ -20,7 +19,6 @@ from pagelens.model.files import File
 from pagelens.model.space import Mm
 
 MMAP_MIN_ADDR = 0x1_0000
-_ = MAP_STACK  # the flag plays no part in placement; named so that a reader who looks for it finds this
 
 
 def get_unmapped_area(mm: Mm, file: File | None, addr: int, length: int, pgoff: int, flags: int) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pagelens.model.abi import (
     EFAULT,
-    ENOMEM,
     FRAME_SHIFT,
     PAGE,
     SHIFT,
@@ -116,6 +115,3 @@ def populate_range(mm: Mm, start: int, end: int, *, ignore_errors: bool) -> int:
         if error and not ignore_errors:
             return error
     return 0
-
-
-_ = ENOMEM

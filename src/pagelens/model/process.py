@@ -290,7 +290,7 @@ class Process:
         return export.pagemap(self.mm, start, npages)
 
     def walk(self, addr: int) -> list[tuple[str, int, bool]]:
-        """The page-table walk of an address: (level, index, present), top first, to the first that is absent."""
+        """The page-table walk of an address: (level, index, present), top first, to the first absent."""
         return self.mm.tables.walk(addr)
 
     def statm(self) -> tuple[int, int, int, int, int, int, int]:

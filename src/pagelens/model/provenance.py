@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def last_event(mm: Mm, addr: int) -> int:
-    """Id of the event that last changed the page's entry, else of that which shaped its area; 0 if neither."""
+    """Id of the event that last changed the page's entry, else of that which shaped its area, else 0."""
     event = mm.tables.event_of(addr >> SHIFT)
     if event:
         return event

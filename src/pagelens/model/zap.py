@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagelens.model.abi import AE, ANON, FRAME_SHIFT, GUARD, PAGE, SHIFT, SHMEM, SPECIAL, ZERO, D, P
+from pagelens.model.abi import ANON, FRAME_SHIFT, GUARD, PAGE, SHIFT, SHMEM, SPECIAL, ZERO, D, P
 from pagelens.model.area import Area
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
@@ -14,7 +14,6 @@ _P = np.uint64(P)
 _ZAPPABLE = np.uint64(P | GUARD)
 _NOT_FRAME = np.uint64(ZERO | SPECIAL)
 _FRAME = np.uint64(FRAME_SHIFT)
-_ = AE
 
 
 def zap_range(mm: Mm, start: int, end: int, *, event: int, guards: bool = False, cows: bool = True) -> int:
