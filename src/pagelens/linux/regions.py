@@ -18,7 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pagelens.linux import elf
 from pagelens.linux.peek import Peek
@@ -44,7 +44,7 @@ def regions(proc: Process, vmas: VmaList) -> tuple[list[Region], tuple[str, ...]
 
 def collect(proc: Process, vmas: VmaList) -> Evidence:
     """Evidence for `name_regions`. What needs privilege that we lack is left out, with a note."""
-    tenants = list(_images(proc, vmas))
+    tenants = list(image_tenants(vmas, lambda vma: open_image(proc, vma)))
     pointers: dict[int, tuple[str, int]] = {}
     notes: list[str] = []
     try:
@@ -210,12 +210,12 @@ def _malloc_like(vma: Vma) -> bool:
     return vma.prot == _RW and not vma.shared and not vma.inode and (not vma.name or vma.name[:5] == "[anon")
 
 
-def _images(proc: Process, vmas: VmaList) -> Iterator[Tenant]:
-    # bss and relro of each loaded program or library, by its program headers.
+def image_tenants(vmas: VmaList, opener: Callable[[Vma], elf.ElfFile | None]) -> Iterator[Tenant]:
+    """bss and relro of each loaded program or library, by the program headers that `opener` finds."""
     for vma in vmas:
         if not vma.inode or vma.offset or vma.shared or not vma.name.startswith("/"):
             continue
-        image = open_image(proc, vma)
+        image = opener(vma)
         if image is None or not image.loads():
             continue
         bias = vma.start - page_down(image.loads()[0].vaddr) if image.dynamic else 0
