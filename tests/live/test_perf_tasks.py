@@ -36,9 +36,7 @@ for i in range({PAGES}): area[i * 4096] = 1
 def records(data: bytes) -> Iterator[dict[str, Any]]:
     at = 0
     while at < len(data):
-        kind, flags, nframes, ntext, nr, cpu, pid, tid, mm, extra, time, latency, ip = struct.unpack_from(
-            "<4BhH4I3Q", data, at
-        )
+        kind, flags, nframes, ntext, pid, tid, mm, time, ip = struct.unpack_from("<4B4x3I4xQ8xQ", data, at)
         fixed = 56 if kind == FAULT else 120
         (addr,) = struct.unpack_from("<Q", data, at + 48)
         yield {

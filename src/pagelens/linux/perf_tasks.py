@@ -115,7 +115,8 @@ class PerfTasks:
         """Stop recording, drain what is left."""
         totals = (ctypes.c_uint64 * 4)()
         error = -self._lib.pl_perf_stop(self._handle, ctypes.byref(totals))
-        return PerfTotals(*(int(value) for value in totals), error=error)
+        recorded, lost, lost_records, written = (int(value) for value in totals)
+        return PerfTotals(recorded, lost, lost_records, written, error)
 
     def close(self) -> None:
         """Free the rings and events. Call stop first if it was started."""
