@@ -61,6 +61,7 @@ _TABLE: dict[str, tuple[Trial, str]] = {
     "bpf": (trials_trace.bpf, "filtering in the kernel, gup faults counted per call"),
     "btf": (trials_trace.btf, "BPF programs that fit this kernel"),
     "libbpf": (trials_trace.libbpf, "loading the BPF object"),
+    "libdw": (trials_trace.libdw, "call stacks without frame pointers (.eh_frame): run --detail full"),
     "ptrace": (trials_trace.ptrace, "snapshots at exec and exit, checkpoint, foreign dirty tracking"),
     "process-vm-readv": (trials_trace.process_vm_readv, "page contents: checkpoint, regions by allocator"),
     "pidfd-getfd": (trials_trace.pidfd_getfd, "userfaultfd of a foreign process"),

@@ -149,6 +149,15 @@ def libbpf() -> Outcome:
     return Outcome(True, library.libbpf_version_string().decode())
 
 
+def libdw() -> Outcome:
+    """libdw.so.1 loads."""
+    try:
+        ctypes.CDLL("libdw.so.1")
+    except OSError:
+        return Outcome(False, "libdw.so.1 is not installed", "sudo apt-get install -y elfutils")
+    return Outcome(True, "libdw.so.1 loads")
+
+
 @contextlib.contextmanager
 def _sleeper(user: int | None = None) -> Iterator[int]:
     null = subprocess.DEVNULL
