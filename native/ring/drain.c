@@ -177,6 +177,24 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 	}
 }
 
+void pl_drain_batch(struct pl_drain *d, const void *records, size_t size)
+{
+	const unsigned char *at = records, *end = at + size;
+
+	pthread_mutex_lock(&d->lock);
+	while (at < end) {
+		const struct pl_head *h = (const void *)at;
+		size_t fixed = h->kind == PL_FAULT || h->kind == PL_SWITCH ? sizeof(struct pl_rec_fault)
+									   : sizeof(struct pl_rec_call);
+		size_t length = fixed + h->nframes * 8UL + h->ntext;
+
+		take(d, at, length);
+		at += length;
+	}
+	d->stats.watermark_ns = now_ns();
+	pthread_mutex_unlock(&d->lock);
+}
+
 /* Empties one ring once; returns the bytes taken. */
 static size_t empty_ring(struct pl_drain *d, struct ring *r)
 {

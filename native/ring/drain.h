@@ -27,6 +27,10 @@ struct pl_drain_stats {
 	int64_t error;                  /* errno of the first failed write, then nothing more is written */
 };
 
+/* Whole records, one behind the other, from a source other than the BPF rings (perfdrain.c). */
+struct pl_drain;
+void pl_drain_batch(struct pl_drain *d, const void *records, size_t size);
+
 struct pl_stacks;
 struct pl_stacks *pl_stacks_new(void);
 void pl_stacks_free(struct pl_stacks *s);

@@ -75,6 +75,11 @@ class Drain:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code), str(directory))
 
+    @property
+    def handle(self) -> int | None:
+        """The C object, for a source that hands it records (native/perf)."""
+        return int(self._drain) if self._drain else None
+
     def start(self) -> None:
         """Start the thread."""
         code = _core().pl_drain_start(self._drain)

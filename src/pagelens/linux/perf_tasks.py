@@ -1,8 +1,8 @@
 """Faults of chosen tasks by inherited perf events: the way down where BPF cannot be had.
 
-Works for own processes at perf_event_paranoid 2, then without faults taken in kernel mode: perf refuses them, and
-the kernel's counter is the only witness of how many there were. The C core drains (native/perfdrain.c) and writes
-the same records as the BPF recorder.
+Works for own processes at perf_event_paranoid 2, then without faults taken in kernel mode: perf refuses them,
+and the kernel's counter is the only witness of how many there were. native/perf translates to the records of the
+BPF recorder and hands them to the same drain.
 
 Rejected: system-wide events (need privilege), one ring a task (thousands of mappings), PERF_RECORD_READ as the
 counter (it counts the event, not min_flt).
@@ -12,116 +12,144 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
-from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from pagelens.linux.drain import Drain
 from pagelens.linux.native import library
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
 from pagelens.vm.units import PAGE_SIZE
 
 _KERNEL = 1
 _STACKS = 2
+DEFAULT_RING = 128 * PAGE_SIZE  # what kernel.perf_event_mlock_kb lets an ordinary user map
 
 
-@dataclass(frozen=True, slots=True)
-class PerfTotals:
-    """What one recording wrote. recorded, lost: faults; lost_records: records of any kind (PERF_RECORD_LOST);
-    written: bytes; error: errno of a failed write to the spool, after which the rest was dropped."""
+class PerfTotals(ctypes.Structure):
+    """struct pl_perf_totals of native/perf/perf.h. tasks_uncounted: gone without counters (no exit stop)."""
 
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            *("recorded", "lost", "lost_records", "min_flt", "maj_flt"),
+            *("tasks_started", "tasks_gone", "tasks_uncounted"),
+        )
+    )
     recorded: int
     lost: int
     lost_records: int
-    written: int
-    error: int
+    min_flt: int
+    maj_flt: int
+    tasks_started: int
+    tasks_gone: int
+    tasks_uncounted: int
+
+
+@functools.cache
+def _core() -> ctypes.CDLL:
+    lib = library()
+    handle, number = ctypes.c_void_p, ctypes.c_int
+    lib.pl_perf_new.restype = handle
+    lib.pl_perf_new.argtypes = [number, number, handle, ctypes.c_uint]
+    lib.pl_perf_add.argtypes = [handle, number, number, number]
+    lib.pl_perf_start.argtypes = [handle]
+    lib.pl_perf_mm.argtypes = [handle, ctypes.c_uint32]
+    lib.pl_perf_mm.restype = ctypes.c_uint32
+    lib.pl_perf_counters.argtypes = [handle, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
+    lib.pl_perf_totals.argtypes = [handle, handle]
+    for name in ("stop", "free", "sync", "counters", "totals"):
+        getattr(lib, f"pl_perf_{name}").restype = None
+    for name in ("stop", "free", "sync"):
+        getattr(lib, f"pl_perf_{name}").argtypes = [handle]
+    return lib
 
 
 def kernel_faults_visible() -> bool:
     """Whether faults taken in kernel mode may be recorded (CAP_PERFMON, or perf_event_paranoid < 2). Tried."""
-    sink = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        with PerfTasks(sink, kernel=True, ring_bytes=8 * PAGE_SIZE) as perf:
-            perf.add(os.getpid())
-        return True
+        with PerfTasks(None, kernel=True, ring_bytes=PAGE_SIZE) as perf:
+            perf.add(os.getpid(), os.getpid(), on_exec=True)
     except CapabilityMissingError:
         return False
-    finally:
-        os.close(sink)
+    return True
 
 
 class PerfTasks:
-    """Records completed faults of tasks and of all that they fork from then on.
+    """Records completed faults of tasks, and of all that they fork from then on, into a drain.
 
-    spool: a file descriptor that takes the records (native/bpf/record.h). kernel: kernel-mode faults too. stacks:
-    user call chains by frame pointers. ring_bytes: for each CPU, a power of two times 4 KiB; without privilege
-    the sum is limited by kernel.perf_event_mlock_kb and RLIMIT_MEMLOCK.
+    kernel: kernel-mode faults too. stacks: user call chains by frame pointers. ring_bytes: for each CPU, a power
+    of two times 4 KiB; without privilege kernel.perf_event_mlock_kb and RLIMIT_MEMLOCK limit it.
     """
 
     def __init__(
-        self, spool: int, *, kernel: bool, stacks: bool = False, ring_bytes: int = 128 * PAGE_SIZE
+        self, drain: Drain | None, *, kernel: bool, stacks: bool = False, ring_bytes: int = DEFAULT_RING
     ) -> None:
-        lib = library()
-        lib.pl_perf_new.restype = ctypes.c_void_p
-        handle = ctypes.c_void_p
-        lib.pl_perf_add.argtypes = [handle, ctypes.c_int, ctypes.c_int]
-        lib.pl_perf_start.argtypes = [handle]
-        lib.pl_perf_stop.argtypes = [handle, ctypes.POINTER(ctypes.c_uint64 * 4)]
-        lib.pl_perf_mm.argtypes = [handle, ctypes.c_uint32]
-        lib.pl_perf_free.argtypes = [handle]
-        cpus = os.sysconf("SC_NPROCESSORS_CONF")
-        flags = (_KERNEL if kernel else 0) | (_STACKS if stacks else 0)
         pages = max(1, ring_bytes // PAGE_SIZE)
         if pages & (pages - 1):
             raise ValueError(f"ring_bytes must be a power of two times {PAGE_SIZE}, not {ring_bytes}")
-        self._lib = lib
-        self._handle: int | None = lib.pl_perf_new(cpus, pages, spool, flags)
+        flags = (_KERNEL if kernel else 0) | (_STACKS if stacks else 0)
+        cpus = os.sysconf("SC_NPROCESSORS_CONF")
+        self._handle: int | None = _core().pl_perf_new(cpus, pages, drain.handle if drain else None, flags)
         if not self._handle:
             raise MemoryError("perf rings")
 
-    def add(self, tid: int, *, on_exec: bool = False) -> int:
-        """Follow one task from now on, or from its next exec. Returns the number of its address space.
+    def add(self, pid: int, tid: int, *, on_exec: bool = False) -> None:
+        """Follow one thread of process `pid` from now on, or from its next exec.
 
-        Raises TargetGoneError, or CapabilityMissingError where perf refuses.
+        Raises TargetGoneError, or CapabilityMissingError where perf refuses. Before `start` only.
         """
-        error = -self._lib.pl_perf_add(self._handle, tid, int(on_exec))
+        error = -_core().pl_perf_add(self._handle, pid, tid, int(on_exec))
         if error == errno.ESRCH:
-            raise TargetGoneError(f"process {tid} is gone")
+            raise TargetGoneError(f"task {tid} is gone")
         if error in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOSYS):
             raise CapabilityMissingError(
                 f"perf may not watch task {tid} ({os.strerror(error)})",
-                capability="perf",
-                fix="sysctl kernel.perf_event_paranoid=1, or run as root",
+                capability="perf-own",
+                fix="sudo sysctl kernel.perf_event_paranoid=1, or run as root",
             )
         if error == errno.EMFILE:
             raise CapabilityMissingError(
-                "too many threads for the limit of open files", capability="perf", fix="ulimit -n 65536"
+                "too many threads for the limit of open files", capability="perf-own", fix="ulimit -n 65536"
             )
         if error:
             raise CapabilityMissingError(
                 f"perf could not watch task {tid}: {os.strerror(error)}",
-                capability="perf",
-                fix="a smaller --ring-size, or sysctl kernel.perf_event_mlock_kb=4096",
+                capability="perf-own",
+                fix="a smaller --ring-size, or sudo sysctl kernel.perf_event_mlock_kb=4096",
             )
-        return int(self._lib.pl_perf_mm(self._handle, tid))
+
+    def mm(self, pid: int) -> int:
+        """The number of the address space of a process that is stopped now; 0: not recorded."""
+        _core().pl_perf_sync(self._handle)
+        return int(_core().pl_perf_mm(self._handle, pid))
+
+    def counters(self, tid: int, min_flt: int, maj_flt: int) -> None:
+        """Tell the counters of a thread at its exit stop, without what came before the recording."""
+        _core().pl_perf_counters(self._handle, tid, min_flt, maj_flt)
 
     def start(self) -> None:
-        """Start the drain thread. `add` before, not after."""
-        error = -self._lib.pl_perf_start(self._handle)
+        """Start the thread that takes from the rings."""
+        error = -_core().pl_perf_start(self._handle)
         if error:
             raise OSError(error, os.strerror(error))
 
-    def stop(self) -> PerfTotals:
-        """Stop recording, drain what is left."""
-        totals = (ctypes.c_uint64 * 4)()
-        error = -self._lib.pl_perf_stop(self._handle, ctypes.byref(totals))
-        recorded, lost, lost_records, written = (int(value) for value in totals)
-        return PerfTotals(recorded, lost, lost_records, written, error)
+    def stop(self) -> None:
+        """Stop recording; what is left in the rings is handed to the drain."""
+        _core().pl_perf_stop(self._handle)
+
+    def totals(self) -> PerfTotals:
+        """Figures up to now."""
+        totals = PerfTotals()
+        _core().pl_perf_totals(self._handle, ctypes.byref(totals))
+        return totals
 
     def close(self) -> None:
-        """Free the rings and events. Call stop first if it was started."""
+        """Free the rings and events. `stop` first."""
         if self._handle:
-            self._lib.pl_perf_free(self._handle)
+            _core().pl_perf_free(self._handle)
             self._handle = None
 
     def __enter__(self) -> Self:
@@ -130,4 +158,16 @@ class PerfTasks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._handle:
+            self.stop()
         self.close()
+
+
+def fault_counters(pid: int, tid: int) -> tuple[int, int]:
+    """(min_flt, maj_flt) of one thread (/proc/PID/task/TID/stat). TargetGoneError when it has gone."""
+    try:
+        data = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        raise TargetGoneError(f"task {tid} is gone") from None
+    fields = data.rpartition(b")")[2].split()
+    return int(fields[7]), int(fields[9])

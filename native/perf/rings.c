@@ -2,76 +2,24 @@
  * a locked-down container). Per task and CPU: MIN and MAJ page faults with period 1, and a dummy event that
  * carries fork, exec, comm, exit and mmap records.
  *
- * Samples of all CPUs are merged by time and written as the records of bpf/record.h, so that everything behind the
- * spool is the same. Merging holds back what is younger than the start of the drain round before: only then has
+ * Samples of all CPUs are merged by time and handed to the drain (ring/drain.c) as the records of bpf/record.h, so
+ * that everything behind it is the same. Merging holds back what is younger than the start of the drain round before: only then has
  * every CPU written all that is older.
  *
  * Rejected: one ring a task (thousands of rings); inherited tracepoints (thread creation costs 130 us and more).
  */
 #include <errno.h>
-#include <linux/perf_event.h>
 #include <poll.h>
-#include <pthread.h>
-#include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
-#include "bpf/record.h"
-#include "pagelens.h"
-
-#define MAX_CPUS 1024
-#define OUT_BYTES (1u << 20)
-
-#ifndef PERF_FORMAT_LOST
-#define PERF_FORMAT_LOST (1U << 4)
-#endif
-
-enum which { EV_MIN, EV_MAJ, EV_SIDE, EVENTS };
-
-struct ring {
-	int fd;
-	struct perf_event_mmap_page *page;
-	char *data;
-	uint64_t size, tail, head;
-};
-
-struct seen { /* open addressing by id of the event: which of the three it is */
-	uint64_t id;
-	unsigned char which;
-};
-
-struct proc { /* address space number by process */
-	uint32_t pid, mm;
-};
-
-struct pl_perf {
-	int ncpu, pages, spool;
-	unsigned flags;
-	struct ring rings[MAX_CPUS];
-	int *fds;
-	unsigned char *fd_which;
-	size_t nfds, cap_fds;
-	struct seen *ids;
-	size_t nids, cap_ids;
-	struct proc *procs;
-	size_t nprocs, cap_procs;
-	uint32_t next_mm;
-	pthread_t thread;
-	atomic_int stop;
-	int running, write_errno;
-	uint64_t lost_records, faults, written;
-	char *out;
-	size_t used;
-};
-
-#define PL_PERF_KERNEL 1u /* kernel-mode faults too (needs CAP_PERFMON or perf_event_paranoid < 2) */
-#define PL_PERF_STACKS 2u
+#include "../pagelens.h"
+#include "perf.h"
 
 static int perf_open(struct perf_event_attr *attr, pid_t pid, int cpu)
 {
@@ -84,196 +32,6 @@ static uint64_t now_ns(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-/* ---- address space numbers ---------------------------------------------------------------------------------- */
-
-static struct proc *proc_slot(struct pl_perf *p, uint32_t pid)
-{
-	size_t i;
-
-	if (2 * (p->nprocs + 1) > p->cap_procs) {
-		size_t old = p->cap_procs, cap = old ? 2 * old : 256;
-		struct proc *was = p->procs, *grown = calloc(cap, sizeof *grown);
-
-		if (!grown)
-			return NULL;
-		p->procs = grown;
-		p->cap_procs = cap;
-		for (size_t k = 0; k < old; k++)
-			if (was[k].pid) {
-				for (i = was[k].pid * 2654435761u % cap; grown[i].pid; i = (i + 1) % cap)
-					;
-				grown[i] = was[k];
-			}
-		free(was);
-	}
-	for (i = pid * 2654435761u % p->cap_procs; p->procs[i].pid && p->procs[i].pid != pid;)
-		i = (i + 1) % p->cap_procs;
-	return &p->procs[i];
-}
-
-static uint32_t mm_of(struct pl_perf *p, uint32_t pid, int fresh)
-{
-	struct proc *slot = proc_slot(p, pid);
-
-	if (!slot)
-		return 0;
-	if (!slot->pid) {
-		slot->pid = pid;
-		p->nprocs++;
-		fresh = 1;
-	}
-	if (fresh)
-		slot->mm = ++p->next_mm;
-	return slot->mm;
-}
-
-/* ---- output --------------------------------------------------------------------------------------------------- */
-
-static void flush(struct pl_perf *p)
-{
-	size_t done = 0;
-
-	while (done < p->used && !p->write_errno) {
-		ssize_t n = write(p->spool, p->out + done, p->used - done);
-
-		if (n < 0 && errno != EINTR)
-			p->write_errno = errno;
-		else if (n > 0)
-			done += (size_t)n;
-	}
-	p->written += done;
-	p->used = 0;
-}
-
-static void emit(struct pl_perf *p, const void *fixed, size_t nfixed, const void *frames, size_t nframes,
-		 const void *text, size_t ntext)
-{
-	if (p->used + nfixed + nframes + ntext > OUT_BYTES)
-		flush(p);
-	memcpy(p->out + p->used, fixed, nfixed);
-	p->used += nfixed;
-	if (nframes)
-		memcpy(p->out + p->used, frames, nframes);
-	p->used += nframes;
-	if (ntext)
-		memcpy(p->out + p->used, text, ntext);
-	p->used += ntext;
-}
-
-/* ---- translation ---------------------------------------------------------------------------------------------- */
-
-/* sample_id_all trailer: pid tid, time, cpu res, identifier: 4 words from the end. */
-struct trailer {
-	uint32_t pid, tid;
-	uint64_t time;
-	uint32_t cpu, res;
-	uint64_t id;
-};
-
-struct sample {
-	uint64_t id, ip;
-	uint32_t pid, tid;
-	uint64_t time, addr;
-	uint32_t cpu, res;
-	uint64_t nr; /* only with PL_PERF_STACKS */
-	uint64_t ips[];
-};
-
-static enum which which_of(struct pl_perf *p, uint64_t id)
-{
-	for (size_t i = id * 0x9E3779B97F4A7C15u % p->cap_ids; p->ids[i].id; i = (i + 1) % p->cap_ids)
-		if (p->ids[i].id == id)
-			return p->ids[i].which;
-	return EV_SIDE;
-}
-
-static void translate_sample(struct pl_perf *p, const struct perf_event_header *h)
-{
-	const struct sample *s = (const void *)(h + 1);
-	struct pl_rec_fault r = {0};
-	uint64_t frames[PL_MAX_FRAMES];
-	size_t n = 0;
-
-	if (which_of(p, s->id) == EV_SIDE)
-		return;
-	r.h.kind = PL_FAULT;
-	if ((h->misc & PERF_RECORD_MISC_CPUMODE_MASK) == PERF_RECORD_MISC_USER)
-		r.h.flags |= PL_F_USER;
-	if (which_of(p, s->id) == EV_MAJ)
-		r.h.flags |= PL_F_MAJOR;
-	if (p->flags & PL_PERF_STACKS)
-		for (uint64_t i = 0; i < s->nr && n < PL_MAX_FRAMES; i++)
-			if (s->ips[i] < (uint64_t)PERF_CONTEXT_MAX)
-				frames[n++] = s->ips[i];
-	r.h.nframes = (unsigned char)n;
-	r.h.nr = -1;
-	r.h.cpu = (unsigned short)s->cpu;
-	r.h.pid = s->pid;
-	r.h.tid = s->tid;
-	r.h.mm = mm_of(p, s->pid, 0);
-	r.h.time_ns = s->time;
-	r.h.ip = s->ip;
-	r.addr = s->addr;
-	p->faults++;
-	emit(p, &r, sizeof r, frames, n * 8, NULL, 0);
-}
-
-static void task_record(struct pl_perf *p, unsigned char kind, const struct trailer *t, uint32_t pid, uint32_t tid,
-			const uint64_t args[6], const char *text)
-{
-	struct pl_rec_call r = {0};
-	char padded[PL_MAX_TEXT] = {0};
-	size_t n = text ? strnlen(text, PL_MAX_TEXT - 1) + 1 : 0;
-
-	r.h.kind = kind;
-	r.h.nr = -1;
-	r.h.cpu = (unsigned short)t->cpu;
-	r.h.pid = pid;
-	r.h.tid = tid;
-	r.h.mm = mm_of(p, pid, 0);
-	r.h.time_ns = t->time;
-	n = (n + 7) & ~(size_t)7;
-	r.h.ntext = (unsigned char)n;
-	memcpy(r.args, args, sizeof r.args);
-	if (text)
-		memcpy(padded, text, strnlen(text, PL_MAX_TEXT - 1));
-	emit(p, &r, sizeof r, NULL, 0, padded, n);
-}
-
-static void translate(struct pl_perf *p, const struct perf_event_header *h)
-{
-	const struct trailer *t = (const void *)((const char *)h + h->size - sizeof *t);
-	const uint32_t *w = (const void *)(h + 1);
-	uint64_t args[6] = {0};
-
-	switch (h->type) {
-	case PERF_RECORD_SAMPLE:
-		translate_sample(p, h);
-		break;
-	case PERF_RECORD_LOST: /* u64 id, lost */
-		p->lost_records += ((const uint64_t *)w)[1];
-		break;
-	case PERF_RECORD_FORK: /* pid ppid tid ptid, u64 time */
-		if (w[0] != w[1])
-			mm_of(p, w[0], 1);
-		args[0] = w[0];
-		args[1] = w[2];
-		args[2] = w[0] == w[1] ? 0x10100 : 0; /* CLONE_VM | CLONE_THREAD; of a process the flags are unknown */
-		args[3] = mm_of(p, w[0], 0);
-		task_record(p, PL_FORK, t, w[1], w[3], args, NULL);
-		break;
-	case PERF_RECORD_COMM: /* pid tid comm */
-		if (h->misc & PERF_RECORD_MISC_COMM_EXEC) {
-			args[0] = mm_of(p, w[0], 0);
-			args[1] = mm_of(p, w[0], 1);
-			task_record(p, PL_EXEC, t, w[0], w[1], args, (const char *)(w + 2));
-		}
-		break;
-	default:
-		break;
-	}
 }
 
 /* ---- rings ---------------------------------------------------------------------------------------------------- */
@@ -322,7 +80,7 @@ static void round_of(struct pl_perf *p, uint64_t limit, char *copy)
 			struct ring *r = &p->rings[best];
 			const struct perf_event_header *h = peek(r, copy, &time);
 
-			translate(p, h);
+			pl_perf_translate(p, h);
 			r->tail += h->size;
 			__atomic_store_n(&r->page->data_tail, r->tail, __ATOMIC_RELEASE);
 		}
@@ -333,13 +91,10 @@ static void *drain(void *arg)
 {
 	struct pl_perf *p = arg;
 	struct pollfd polls[MAX_CPUS];
-	char *copy = malloc(1 << 16);
 	uint64_t before = now_ns();
 	nfds_t n = 0;
 	int hung = 0;
 
-	if (!copy)
-		return NULL;
 	for (int c = 0; c < p->ncpu; c++)
 		if (p->rings[c].page)
 			polls[n++] = (struct pollfd){.fd = p->rings[c].fd, .events = POLLIN};
@@ -355,26 +110,33 @@ static void *drain(void *arg)
 					hung = 1;
 				}
 		begin = now_ns();
-		round_of(p, before, copy);
+		pthread_mutex_lock(&p->lock);
+		round_of(p, before, p->copy);
+		pl_perf_flush(p);
+		pthread_mutex_unlock(&p->lock);
 		before = begin;
 	}
-	round_of(p, UINT64_MAX, copy);
-	flush(p);
-	free(copy);
+	pthread_mutex_lock(&p->lock);
+	round_of(p, UINT64_MAX, p->copy);
+	pl_perf_flush(p);
+	pthread_mutex_unlock(&p->lock);
 	return NULL;
 }
 
 /* ---- interface ------------------------------------------------------------------------------------------------ */
 
-PL_EXPORT struct pl_perf *pl_perf_new(int ncpu, int ring_pages, int spool, unsigned flags);
-PL_EXPORT int pl_perf_add(struct pl_perf *p, int tid, int on_exec);
+PL_EXPORT struct pl_perf *pl_perf_new(int ncpu, int ring_pages, struct pl_drain *sink, unsigned flags);
+PL_EXPORT int pl_perf_add(struct pl_perf *p, int pid, int tid, int on_exec);
 PL_EXPORT int pl_perf_start(struct pl_perf *p);
-PL_EXPORT int pl_perf_stop(struct pl_perf *p, uint64_t totals[4]);
+PL_EXPORT void pl_perf_stop(struct pl_perf *p);
+PL_EXPORT void pl_perf_totals(struct pl_perf *p, struct pl_perf_totals *to);
+PL_EXPORT void pl_perf_sync(struct pl_perf *p);
 PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid);
+PL_EXPORT void pl_perf_counters(struct pl_perf *p, uint32_t tid, uint64_t min_flt, uint64_t maj_flt);
 PL_EXPORT void pl_perf_free(struct pl_perf *p);
 
 /* NULL: out of memory or too many CPUs. */
-PL_EXPORT struct pl_perf *pl_perf_new(int ncpu, int ring_pages, int spool, unsigned flags)
+PL_EXPORT struct pl_perf *pl_perf_new(int ncpu, int ring_pages, struct pl_drain *sink, unsigned flags)
 {
 	struct pl_perf *p;
 
@@ -382,22 +144,44 @@ PL_EXPORT struct pl_perf *pl_perf_new(int ncpu, int ring_pages, int spool, unsig
 		return NULL;
 	p->ncpu = ncpu;
 	p->pages = ring_pages;
-	p->spool = spool;
+	p->sink = sink;
+	pthread_mutex_init(&p->lock, NULL);
 	p->flags = flags;
 	p->cap_ids = 1024;
 	p->ids = calloc(p->cap_ids, sizeof *p->ids);
 	p->out = malloc(OUT_BYTES);
-	if (!p->ids || !p->out) {
+	p->copy = malloc(1 << 16);
+	if (!p->ids || !p->out || !p->copy) {
 		pl_perf_free(p);
 		return NULL;
 	}
 	return p;
 }
 
-/* The number of an address space; call it before start for the tasks that the recording begins with. */
+/* The number of the address space of a process; 0 if it is not known yet. */
 PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid)
 {
-	return mm_of(p, pid, 0);
+	uint32_t mm;
+
+	pthread_mutex_lock(&p->lock);
+	mm = p->procs.cap ? pl_perf_find(p->procs.slots, p->procs.cap, pid)->mm : 0;
+	pthread_mutex_unlock(&p->lock);
+	return mm;
+}
+
+/* Tells the counters of a thread that is at its exit stop, as far as they belong to the recording. */
+PL_EXPORT void pl_perf_counters(struct pl_perf *p, uint32_t tid, uint64_t min_flt, uint64_t maj_flt)
+{
+	struct slot *task;
+
+	pthread_mutex_lock(&p->lock);
+	task = pl_perf_slot(&p->tasks, tid);
+	if (task) {
+		task->min_flt = min_flt;
+		task->maj_flt = maj_flt;
+		task->counted = 1;
+	}
+	pthread_mutex_unlock(&p->lock);
 }
 
 static int remember(struct pl_perf *p, int fd, enum which which)
@@ -462,12 +246,14 @@ static int map_ring(struct pl_perf *p, int cpu, int fd)
 	return 0;
 }
 
-/* Opens the events of one task on every CPU; its children inherit them. 0 or -errno. Before start only. */
-PL_EXPORT int pl_perf_add(struct pl_perf *p, int tid, int on_exec)
+/* Opens the events of one thread of process pid on every CPU; its children inherit them. 0 or -errno. Before start only. */
+PL_EXPORT int pl_perf_add(struct pl_perf *p, int pid, int tid, int on_exec)
 {
 	static const uint64_t configs[EVENTS] = {PERF_COUNT_SW_PAGE_FAULTS_MIN, PERF_COUNT_SW_PAGE_FAULTS_MAJ,
 						 PERF_COUNT_SW_DUMMY};
 
+	if (!pl_perf_mm_of(p, (uint32_t)pid, 0))
+		return -ENOMEM;
 	for (int cpu = 0; cpu < p->ncpu; cpu++)
 		for (int e = 0; e < EVENTS; e++) {
 			struct perf_event_attr a = {.size = sizeof a, .type = PERF_TYPE_SOFTWARE};
@@ -506,6 +292,8 @@ PL_EXPORT int pl_perf_add(struct pl_perf *p, int tid, int on_exec)
 				error = map_ring(p, cpu, fd);
 			else if (ioctl(fd, PERF_EVENT_IOC_SET_OUTPUT, p->rings[cpu].fd) < 0)
 				error = -errno;
+			if (!error && !cpu && !e)
+				p->totals.tasks_started++;
 			if (!error && !on_exec && ioctl(fd, PERF_EVENT_IOC_ENABLE, 0) < 0)
 				error = -errno;
 			if (error)
@@ -522,12 +310,17 @@ PL_EXPORT int pl_perf_start(struct pl_perf *p)
 	return -error;
 }
 
-/* Stops and drains. totals: faults recorded, faults lost (PERF_FORMAT_LOST), LOST records' sum, bytes written.
- * 0, or -errno of a write that failed (the rest of the recording was dropped then). */
-PL_EXPORT int pl_perf_stop(struct pl_perf *p, uint64_t totals[4])
+/* Takes what the tasks that are stopped now have recorded: their state (pl_perf_mm) is then that of this moment. */
+PL_EXPORT void pl_perf_sync(struct pl_perf *p)
 {
-	uint64_t lost = 0;
+	pthread_mutex_lock(&p->lock);
+	round_of(p, now_ns(), p->copy);
+	pthread_mutex_unlock(&p->lock);
+}
 
+/* Stops recording and hands what is left to the drain. */
+PL_EXPORT void pl_perf_stop(struct pl_perf *p)
+{
 	for (size_t i = 0; i < p->nfds; i++)
 		ioctl(p->fds[i], PERF_EVENT_IOC_DISABLE, 0);
 	if (p->running) {
@@ -535,17 +328,21 @@ PL_EXPORT int pl_perf_stop(struct pl_perf *p, uint64_t totals[4])
 		pthread_join(p->thread, NULL);
 		p->running = 0;
 	}
+}
+
+/* Figures up to now. lost: faults that found the ring full (PERF_FORMAT_LOST; 0 before Linux 6.0, where only
+ * lost_records tells). */
+PL_EXPORT void pl_perf_totals(struct pl_perf *p, struct pl_perf_totals *to)
+{
+	pthread_mutex_lock(&p->lock);
+	*to = p->totals;
+	pthread_mutex_unlock(&p->lock);
 	for (size_t i = 0; i < p->nfds; i++) {
 		uint64_t value[2] = {0, 0};
 
 		if (p->fd_which[i] != EV_SIDE && read(p->fds[i], value, sizeof value) == (ssize_t)sizeof value)
-			lost += value[1];
+			to->lost += value[1];
 	}
-	totals[0] = p->faults;
-	totals[1] = lost;
-	totals[2] = p->lost_records;
-	totals[3] = p->written;
-	return -p->write_errno;
 }
 
 PL_EXPORT void pl_perf_free(struct pl_perf *p)
@@ -562,7 +359,9 @@ PL_EXPORT void pl_perf_free(struct pl_perf *p)
 	free(p->fds);
 	free(p->fd_which);
 	free(p->ids);
-	free(p->procs);
+	free(p->procs.slots);
+	free(p->tasks.slots);
 	free(p->out);
+	free(p->copy);
 	free(p);
 }

@@ -1,0 +1,95 @@
+"""A live recording without BPF: inherited perf events, counters from exit stops.
+
+The same interface as BpfRecording, for own processes of an ordinary user. What cannot be known this way: faults
+taken in kernel mode (unless perf allows them), the calls that shape memory, error codes, latencies, failed
+faults, gup. The kernel's counters still tell how many faults there were, so the gap has a size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pagelens.linux.drain import Drain, DrainStats
+from pagelens.linux.perf_tasks import DEFAULT_RING, PerfTasks, fault_counters, kernel_faults_visible
+from pagelens.linux.recording import Options
+from pagelens.vm.errors import TargetGoneError
+
+ABSENT = ["system calls", "error codes", "latencies", "failed faults", "gup", "context switches"]
+
+
+class PerfRecording:
+    """Between construction and `close`, armed tasks and what they fork are recorded into `spool`."""
+
+    def __init__(self, options: Options, spool: Path) -> None:
+        """Opens nothing but the drain; `arm` opens the events. OSError where the spool cannot be written."""
+        self.options = options
+        self.kernel = kernel_faults_visible()
+        options.absent = [*ABSENT, *([] if self.kernel else ["faults in kernel mode"])]
+        self._root = 0
+        self._started = False
+        self._base = (0, 0)
+        self.drain = Drain([], 4096, spool)
+        try:
+            self._perf = PerfTasks(
+                self.drain,
+                kernel=self.kernel,
+                stacks=options.stacks and options.detail != "lean",
+                ring_bytes=min(options.ring_size, DEFAULT_RING) if not self.kernel else options.ring_size,
+            )
+        except BaseException:
+            self.drain.free()
+            raise
+
+    def arm(self, pid: int) -> None:
+        """Make a task of ours (a HeldProgram) the root of the tree: recorded from its execve on."""
+        self._root = pid
+        self._perf.add(pid, pid, on_exec=True)
+        self._base = fault_counters(pid, pid)
+        self._perf.start()
+
+    def at_exec(self, tid: int) -> None:
+        """The root's first exec stop: what it faulted before belongs to the launcher, not to the program."""
+        if tid == self._root and not self._started:
+            self._base = fault_counters(tid, tid)
+            self._started = True
+
+    def at_task_exit(self, tid: int) -> None:
+        """A thread's exit stop: the last moment at which its counters can be read without privilege."""
+        try:
+            minor, major = fault_counters(tid, tid)
+        except TargetGoneError:
+            return
+        if tid == self._root:
+            minor, major = minor - self._base[0], major - self._base[1]
+        self._perf.counters(tid, max(0, minor), max(0, major))
+
+    def mm_of(self, pid: int) -> int | None:
+        """Number of the address space that a recorded process uses now (stop it first); None: not recorded."""
+        return self._perf.mm(pid) or None
+
+    def live_tasks(self) -> int:
+        """Recorded tasks whose end has not been drained."""
+        totals = self._perf.totals()
+        return int(totals.tasks_started - totals.tasks_gone)
+
+    def totals(self) -> dict[str, int]:
+        """Sums over the tasks that are gone, with the names of BpfRecording's."""
+        t = self._perf.totals()
+        known = dict.fromkeys(("gup", "missed", "failed", "tasks_untracked"), 0)
+        names = ("min_flt", "maj_flt", "recorded", "lost", "lost_records", "tasks_uncounted")
+        return known | {name: int(getattr(t, name)) for name in names}
+
+    def stats(self) -> DrainStats:
+        """Figures of the drain."""
+        return self.drain.stats()
+
+    def detach(self) -> None:
+        """No further event."""
+        self._perf.stop()
+
+    def close(self) -> None:
+        """Stop and free everything."""
+        self._perf.stop()
+        self._perf.close()
+        self.drain.stop()
+        self.drain.free()
