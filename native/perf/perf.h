@@ -43,7 +43,7 @@ struct table { /* open addressing by pid or tid */
 };
 
 struct pl_perf_totals {
-	uint64_t recorded, lost, lost_records, min_flt, maj_flt, tasks_started, tasks_gone, tasks_uncounted;
+	uint64_t recorded, lost, lost_records, min_flt, maj_flt, tasks_started, tasks_gone, tasks_uncounted, recorded_uncounted;
 };
 
 struct pl_perf {

@@ -150,6 +150,7 @@ static void task_gone(struct pl_perf *p, const struct trailer *t, uint32_t pid, 
 
 	if (!task || !task->counted) {
 		p->totals.tasks_uncounted++;
+		p->totals.recorded_uncounted += task ? task->recorded : 0;
 	} else {
 		args[0] = task->min_flt;
 		args[1] = task->maj_flt;

@@ -131,6 +131,7 @@ PL_EXPORT int pl_perf_start(struct pl_perf *p);
 PL_EXPORT void pl_perf_stop(struct pl_perf *p);
 PL_EXPORT void pl_perf_totals(struct pl_perf *p, struct pl_perf_totals *to);
 PL_EXPORT void pl_perf_sync(struct pl_perf *p);
+PL_EXPORT uint64_t pl_perf_recorded(struct pl_perf *p, uint32_t tid);
 PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid);
 PL_EXPORT void pl_perf_counters(struct pl_perf *p, uint32_t tid, uint64_t min_flt, uint64_t maj_flt);
 PL_EXPORT void pl_perf_free(struct pl_perf *p);
@@ -316,6 +317,18 @@ PL_EXPORT void pl_perf_sync(struct pl_perf *p)
 	pthread_mutex_lock(&p->lock);
 	round_of(p, now_ns(), p->copy);
 	pthread_mutex_unlock(&p->lock);
+}
+
+/* Faults recorded of a thread that is stopped now. */
+PL_EXPORT uint64_t pl_perf_recorded(struct pl_perf *p, uint32_t tid)
+{
+	uint64_t recorded;
+
+	pl_perf_sync(p);
+	pthread_mutex_lock(&p->lock);
+	recorded = p->tasks.cap ? pl_perf_find(p->tasks.slots, p->tasks.cap, tid)->recorded : 0;
+	pthread_mutex_unlock(&p->lock);
+	return recorded;
 }
 
 /* Stops recording and hands what is left to the drain. */

@@ -8,6 +8,7 @@ stops the recording, never the program.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import threading
@@ -20,14 +21,15 @@ from typing import Any
 
 from pagelens import __version__
 from pagelens.capture import snapshots
+from pagelens.capture.balance import Ended, balance, losses
 from pagelens.capture.store import CaptureWriter
-from pagelens.capture.summary import build
 from pagelens.linux import snapshot as live
 from pagelens.linux.drain import HeldProgram
+from pagelens.linux.perf_recording import PerfRecording
 from pagelens.linux.recording import DEFAULT_RING, BpfRecording, Options
 from pagelens.linux.settings import memory_settings
 from pagelens.linux.tracer import Tracer
-from pagelens.vm.errors import PagelensError
+from pagelens.vm.errors import CapabilityMissingError, PagelensError
 from pagelens.vm.snapshot import Snapshot
 
 PART_SECONDS = 3.0
@@ -45,6 +47,7 @@ class Settings:
     max_size: int = 0
     until: str = "tree"
     switches: bool | None = None  # None: with normal and full
+    method: str = "auto"  # or bpf, perf
 
 
 @dataclass
@@ -59,7 +62,9 @@ class Result:
 
 class _Spooler(threading.Thread):
     # Converts segments. Stops at the first error (a full disk), which is then the recording's.
-    def __init__(self, recording: BpfRecording, writer: CaptureWriter, part_bytes: int) -> None:
+    def __init__(
+        self, recording: BpfRecording | PerfRecording, writer: CaptureWriter, part_bytes: int
+    ) -> None:
         super().__init__(name="pagelens-spool", daemon=True)
         self._recording, self._writer = recording, writer
         self._part_bytes = part_bytes
@@ -94,6 +99,17 @@ class _Spooler(threading.Thread):
         if self.is_alive():
             self.join()
         self.convert(self._recording.drain.stop())
+
+
+def _open(method: str, options: Options, spool: Path) -> tuple[BpfRecording | PerfRecording, str]:
+    # The best that works here; what it cannot see is in options.absent.
+    if method != "perf":
+        try:
+            return BpfRecording(options, spool), "bpf"
+        except CapabilityMissingError:
+            if method == "bpf":
+                raise
+    return PerfRecording(options, spool), "perf"
 
 
 class _StopWaiting(Exception):
@@ -133,13 +149,14 @@ class Recorder:
         switches = settings.switches if settings.switches is not None else settings.detail != "lean"
         options = Options(detail=settings.detail, ring_size=settings.ring_size, switches=switches)
         try:
-            self._recording = BpfRecording(options, self._writer.spool)
+            recording, method = _open(settings.method, options, self._writer.spool)
         except BaseException:
             import shutil
 
             shutil.rmtree(path, ignore_errors=True)
             raise
-        self._writer.write_meta(method="bpf", absent=options.absent)
+        self._recording: BpfRecording | PerfRecording = recording
+        self._writer.write_meta(method=method, absent=options.absent)
         self._spooler = _Spooler(
             self._recording, self._writer, min(PART_BYTES, settings.max_size or PART_BYTES)
         )
@@ -156,7 +173,10 @@ class Recorder:
                 program.release()
                 status = self._wait()
             else:
-                tracer = Tracer(program.pid, self._at_exec, self._at_exit)
+                perf = self._recording if isinstance(self._recording, PerfRecording) else None
+                tracer = Tracer(
+                    program.pid, self._at_exec, self._at_exit, perf.at_task_exit if perf else None
+                )
                 program.release()
                 status = self._trace(tracer)
             exec_errno = program.exec_error()
@@ -227,6 +247,8 @@ class Recorder:
     # -- snapshots, called while the process is stopped
 
     def _at_exec(self, pid: int) -> None:
+        if isinstance(self._recording, PerfRecording):
+            self._recording.at_exec(pid)
         self._take(pid, "exec")
 
     def _at_exit(self, pid: int) -> None:
@@ -252,47 +274,27 @@ class Recorder:
         self._spooler.finish()
         stats, totals = recording.stats(), recording.totals()
         error = self._spooler.error
-        code = error.errno if error else int(stats.error)
-        lost = totals["lost"] + totals["missed"] + int(stats.dropped_faults)
-        recorded = writer.recorded
-        if code:
-            # What the drain took but the disk refused.
-            lost += max(0, int(stats.faults) - writer.recorded)
-        self._notes: list[str] = []
-        losses = [
-            ("ring", totals["lost"], "faults that found the ring full (--ring-size)"),
-            ("ring", totals["lost_records"], "other records that found the ring full (--ring-size)"),
-            ("missed", totals["missed"], "faults whose event the kernel did not deliver"),
-            (
-                "disk",
-                int(stats.dropped_faults) + int(stats.dropped_others),
-                "records after the disk was full",
-            ),
-            ("max-size", writer.dropped_rows, "older events dropped by --max-size"),
-            ("snapshot", self._snapshot_losses, "snapshots that could not be taken"),
-            ("task", totals["tasks_untracked"], "tasks that could not be marked: not recorded"),
-            ("task", alive, "tasks that ran on when the recording ended: their counters are not in the sum"),
-            ("spool", int(stats.damaged), "records that made no sense"),
-        ]
-        self._notes += [f"{count:,} {note}" for _, count, note in losses if count]
-        status = None
-        if code:
-            status = "disk full" if code == 28 else f"stopped: {os.strerror(code)}"
-        elif alive:
-            status = "partial"
-        summary = build(
-            counted_minor=totals["min_flt"],
-            counted_major=totals["maj_flt"],
-            recorded=recorded,
-            gup=totals["gup"],
-            failed=None if self._settings.detail == "lean" else totals["failed"],
-            lost=lost,
-            status=status,
+        ended = Ended(
+            totals=totals,
+            drained=int(stats.faults),
+            dropped_faults=int(stats.dropped_faults),
+            dropped_others=int(stats.dropped_others),
+            damaged=int(stats.damaged),
+            written=writer.recorded,
+            dropped_rows=writer.dropped_rows,
+            alive=alive,
+            snapshot_losses=self._snapshot_losses,
+            error=(error.errno or errno.EIO) if error else int(stats.error),
+            lean=self._settings.detail == "lean",
+            perf=isinstance(recording, PerfRecording),
+            kernel_visible=not isinstance(recording, PerfRecording) or recording.kernel,
         )
+        lost = losses(ended)
+        self._notes = [f"{count:,} {note}" for _, count, note in lost]
+        summary = balance(ended)
         try:
-            for what, count, note in losses:
-                if count:
-                    writer.lose(what, count, note)
+            for what, count, note in lost:
+                writer.lose(what, count, note)
             writer.finish(
                 status=summary["status"],
                 summary=summary,

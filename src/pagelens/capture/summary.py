@@ -22,6 +22,7 @@ def build(
     failed: int | None,
     lost: int,
     kernel_mode_unseen: int = 0,
+    uncounted: int = 0,
     status: str | None = None,
     complete: bool = True,
     method: str = METHOD_BPF,
@@ -29,9 +30,10 @@ def build(
     """The object of `--summary-json` (docs/schemas/summary.json).
 
     failed: None where the detail does not show failed faults. status: None to derive it: "complete" when
-    nothing is lost or unexplained, else "losses".
+    nothing is lost or unexplained, else "losses". uncounted: recorded faults of tasks whose counters are not
+    in the sum.
     """
-    unexplained = counted_minor + counted_major - recorded - gup - lost - kernel_mode_unseen
+    unexplained = counted_minor + counted_major - (recorded - uncounted) - gup - lost - kernel_mode_unseen
     whole = complete and not unexplained and not lost and not kernel_mode_unseen
     return {
         "status": status or ("complete" if whole else "losses"),
@@ -93,6 +95,8 @@ def text(summary: dict[str, Any]) -> str:
         f" {'unknown' if unexplained is None else f'{unexplained:,}'}; failed, apart: {failed}",
     ]
     if faults["kernel_mode_unseen"]:
-        lines.append(f"          {faults['kernel_mode_unseen']:,} taken in kernel mode, not visible to us")
+        lines.append(
+            f"          {faults['kernel_mode_unseen']:,} counted but not visible to us (kernel mode, gup)"
+        )
     lines.append(f"status    {summary['status']}; {summary['method']}")
     return "\n".join(lines)

@@ -47,6 +47,12 @@ class Command:
             default="full",
             help="at exec and exit: maps, page states and smaps; only maps; nothing, and no ptrace",
         )
+        parser.add_argument(
+            "--method",
+            choices=("auto", "bpf", "perf"),
+            default="auto",
+            help="bpf: everything, needs root; perf: own processes, user mode; auto: bpf, else perf",
+        )
         parser.add_argument("--ring-size", metavar="BYTES", default="8M", help="per CPU (default: 8M)")
         parser.add_argument("--max-size", metavar="BYTES", default="0", help="keep only the newest events")
         parser.add_argument(
@@ -134,6 +140,7 @@ def _record(args: argparse.Namespace, path: str, command: list[str]) -> int:
         max_size=parse_size(args.max_size),
         until=args.until,
         switches=False if args.no_switches else None,
+        method=args.method,
     )
     capture = Path(args.capture) if args.capture else default_capture(command[0])
     recorder = Recorder(capture, settings, command=command, force=args.force)

@@ -10,7 +10,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from pagelens.linux.drain import Drain, DrainStats
-from pagelens.linux.perf_tasks import DEFAULT_RING, PerfTasks, fault_counters, kernel_faults_visible
+from pagelens.linux.perf_tasks import (
+    DEFAULT_RING,
+    PerfTasks,
+    PerfTotals,
+    fault_counters,
+    kernel_faults_visible,
+)
 from pagelens.linux.recording import Options
 from pagelens.vm.errors import TargetGoneError
 
@@ -48,9 +54,11 @@ class PerfRecording:
         self._perf.start()
 
     def at_exec(self, tid: int) -> None:
-        """The root's first exec stop: what it faulted before belongs to the launcher, not to the program."""
+        """The root's first exec stop: what it faulted before belongs to the launcher, not to the program (but
+        for what execve itself did when the events were on already)."""
         if tid == self._root and not self._started:
-            self._base = fault_counters(tid, tid)
+            minor, major = fault_counters(tid, tid)
+            self._base = (minor - self._perf.recorded(tid), major)
             self._started = True
 
     def at_task_exit(self, tid: int) -> None:
@@ -76,7 +84,7 @@ class PerfRecording:
         """Sums over the tasks that are gone, with the names of BpfRecording's."""
         t = self._perf.totals()
         known = dict.fromkeys(("gup", "missed", "failed", "tasks_untracked"), 0)
-        names = ("min_flt", "maj_flt", "recorded", "lost", "lost_records", "tasks_uncounted")
+        names = [name for name, *_ in PerfTotals._fields_]
         return known | {name: int(getattr(t, name)) for name in names}
 
     def stats(self) -> DrainStats:

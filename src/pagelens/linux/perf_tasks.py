@@ -35,7 +35,7 @@ class PerfTotals(ctypes.Structure):
         (name, ctypes.c_uint64)
         for name in (
             *("recorded", "lost", "lost_records", "min_flt", "maj_flt"),
-            *("tasks_started", "tasks_gone", "tasks_uncounted"),
+            *("tasks_started", "tasks_gone", "tasks_uncounted", "recorded_uncounted"),
         )
     )
     recorded: int
@@ -46,6 +46,7 @@ class PerfTotals(ctypes.Structure):
     tasks_started: int
     tasks_gone: int
     tasks_uncounted: int
+    recorded_uncounted: int
 
 
 @functools.cache
@@ -60,6 +61,8 @@ def _core() -> ctypes.CDLL:
     lib.pl_perf_mm.restype = ctypes.c_uint32
     lib.pl_perf_counters.argtypes = [handle, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
     lib.pl_perf_totals.argtypes = [handle, handle]
+    lib.pl_perf_recorded.restype = ctypes.c_uint64
+    lib.pl_perf_recorded.argtypes = [handle, ctypes.c_uint32]
     for name in ("stop", "free", "sync", "counters", "totals"):
         getattr(lib, f"pl_perf_{name}").restype = None
     for name in ("stop", "free", "sync"):
@@ -125,6 +128,10 @@ class PerfTasks:
         """The number of the address space of a process that is stopped now; 0: not recorded."""
         _core().pl_perf_sync(self._handle)
         return int(_core().pl_perf_mm(self._handle, pid))
+
+    def recorded(self, tid: int) -> int:
+        """Faults recorded of a thread that is stopped now."""
+        return int(_core().pl_perf_recorded(self._handle, tid))
 
     def counters(self, tid: int, min_flt: int, maj_flt: int) -> None:
         """Tell the counters of a thread at its exit stop, without what came before the recording."""

@@ -35,14 +35,19 @@ class Tracer:
     """Traces a tree from one of our children on. All calls from one thread (ptrace ties a tracee to it)."""
 
     def __init__(
-        self, root: int, on_exec: Callable[[int], None], on_last_exit: Callable[[int], None]
+        self,
+        root: int,
+        on_exec: Callable[[int], None],
+        on_last_exit: Callable[[int], None],
+        on_task_exit: Callable[[int], None] | None = None,
     ) -> None:
-        """Seizes `root`. The callbacks get a process id while that process is stopped.
+        """Seizes `root`. The callbacks get the id of a process (on_task_exit: of any thread) that is stopped.
 
         OSError (EPERM) where ptrace is not allowed.
         """
         self._root = root
         self._on_exec, self._on_exit = on_exec, on_last_exit
+        self._on_task_exit = on_task_exit
         self._exiting: set[int] = set()
         self._borrowers: set[int] = set()  # vfork children that use their parent's address space
         options = _O_FORK | _O_VFORK | _O_CLONE | _O_EXEC | _O_EXIT
@@ -81,6 +86,8 @@ class Tracer:
 
     def _exit_stop(self, tid: int) -> None:
         self._exiting.add(tid)
+        if self._on_task_exit is not None:
+            self._call(self._on_task_exit, tid)
         if tid in self._borrowers:
             return
         try:

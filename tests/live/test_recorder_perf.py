@@ -1,0 +1,96 @@
+"""Recording without BPF: exact counts by perf events, and the gap stated where the kernel's counter knows more."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pagelens.capture.reader import Capture
+from support.nobody import as_nobody
+from support.recording import record
+from support.subjects import Subjects
+
+PAGES = 500
+pytestmark = pytest.mark.requires("perf-own", "ptrace", "native")
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A directory that every user may use (pytest's belongs to one)."""
+    with tempfile.TemporaryDirectory(prefix="pagelens-test-") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def unprivileged(directory: Path, command: list[str], *options: str) -> tuple[dict[str, Any], Path, str]:
+    """`run` as nobody; the summary and the capture."""
+    argv = [
+        "run",
+        "-c",
+        str(directory / "c.plens"),
+        "--summary-json",
+        str(directory / "s.json"),
+        *options,
+        "--",
+    ]
+    warm = ["run", "-c", str(directory / "warm.plens"), "--method", "perf", "--", "/bin/true"]
+    done = as_nobody([*argv, *command], [warm], directory)
+    assert done.returncode == 0, done.stderr
+    return json.loads((directory / "s.json").read_text()), directory / "c.plens", done.stdout
+
+
+def test_kernel_mode_faults_are_counted_as_unseen(open_path: Path) -> None:
+    command = ["dd", "if=/dev/zero", "of=/dev/null", "bs=64M", "count=1"]
+    summary, path, _ = unprivileged(open_path, command)
+    faults = summary["faults"]
+    # dd's buffer is 16,384 pages, filled by the kernel in read(2); besides, only a few pages that the kernel
+    # touches for itself (execve's stack and bss).
+    assert 16_384 <= faults["kernel_mode_unseen"] < 16_384 + 40
+    assert (
+        faults["recorded"] + faults["kernel_mode_unseen"] == faults["counted_minor"] + faults["counted_major"]
+    )
+    assert (faults["lost"], faults["unexplained"]) == (0, 0)
+    assert not summary["complete"] and summary["status"] == "partial"
+    assert "kernel mode" in summary["method"]
+    rows = Capture(path).events(["kind", "user_mode"]).to_pylist()
+    assert {r["user_mode"] for r in rows if r["kind"] == "fault"} == {True}
+
+
+def test_each_first_touch_is_one_fault_in_each_process(open_path: Path, subjects: Subjects) -> None:
+    program = shutil.copy(subjects("touch_fork"), open_path)
+    _, path, out = unprivileged(open_path, [str(program), str(PAGES)])
+    base = int(out, 16)
+    rows = Capture(path).events(["kind", "name", "pid", "mm", "addr", "time_ns"]).to_pylist()
+    hits = [r for r in rows if r["kind"] == "fault" and base <= r["addr"] < base + PAGES * 4096]
+    by_pid = Counter(r["pid"] for r in hits)
+    assert sorted(by_pid.values()) == [PAGES, PAGES]
+    for pid in by_pid:
+        assert {r["addr"] for r in hits if r["pid"] == pid} == {base + i * 4096 for i in range(PAGES)}
+    assert len({r["mm"] for r in hits}) == 2, "a fork child has its own address space"
+    assert Counter(r["name"] for r in rows if r["kind"] == "task") == {"fork": 1, "exec": 1, "exit": 2}
+
+
+def test_root_without_bpf_sees_kernel_mode_faults(tmp_path: Path) -> None:
+    run = record(tmp_path, ["dd", "if=/dev/zero", "of=/dev/null", "bs=4M", "count=1"], "--method", "perf")
+    kernel = run.rows("kind = 'fault' and not user_mode")
+    if run.faults["kernel_mode_unseen"] >= 1024:
+        pytest.skip("missing capability: perf-kernel (faults in kernel mode are hidden from this user)")
+    assert len(kernel) >= 1024
+    assert run.faults["lost"] == 0 and run.faults["unexplained"] == 0
+
+
+def test_a_small_ring_states_its_loss(tmp_path: Path, subjects: Subjects) -> None:
+    run = record(tmp_path, [subjects("touch"), "65536"], "--method", "perf", "--ring-size", "4096")
+    faults = run.faults
+    assert faults["lost"] > 0
+    assert any("ring full" in line for line in run.stderr.splitlines())
+    counted = faults["counted_minor"] + faults["counted_major"]
+    assert faults["recorded"] + faults["lost"] + faults["kernel_mode_unseen"] == counted
+    assert run.summary["status"] != "complete" and not run.summary["complete"]
