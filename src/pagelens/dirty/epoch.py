@@ -28,7 +28,7 @@ class Why(enum.IntEnum):
     HUGE = 2  # one of the 512 pages of a huge mapping of which some byte was written
     NEW = 3  # its mapping (or process image) was first seen at this look: everything that it holds
     DISCARDED = 4  # it had contents and reads as zeros, or as the file, now: DONTNEED, remapped, truncated
-    DROPPED = 5  # shared memory whose page-table entry went away; whether it was written is not known
+    DROPPED = 5  # file-backed or shared: its page-table entry went away; whether it was written is not known
     VMA_FLAG = 6  # soft-dirty only: marked with its whole vma (birth, growth, merge, mremap), or by fork
     UNGUARDED = 7  # mprotect only: the program made the range writable itself
     KEPT_HUGE = 8  # --keep-huge: a huge page that is left unarmed; whether it was written is not known

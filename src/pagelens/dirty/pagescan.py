@@ -33,12 +33,12 @@ import numpy as np
 from pagelens.dirty import spans
 from pagelens.dirty.epoch import Builder, Look, Semantics, Why
 from pagelens.dirty.spans import Spans
-from pagelens.linux import maps, pagescan
+from pagelens.linux import maps, pagemap, pagescan
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
 from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import Feature, Mode, Userfault
 from pagelens.vm.errors import TargetGoneError
-from pagelens.vm.units import TASK_SIZE, format_size
+from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
 from pagelens.vm.vma import Prot, Vma, VmaList
 
 ANON, FILE, SHARED = 1, 2, 3
@@ -74,10 +74,12 @@ class Pagescan:
         scope="any process",
         needs="Linux 6.7 (userfaultfd WP_ASYNC, PAGEMAP_SCAN); another process: ptrace rights for one call",
         extra=(Why.HUGE, Why.NEW, Why.DISCARDED, Why.DROPPED, Why.KEPT_HUGE),
-        too_much="a new or moved mapping whole; a huge page whole at its first write; shared pages that were "
+        too_much="a new or moved mapping whole, with what it merged into; "
+        "a huge page whole at its first write; shared pages that were "
         "reclaimed; pages rewritten with the same bytes",
         misses="writes that do not go through this address space's page tables: another mapping of the same "
-        "memory, write(2) to a mapped file, devices that write to pinned pages",
+        "memory, write(2) to a mapped file, devices that write to pinned pages; mappings that come and go "
+        "between two looks, and entries of a shared mapping that are dropped before it is first looked at",
         cost="0.7-1.0 µs at the first write to a page in an epoch; a write to an armed huge page splits it; "
         "adjacent mappings do not merge while watched",
     )
@@ -108,6 +110,7 @@ class Pagescan:
         self._content = spans.EMPTY
         self._failed: dict[int, int] = {}
         self._foreign = spans.EMPTY
+        self._uncertain = spans.EMPTY
 
     # -- the interface -------------------------------------------------------------------------------------
 
@@ -148,6 +151,7 @@ class Pagescan:
         self._lost(content, look)
         if self._kinds[SHARED]:
             self._dropped(regions, fresh, look)
+        builder.add(self._uncertain, Why.DROPPED)
         if self._keep_huge:
             builder.add(self._huge(), Why.KEPT_HUGE)
         self._content = content
@@ -189,8 +193,10 @@ class Pagescan:
 
     def _take_in(self, fresh: Spans, content: Spans, look: Look) -> Spans:
         # Mappings that we did not watch: all that they hold is new, whatever its entries say (a moved entry
-        # may carry a stale protection bit). They are watched from here on.
-        self._register(fresh)
+        # may carry a stale protection bit). They are watched from here on. Always whole vmas: registering a
+        # part (the rest lies where something else was registered before) would split them, and the program's
+        # next mremap over the seam would fail with EFAULT.
+        self._register(self._whole_vmas(fresh))
         self._mark_shared(spans.common(fresh, self._kinds[SHARED]))
         found = self._collect(fresh)
         held = self._contents(found)
@@ -291,8 +297,34 @@ class Pagescan:
         if self._kinds[FILE]:
             own = populated & ((regions.categories & np.uint64(Category.FILE)) == 0)
             copied = spans.joined(regions.start[own], regions.end[own])
-            out = spans.union(out, spans.common(copied, self._kinds[FILE]))
+            copied = spans.minus(spans.common(copied, self._kinds[FILE]), self._markers(regions))
+            out = spans.union(out, copied)
         return spans.joined(*out)
+
+    def _markers(self, regions: Regions) -> Spans:
+        # In a private file mapping, DONTNEED leaves a marker where the program's own copy was
+        # (pte_install_uffd_wp_if_needed, mm/memory.c), and a marker reads as SWAPPED. Only pagemap tells them
+        # apart, by the swap type, and shows it to CAP_SYS_ADMIN alone; else such pages are uncertain.
+        self._uncertain = spans.EMPTY
+        away = (regions.categories & np.uint64(Category.SWAPPED | Category.WRITTEN)) == Category.SWAPPED
+        if not away.any():
+            return spans.EMPTY
+        where = spans.common(spans.joined(regions.start[away], regions.end[away]), self._kinds[FILE])
+        out = []
+        for start, end in where.pairs():
+            entry = pagemap.entries(self._fd, start, (end - start) >> PAGE_SHIFT)
+            kind = entry & np.uint64(31)
+            hidden = (entry & np.uint64(pagemap.PFN_MASK)) == 0
+            marker = (kind == pagemap.SWP_PTE_MARKER) | hidden
+            at = np.uint64(start) + (np.flatnonzero(marker).astype(np.uint64) << np.uint64(PAGE_SHIFT))
+            step = np.uint64(1 << PAGE_SHIFT)
+            out.append(spans.joined(at, at + step))
+            unknown = np.uint64(start) + (np.flatnonzero(hidden).astype(np.uint64) << np.uint64(PAGE_SHIFT))
+            self._uncertain = spans.union(self._uncertain, spans.joined(unknown, unknown + step))
+        found = spans.EMPTY
+        for part in out:
+            found = spans.union(found, part)
+        return found
 
     # -- registration --------------------------------------------------------------------------------------
 
