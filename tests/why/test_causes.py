@@ -137,13 +137,11 @@ def test_rules_overlap_only_where_evidence_cannot_decide() -> None:
         "prior": tuple(Prior),
         "forked": tuple(Forked),
         "mark": tuple(Mark),
-        "race": tuple(Race),
+        "race": (Race.NONE, Race.THREAD),
         "huge": tuple(Huge),
         "dropped": (False, True),
-        "grew": (False, True),
         "numa": (False, True),
         "rearmed": (False, True),
-        "major": (False, True),
         "failed": (False, True),
     }
     share = {Forked.NONE: (Sharers.NA,), Forked.PARENT: tuple(Sharers)[1:], Forked.CHILD: tuple(Sharers)[1:]}
@@ -165,11 +163,9 @@ def _consistent(g: dict[str, object]) -> bool:
         return False
     if g["mark"] is not Mark.NONE and g["prior"] is Prior.NONE:
         return False
-    if g["grew"] and (g["prior"] is not Prior.NONE or g["dropped"] or g["present"] or g["area"] != Area.ANON):
-        return False
     if g["huge"] is not Huge.NO and g["area"] not in (Area.ANON, Area.SHMEM):
         return False
-    if g["huge"] is Huge.MADE and (g["present"] or g["grew"]):
+    if g["huge"] is Huge.MADE and g["present"]:
         return False
     if g["forked"] is not Forked.NONE and not (g["present"] and g["write"]):
         return False

@@ -64,6 +64,9 @@ def features(facts: Facts, run: Replayed, past: History) -> I64:
     _call_race(facts, run, race, begun)
     uffd = _handlers(facts, run, race, begun)
 
+    # fork leaves out the entries of file and shared mappings: the child maps them for itself.
+    uncopied = past.inherited & (past.before < 0) & ~present
+    prior[uncopied & ((prior == Prior.FILE) | (prior == Prior.SHARED))] = int(Prior.NONE)
     private = (area == Area.ANON) | (area == Area.FILE)
     forked, share, outcome = _forks(facts, run, past, private & present & write & ~faults.failed, prior)
     mark_time = state_column(run.lives, run.state, "mark_time", -1)

@@ -19,7 +19,7 @@ def _maps_file(e: Evidence) -> bool:
 
 def _again(e: Evidence) -> str:
     if e.prior is Prior.NONE:
-        return "the page had not been mapped before"
+        return "this process had not mapped the page before"
     return "it had been mapped before: evicted or unmapped by the kernel since"
 
 
