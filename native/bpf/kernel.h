@@ -62,6 +62,7 @@ struct qstr {
 	const unsigned char *name;
 };
 struct dentry {
+	struct dentry *d_parent;
 	struct qstr d_name;
 };
 struct path {
@@ -107,6 +108,15 @@ struct task_struct {
 };
 struct linux_binprm {
 	const char *filename;
+};
+
+struct seq_file;
+struct bpf_iter_meta {
+	struct seq_file *seq;
+};
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
 };
 
 #pragma clang attribute pop

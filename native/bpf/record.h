@@ -64,6 +64,8 @@ struct pl_rec_call {
 	unsigned long long dev, ino;
 };                              /* 120 */
 
+#define PL_NO_MM 0xffffffffU    /* pl_head.mm: of no recorded address space */
+
 #define PL_MAX_FRAMES 64
 #define PL_MAX_TEXT 248         /* ntext is a multiple of 8 */
 
@@ -84,6 +86,10 @@ struct pl_task {
 	unsigned int unused;
 };
 
+/* pl_task.nr */
+#define PL_NO_CALL (-1)
+#define PL_OLD_CALL (-2)        /* perhaps in a call that began before we looked */
+
 enum pl_task_state { PL_T_NEW = 0, PL_T_ARMED = 1, PL_T_LIVE = 2 };
 
 /* Sums over tasks that are gone: exact though an exit record may be lost. */
@@ -94,6 +100,9 @@ struct pl_totals {
 	unsigned long long next_mm;
 	unsigned long long pid_level;           /* depth of the recorder's pid namespace: that of the first task */
 	unsigned long long stopped;             /* set by user space: no new members */
+	unsigned long long clear_refs;          /* proc_clear_refs_operations, learnt from a write of our own */
+	unsigned long long learn;               /* tgid whose next write is to that file; 0: nobody's */
+	unsigned long long adopted;             /* tasks that `adopt` has marked */
 };
 
 /* Settings, written before the load; the verifier removes what is switched off. */
@@ -101,7 +110,6 @@ struct pl_settings {
 	unsigned int stacks;    /* frames of user stacks, 0: none */
 	unsigned int entry;     /* exceptions: error code, latency, failed faults */
 	unsigned int switches;
-	unsigned int unused;
-	unsigned long long clear_refs;  /* address of proc_clear_refs_operations, 0: unknown */
+	unsigned int daemons;
 };
 #endif

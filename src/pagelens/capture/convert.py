@@ -24,7 +24,6 @@ from pagelens.vm.names import SYSCALL_ARGS, SYSCALLS
 
 Rows = npt.NDArray[Any]
 SUFFIXES = ("faults", "calls", "switches", "stacks", "text")
-_NO_SYSCALL = -1
 
 
 @dataclass
@@ -152,7 +151,7 @@ def _events(faults: Rows, calls: Rows, switches: Rows, details: list[str | None]
     data = {
         "seq": pa.array(np.arange(first_seq, first_seq + total, dtype=np.int64)),
         "time_ns": column(time, None, None),
-        "mm": column(joined("mm").astype("i4"), (kind == Kind.DAEMON) & (joined("mm") == 0), pa.int32()),
+        "mm": column(joined("mm").astype("i4"), joined("mm") == records.NO_MM, pa.int32()),
         "pid": column(joined("pid").astype("i4"), None, None),
         "tid": column(joined("tid").astype("i4"), None, None),
         "cpu": column(joined("cpu").astype("i2"), None, None),
@@ -165,7 +164,7 @@ def _events(faults: Rows, calls: Rows, switches: Rows, details: list[str | None]
         "major": column((flags & Flag.MAJOR) != 0, ~is_fault | failed, pa.bool_()),
         "failed": column(failed, ~is_fault, pa.bool_()),
         "latency_ns": column(latency, (flags & Flag.LATENCY) == 0, pa.int64()),
-        "in_syscall": column(nr, (nr == _NO_SYSCALL) | is_syscall, pa.int16()),
+        "in_syscall": column(nr, (nr < 0) | is_syscall, pa.int16()),
         "args": _args(calls, kind, n_fault, order),
         "result": column(
             scattered("result", "i8"),

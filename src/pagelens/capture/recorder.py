@@ -19,8 +19,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from pagelens import __version__
-from pagelens.capture import snapshots
+from pagelens.capture import convert, records, snapshots
 from pagelens.capture.balance import Ended, balance, losses
 from pagelens.capture.store import CaptureWriter
 from pagelens.linux import snapshot as live
@@ -34,6 +36,7 @@ from pagelens.vm.snapshot import Snapshot
 
 PART_SECONDS = 3.0
 PART_BYTES = 48 << 20
+_ALIVE_PART = 99_999_998  # behind the parts of all segments
 _FORWARDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -269,7 +272,9 @@ class Recorder:
 
     def _finish(self) -> dict[str, Any]:
         recording, writer = self._recording, self._writer
-        alive = max(0, recording.live_tasks())
+        running = recording.collect() if isinstance(recording, BpfRecording) else b""
+        rows = [convert.task_row(row, alive=True) for row in np.frombuffer(running, records.BARE_CALL)]
+        alive = 0 if isinstance(recording, BpfRecording) else max(0, recording.live_tasks())
         recording.detach()
         self._spooler.finish()
         stats, totals = recording.stats(), recording.totals()
@@ -292,7 +297,11 @@ class Recorder:
         lost = losses(ended)
         self._notes = [f"{count:,} {note}" for _, count, note in lost]
         summary = balance(ended)
+        if rows:
+            self._notes.append(f"{len(rows):,} tasks run on; they were recorded until now")
         try:
+            if rows:
+                writer.write("tasks", rows, part=_ALIVE_PART)
             for what, count, note in lost:
                 writer.lose(what, count, note)
             writer.finish(

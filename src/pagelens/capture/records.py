@@ -63,6 +63,7 @@ CALL = np.dtype(
         ("text_offset", "u8"),
     ]
 )
+NO_MM = 0xFFFFFFFF  # head.mm: of no recorded address space
 # By result of a DAEMON record: enum pl_daemon.
 DAEMONS = {
     1: "khugepaged_scan",
@@ -84,5 +85,7 @@ EVENT_KIND = {
     Kind.DAEMON: "daemon",
 }
 TASK_NAME = {Kind.FORK: "fork", Kind.EXEC: "exec", Kind.EXIT: "exit", Kind.START: "start"}
+# What `collect` writes: a call record without the spool's columns.
+BARE_CALL = np.dtype([(name, *rest) for name, *rest in CALL.descr if name not in ("stack_id", "text_offset")])
 # Arguments that a record of each kind carries.
-ARGUMENTS = {Kind.SYSCALL: 6, Kind.FORK: 4, Kind.EXEC: 2, Kind.EXIT: 4, Kind.DAEMON: 6, Kind.START: 4}
+ARGUMENTS = {Kind.SYSCALL: 6, Kind.FORK: 4, Kind.EXEC: 2, Kind.EXIT: 4, Kind.DAEMON: 4, Kind.START: 4}

@@ -7,8 +7,10 @@ and the program goes on.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +19,9 @@ from pagelens.linux.drain import Drain, DrainStats
 
 # Programs of each level of detail.
 _LEAN = ("fault_minor", "fault_major", "call_enter", "call_exit", "task_new", "task_exec", "task_switch")
-_NORMAL = (*_LEAN, "entry_user", "entry_kernel")
+_ALWAYS = (*_LEAN, "adopt", "collect")
+_ENTRIES = ("entry_user", "entry_kernel")
+_DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
 DETAILS = ("lean", "normal", "full")
 DEFAULT_RING = 8 << 20
 MAX_FRAMES = 64
@@ -29,8 +33,7 @@ class _Settings(ctypes.Structure):
         ("stacks", ctypes.c_uint32),
         ("entry", ctypes.c_uint32),
         ("switches", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
-        ("clear_refs", ctypes.c_uint64),
+        ("daemons", ctypes.c_uint32),
     )
 
 
@@ -55,6 +58,9 @@ class Totals(ctypes.Structure):
             "next_mm",
             "pid_level",
             "stopped",
+            "clear_refs",
+            "learn",
+            "adopted",
         )
     )
 
@@ -103,7 +109,7 @@ class BpfRecording:
         self._drain: Drain | None = None
         try:
             obj = self._object
-            options.absent = obj.select(_LEAN if lean else _NORMAL)
+            options.absent = obj.select(_ALWAYS if lean else (*_ALWAYS, *_ENTRIES, *_DAEMONS))
             settings = obj.initial(".rodata", _Settings)
             settings.stacks = MAX_FRAMES if options.stacks and not lean else 0
             settings.entry = 0 if lean else 1
@@ -132,6 +138,7 @@ class BpfRecording:
                         obj.attach_perf(name, fd)
                     finally:
                         os.close(fd)
+            self._learn_clear_refs()
             self._drain.start()
         except BaseException:
             self.close()
@@ -153,6 +160,38 @@ class BpfRecording:
             bpf.map_update(self._object.map_fd("tasks"), ctypes.c_int(pidfd), task)
         finally:
             os.close(pidfd)
+
+    def adopt(self, pids: Iterable[int]) -> int:
+        """Mark processes that run already, with all their threads; returns how many tasks were new.
+
+        Children that they start from now on follow by themselves.
+        """
+        targets = self._object.map_fd("targets")
+        for pid in pids:
+            bpf.map_update(targets, ctypes.c_uint32(pid), ctypes.c_uint8(1))
+        before = int(self._totals.adopted)
+        self._object.read_iterator("adopt")
+        return int(self._totals.adopted) - before
+
+    def collect(self) -> bytes:
+        """End the recording of all tasks that still run; returns their counters as EXIT records (CALL rows
+        without the spool's columns). They are then in `totals`."""
+        self._totals.stopped = 1
+        return self._object.read_iterator("collect")
+
+    def _learn_clear_refs(self) -> None:
+        # A refused write to our own clear_refs shows the programs which file that is.
+        try:
+            fd = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+        except OSError:
+            return  # CONFIG_PROC_PAGE_MONITOR is off: nobody can clear
+        try:
+            self._totals.learn = os.getpid()
+            with contextlib.suppress(OSError):
+                os.write(fd, b"0")
+        finally:
+            self._totals.learn = 0
+            os.close(fd)
 
     def mm_of(self, pid: int) -> int | None:
         """Number of the address space that a recorded process uses now; None if it is not recorded."""

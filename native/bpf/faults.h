@@ -1,0 +1,126 @@
+/* Completed faults (perf software events) and their entries (exceptions tracepoints). */
+#ifndef PL_FAULTS
+#define PL_FAULTS
+
+static __always_inline int completed(struct perf_context *ctx, u8 major)
+{
+	struct task_struct *t = bpf_get_current_task_btf();
+	struct pl_task *s = member(t);
+	struct pl_rec_fault *r;
+	u8 flags = major | ((ctx->cs & 3) == 3 ? PL_F_USER : 0);
+	u64 addr = ctx->addr, now, ip = ctx->ip;
+	void *ring;
+
+	if (!s) {
+		s = io_worker(t);
+		if (!s)
+			return 0;
+	}
+	if (cfg.entry && s->pend && s->pend_addr != addr)
+		flush_failed(s);
+	if (!(flags & PL_F_USER))
+		ip = user_ip(t);
+	ring = my_ring(bpf_get_smp_processor_id());
+	if (!ring)
+		return 0;
+	now = bpf_ktime_get_ns();
+	if (cfg.stacks) {
+		struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+		long n;
+
+		if (!x)
+			goto lost;
+		r = (struct pl_rec_fault *)&x->call;
+		fill(&r->h, s, PL_FAULT, flags);
+		r->h.time_ns = now;
+		r->h.ip = ip;
+		r->addr = addr;
+		if (s->pend) {
+			r->h.flags |= PL_F_LATENCY | PL_F_ERROR;
+			r->h.extra = s->pend_error;
+			r->h.latency_ns = now - s->pend_time;
+			s->pend = 0;
+		}
+		s->walking = 1;
+		n = bpf_get_stack(ctx, (char *)x + sizeof(*r), PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
+		s->walking = 0;
+		if (n < 0 || n > PL_MAX_FRAMES * 8)
+			n = 0;
+		r->h.nframes = n >> 3;
+		if (bpf_ringbuf_output(ring, x, sizeof(*r) + (n & 1023), BPF_RB_NO_WAKEUP))
+			goto lost;
+		s->recorded++;
+		return 0;
+	}
+	r = bpf_ringbuf_reserve(ring, sizeof(*r), 0);
+	if (!r)
+		goto lost;
+	fill(&r->h, s, PL_FAULT, flags);
+	r->h.time_ns = now;
+	r->h.ip = ip;
+	r->addr = addr;
+	if (cfg.entry && s->pend) {
+		r->h.flags |= PL_F_LATENCY | PL_F_ERROR;
+		r->h.extra = s->pend_error;
+		r->h.latency_ns = now - s->pend_time;
+		s->pend = 0;
+	}
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	s->recorded++;
+	return 0;
+lost:
+	s->lost++;
+	s->pend = 0;
+	return 0;
+}
+
+SEC("perf_event")
+int fault_minor(struct perf_context *ctx)
+{
+	return completed(ctx, 0);
+}
+
+SEC("perf_event")
+int fault_major(struct perf_context *ctx)
+{
+	return completed(ctx, PL_F_MAJOR);
+}
+
+static __always_inline int fault_entry(u64 addr, struct pt_regs *regs, u64 error, u32 user)
+{
+	struct task_struct *t = bpf_get_current_task_btf();
+	struct pl_task *s = member(t);
+
+	if (!s)
+		return 0;
+	if (!user) {
+		if (addr >> 47)
+			return 0;       /* a kernel address: spurious, or a probe of the kernel's own */
+		if (t->pagefault_disabled) {
+			if (!s->walking)
+				s->nofault++;   /* the caller expects to be refused */
+			return 0;
+		}
+	}
+	flush_failed(s);
+	s->pend_addr = addr;
+	s->pend_error = error;
+	s->pend_ip = user ? regs->ip : user_ip(t);
+	s->pend_time = bpf_ktime_get_ns();
+	s->pend = 1 | (user ? PL_F_USER << 8 : 0);
+	return 0;
+}
+
+SEC("tp_btf/page_fault_user")
+int BPF_PROG(entry_user, unsigned long addr, struct pt_regs *regs, unsigned long error)
+{
+	return fault_entry(addr, regs, error, 1);
+}
+
+SEC("tp_btf/page_fault_kernel")
+int BPF_PROG(entry_kernel, unsigned long addr, struct pt_regs *regs, unsigned long error)
+{
+	return fault_entry(addr, regs, error, 0);
+}
+
+#endif

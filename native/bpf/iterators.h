@@ -1,0 +1,107 @@
+/* Iterators over all tasks, run from user space: `adopt` marks the tasks of processes that run already, `collect` ends
+ * the recording of those that still run and writes their counters. */
+#ifndef PL_ITERATORS
+#define PL_ITERATORS
+
+SEC("iter/task")
+int adopt(struct bpf_iter__task *ctx)
+{
+	struct task_struct *t = ctx->task, *me = bpf_get_current_task_btf();
+	struct pl_rec_call *r;
+	struct mm_entry *e;
+	struct pl_task *s;
+	void *ring;
+	u32 tgid;
+	u64 ptr;
+
+	if (!t)
+		return 0;
+	if (me->thread_pid)
+		totals.pid_level = me->thread_pid->level;
+	tgid = ns_tgid(t);
+	if (!bpf_map_lookup_elem(&targets, &tgid) || !t->mm || (t->__state & TASK_DEAD))
+		return 0;
+	s = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!s) {
+		ADD(tasks_untracked, 1);
+		return 0;
+	}
+	if (s->state != PL_T_NEW || s->tid)
+		return 0;
+	ptr = (u64)t->mm;
+	e = bpf_map_lookup_elem(&mms, &ptr);
+	s->mm = e ? e->id : (u32)(ADD(next_mm, 1) + 1);
+	s->mm_ptr = ptr;
+	mm_use(ptr, s->mm);
+	s->pid = tgid;
+	s->tid = ns_pid(t);
+	s->nr = PL_OLD_CALL;
+	s->base_min = t->min_flt;
+	s->base = counted(t);
+	ADD(tasks_started, 1);
+	ADD(adopted, 1);
+	s->state = PL_T_LIVE;
+	ring = my_ring(bpf_get_smp_processor_id());
+	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r) + 16, 0) : NULL;
+	if (!r) {
+		ADD(lost_records, 1);
+		return 0;
+	}
+	__builtin_memset(r, 0, sizeof(*r) + 16);
+	fill(&r->h, s, PL_START, 0);
+	r->h.nr = PL_NO_CALL;
+	r->h.time_ns = bpf_ktime_get_ns();
+	r->args[0] = s->pid;
+	r->args[1] = s->tid;
+	r->args[3] = s->mm;
+	r->h.ntext = 16;
+	bpf_probe_read_kernel_str((char *)r + sizeof(*r), 16, t->comm);
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	return 0;
+}
+
+SEC("iter/task")
+int collect(struct bpf_iter__task *ctx)
+{
+	struct task_struct *t = ctx->task;
+	struct pl_rec_call r = {};
+	struct pl_task *s;
+	u64 rest;
+
+	if (!t)
+		return 0;
+	s = member(t);
+	if (!s)
+		return 0;
+	s->state = PL_T_NEW;    /* from here on nothing of it is recorded */
+	r.args[0] = t->min_flt - s->base_min;
+	r.args[1] = counted(t) - s->base - r.args[0];
+	rest = r.args[0] + r.args[1] - s->recorded - s->lost - s->gup - s->missed;
+	if (s->nr == PL_NO_CALL && rest == 1) {
+		/* In user mode with one fault counted: it is just being completed on another CPU, and we have turned
+		 * its event away. It belongs to the time after the recording. */
+		r.args[0]--;
+		rest = 0;
+	}
+	s->gup += rest;         /* of the call that it is in */
+	fill(&r.h, s, PL_EXIT, 0);
+	r.h.time_ns = bpf_ktime_get_ns();
+	r.args[2] = s->recorded;
+	r.args[3] = s->gup;
+	r.args[4] = s->lost;
+	r.args[5] = s->failed;
+	r.dev = s->missed;
+	r.ino = s->nofault;
+	ADD(min_flt, r.args[0]);
+	ADD(maj_flt, r.args[1]);
+	ADD(recorded, s->recorded);
+	ADD(lost, s->lost);
+	ADD(gup, s->gup);
+	ADD(missed, s->missed);
+	ADD(failed, s->failed);
+	ADD(nofault, s->nofault);
+	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
+	return 0;
+}
+
+#endif

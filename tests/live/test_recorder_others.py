@@ -1,0 +1,127 @@
+"""What others do to the tree, tasks that run on, and workers that no fork announces."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from support.recording import assert_complete, record
+from support.subjects import Subjects
+
+pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
+
+
+def test_until_program_counts_those_that_run_on(tmp_path: Path) -> None:
+    pidfile = tmp_path / "pid"
+    program = (
+        f"{sys.executable} -c 'import time; x = bytearray(1 << 22); time.sleep(30)' >/dev/null 2>&1 & "
+        f"echo $! > {pidfile}; sleep 1"
+    )
+    run = record(tmp_path, ["sh", "-c", program], "--until", "program")
+    try:
+        assert_complete(run)
+        pid = int(pidfile.read_text())
+        os.kill(pid, 0)
+        assert "TracerPid:\t0" in Path(f"/proc/{pid}/status").read_text()
+        rows = {t["pid"]: t for t in run.capture.table("tasks").to_pylist()}
+        assert rows[pid]["end_ns"] is None
+        assert rows[pid]["recorded"] > 1024
+        assert "1 tasks run on" in run.stderr
+    finally:
+        os.kill(int(pidfile.read_text()), signal.SIGKILL)
+
+
+def test_clear_refs_by_the_program_and_by_others(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    program = (
+        "import os, sys, time\n"
+        "open('/proc/self/clear_refs', 'w').write('1')\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "time.sleep(0.8)\n"
+    )
+    helper = subprocess.Popen(
+        ["sh", "-c", f"while [ ! -s {ready} ]; do sleep 0.02; done; echo 4 > /proc/$(cat {ready})/clear_refs"]
+    )
+    run = record(tmp_path, [sys.executable, "-c", program, ready])
+    helper.wait()
+    assert_complete(run)
+    pid = ready.read_text()
+    mine, other = run.rows("kind = 'syscall' and name = 'write'")
+    assert (mine["args"][1], mine["pid"], mine["result"]) == (ord("1"), int(pid), 1)
+    assert (other["args"][1], other["detail"], other["mm"]) == (ord("4"), pid, None)
+    assert other["pid"] != int(pid)
+
+
+def test_collapse_is_seen(tmp_path: Path) -> None:
+    thp = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not thp.exists() or "[never]" in thp.read_text():
+        pytest.skip("missing capability: thp")
+    program = (
+        "import mmap\n"
+        "m = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "for i in range(0, 8 << 20, 4096): m[i] = 1\n"
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None)\n"
+        "a = ctypes.addressof(ctypes.c_char.from_buffer(m)) + 0x1fffff & ~0x1fffff\n"
+        "raise SystemExit(libc.madvise(ctypes.c_void_p(a), ctypes.c_size_t(2 << 20), 25) and 9)\n"
+    )
+    run = record(tmp_path, [sys.executable, "-c", program])
+    if run.returncode == 9:
+        pytest.skip("missing capability: MADV_COLLAPSE")
+    assert_complete(run)
+    rows = run.rows("kind = 'daemon' and name = 'collapse_huge_page'")
+    assert [r["args"][1] for r in rows] == [1]  # SCAN_SUCCEED
+    assert rows[0]["mm"] == 1
+
+
+def test_io_uring_workers(tmp_path: Path, subjects: Subjects) -> None:
+    run = record(tmp_path, [subjects("uring_worker")])
+    if run.returncode == 77:
+        pytest.skip("missing capability: io_uring")
+    assert run.returncode == 0
+    assert_complete(run)
+    first = int(run.stdout, 16)
+    faults = run.rows(f"kind = 'fault' and addr >= {first} and addr < {first + 16 * 4096}")
+    assert [f["addr"] // 4096 for f in faults] == [first // 4096 + i for i in range(16)]
+    (worker,) = {f["tid"] for f in faults}
+    assert worker != faults[0]["pid"]
+
+
+def test_what_others_do_is_not_recorded(tmp_path: Path, subjects: Subjects) -> None:
+    noise = subprocess.Popen(
+        ["sh", "-c", f"while :; do {subjects('toucher')} 2000 >/dev/null; done"], process_group=0
+    )
+    try:
+        time.sleep(0.1)
+        run = record(tmp_path, [subjects("toucher"), "1000"])
+        assert_complete(run)
+        assert {e["pid"] for e in run.rows("kind in ('fault', 'task')")} == {
+            run.capture.table("tasks").to_pylist()[0]["pid"]
+        }
+        assert run.faults["recorded"] < 1200
+    finally:
+        os.killpg(noise.pid, signal.SIGKILL)
+        noise.wait()
+
+
+@pytest.mark.parametrize("tool", ["gdb", "strace"])
+def test_debuggers_inside_work_without_snapshots(tmp_path: Path, tool: str) -> None:
+    command = {
+        "gdb": ["gdb", "-q", "-batch", "-ex", "run", "/bin/true"],
+        "strace": ["strace", "-f", "-o", str(tmp_path / "log"), "/bin/true"],
+    }[tool]
+    if subprocess.run(["which", tool], capture_output=True).returncode:
+        pytest.skip(f"missing tool: {tool}")
+    run = record(tmp_path, command, "--snapshot", "none")
+    assert run.returncode == 0, run.stderr
+    assert_complete(run)
+    if tool == "strace":
+        assert "exited with 0" in (tmp_path / "log").read_text()
+    else:
+        assert "exited normally" in run.stdout
