@@ -73,7 +73,7 @@ def access_stages(process: Process, addr: int, kind: str) -> Iterator[Stage]:
     area = mm.areas.find(addr)
     yield Stage("access", f"{kind} at {addr:#x}", "")
     needs_write = kind == "write"
-    yield Stage("walk (CPU)", _walk(process, addr), "the CPU walks the tables itself")
+    yield Stage("walk (CPU)", _walk(process, addr))
     counts = (mm.rss_anon, mm.rss_file, mm.rss_shmem, len(mm.tables.pte_tables))
     result = process.access(page_down(addr), 1, ACCESSES[kind])
     if not result.faults:
@@ -128,6 +128,8 @@ def _result(result: AccessResult, before: int, after: int) -> str:
         how = "a new frame of the process's own (do_anonymous_page or do_cow_fault)"
     elif not before & P:
         how = "a page of the file's cache (do_read_fault or do_shared_fault)"
+    elif before & ZERO:
+        how = "a new frame of zeros in place of the zero page (wp_page_copy)"
     elif before >> FRAME_SHIFT == after >> FRAME_SHIFT:
         how = "the same frame, writable now (wp_page_reuse)"
     else:

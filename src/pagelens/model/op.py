@@ -163,12 +163,21 @@ class Outcome:
     code: int = 0
     addr: int = 0
 
-    def __str__(self) -> str:
-        text = errno_name(self.result) if -4096 < self.result < 0 else f"{self.result:#x}"
-        text += f", {self.faults} faults"
+    def text(self, op: Op | None = None) -> str:
+        """For people; an access counts pages, a call has its return value."""
+        if op is not None and op.name in ACCESSES:
+            text = f"{self.result} page{'' if self.result == 1 else 's'}"
+        elif -4096 < self.result < 0:
+            text = errno_name(self.result)
+        else:
+            text = f"{self.result:#x}" if self.result > 9 else str(self.result)
+        text += f", {self.faults} fault{'' if self.faults == 1 else 's'}"
         if self.signal:
             text += f", SIG{SIGNAL_NAMES.get(self.signal, self.signal)} code {self.code} at {self.addr:#x}"
         return text
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 def errno_name(result: int) -> str:

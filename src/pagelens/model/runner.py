@@ -31,10 +31,11 @@ U64 = npt.NDArray[np.uint64]
 
 
 class ModelWorld:
-    """The processes of one program, in the model."""
+    """The processes of one program, in the model. setting: that of the oracle child, to be compared with it;
+    without one there is no harness in the address space."""
 
     def __init__(self, profile: str | Profile, setting: Setting | None = None) -> None:
-        self.setting = setting or Setting()
+        self.setting = setting or Setting(text_pages=0, region_pages=0)
         self.machine = Machine(profile)
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
@@ -42,6 +43,8 @@ class ModelWorld:
         main = self.machine.spawn(layout=layout)
         self.processes: dict[str, Process] = {"main": main}
         self._threads: set[str] = set()
+        if not setting:
+            return
         text = self.machine.file("pl-oracle", self.setting.text_pages * PAGE_SIZE, cached=True)
         _must(main.mmap(self.setting.text, text.size, 5, ops.PRIVATE | ops.FIXED, text, 0))
         length = self.setting.region_pages * PAGE_SIZE
@@ -51,6 +54,8 @@ class ModelWorld:
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later (as the child does)."""
+        if not self.setting.region_pages:
+            return
         process = self.processes[proc]
         process.access(self.setting.region, self.setting.region_pages * PAGE_SIZE, "w")
         process.access(self.setting.text, self.setting.text_pages * PAGE_SIZE, "r")

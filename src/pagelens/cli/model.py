@@ -1,0 +1,297 @@
+"""`pagelens model`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagelens.cli.output import emit_object, write_file
+from pagelens.vm.errors import DamagedInputError, UsageError
+
+if TYPE_CHECKING:
+    from pagelens.model.runner import ModelWorld
+    from pagelens.model.scenario import Scenario
+    from pagelens.proof.campaign import Bench, Result
+
+SHOWS = ("maps", "smaps", "pagemap", "tables", "events")
+
+
+class Command:
+    """The executable model of Linux paging: run it, step through it, prove it against this kernel.
+
+    run     a scenario in the model, for any kernel profile; its expectations are checked
+    step    one operation at a time, each fault in stages: error code, vma, permission, walk, frame, change
+    verify  a scenario on this kernel and in the model, compared after each step
+    fuzz    random programs on both, until they disagree; a disagreement is shrunk to a scenario
+
+    No privilege is needed. The kernel side runs in a child of our own that is fenced from huge pages, KSM,
+    NUMA balancing and randomised addresses; nothing on the system is changed.
+
+      $ pagelens model run cow.plscn --kernel linux-6.1 --show maps
+      $ echo 'write arena[0]' | pagelens model step
+      $ pagelens model verify cow.plscn
+      $ pagelens model fuzz --seed 1 --ops 20000
+
+    The scenario language is in docs/model.md. Exit code 1: an expectation failed, or model and kernel
+    disagree.
+    """
+
+    def configure(self, parser: argparse.ArgumentParser) -> None:
+        """Subcommands."""
+        subs = parser.add_subparsers(dest="what", required=True, metavar="run|step|verify|fuzz")
+        run = subs.add_parser("run", help="a scenario in the model", allow_abbrev=False)
+        run.add_argument("scenario", metavar="SCENARIO", help="a file in the scenario language; - for stdin")
+        _kernel(run, "which kernel to be (default: the profile nearest to this kernel)")
+        run.add_argument(
+            "--show",
+            action="append",
+            choices=SHOWS,
+            default=[],
+            help="also print this of every process at the end",
+        )
+        _output(run)
+        step = subs.add_parser("step", help="one operation at a time", allow_abbrev=False)
+        step.add_argument("scenario", metavar="SCENARIO", nargs="?", help="start with these operations")
+        _kernel(step, "which kernel to be (default: the profile nearest to this kernel)")
+        verify = subs.add_parser(
+            "verify", help="a scenario on this kernel and in the model", allow_abbrev=False
+        )
+        verify.add_argument(
+            "scenario", metavar="SCENARIO", help="a file in the scenario language; - for stdin"
+        )
+        verify.add_argument(
+            "--profile", metavar="P", help="compare with this profile (default: found by probing)"
+        )
+        _output(verify)
+        fuzz = subs.add_parser("fuzz", help="random programs on both", allow_abbrev=False)
+        fuzz.add_argument("--seed", type=int, metavar="N", help="first seed (default: a fresh one, printed)")
+        fuzz.add_argument(
+            "--ops", type=int, default=20_000, metavar="N", help="operations in all (default: 20000)"
+        )
+        fuzz.add_argument(
+            "--processes", type=int, default=3, metavar="P", help="at most so many at once (default: 3)"
+        )
+        fuzz.add_argument(
+            "--profile", metavar="P", help="compare with this profile (default: found by probing)"
+        )
+        fuzz.add_argument(
+            "--go-on", action="store_true", help="do not stop at the first disagreement; list all seeds"
+        )
+        fuzz.add_argument("--no-shrink", action="store_true", help="keep the failing program as it was")
+        fuzz.add_argument("--save", metavar="FILE", help="write the failing scenario to FILE as well")
+        _output(fuzz)
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Dispatch."""
+        match args.what:
+            case "run":
+                return _run(args)
+            case "step":
+                from pagelens.cli.model_step import step
+
+                return step(_world(args.kernel), _load(args.scenario) if args.scenario else None)
+            case "verify":
+                return _verify(args)
+            case _:
+                return _fuzz(args)
+
+
+def _kernel(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--kernel", metavar="P", help=text)
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--format", choices=("table", "json"), default="table", help="how to print (default: table)"
+    )
+    group.add_argument("-o", "--output", metavar="FILE", help="write to FILE instead of standard output")
+    group.add_argument("--force", action="store_true", help="overwrite FILE")
+
+
+def _load(name: str) -> Scenario:
+    from pagelens.model.scenario import parse
+
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text()
+    except FileNotFoundError:
+        raise UsageError(f"no scenario {name}") from None
+    except UnicodeDecodeError:
+        raise DamagedInputError(f"{name} is not text") from None
+    return parse(text, "stdin" if name == "-" else name)
+
+
+def nearest_profile(release: str) -> str:
+    """The Linux profile nearest to a kernel release: the newest that is not newer, else the oldest."""
+    from pagelens.model.profile import PROFILES
+
+    known = sorted(tuple(map(int, n[6:].split("."))) for n in PROFILES if n.startswith("linux-"))
+    match = re.match(r"(\d+)\.(\d+)", release)
+    here = (int(match[1]), int(match[2])) if match else known[-1]
+    best = max((k for k in known if k <= here), default=known[0])
+    return f"linux-{best[0]}.{best[1]}"
+
+
+def _world(kernel: str | None) -> ModelWorld:
+    from pagelens.model.runner import ModelWorld
+
+    return ModelWorld(kernel or nearest_profile(platform.release()))
+
+
+def _run(args: argparse.Namespace) -> int:
+    from pagelens.cli.model_show import show
+    from pagelens.model.expect import applies, check
+    from pagelens.model.op import Op, Outcome
+
+    scenario = _load(args.scenario)
+    world = _world(args.kernel)
+    profile = world.machine.profile
+    lines: list[str] = [f"model {profile.name}: {scenario.title or scenario.name}"]
+    steps: list[dict[str, Any]] = []
+    failed = 0
+    outcome: Outcome | None = None
+    for line in scenario.lines:
+        item = line.item
+        if isinstance(item, Op):
+            outcome = world.apply(item)
+            lines.append(f"{line.number:4d}  {line.text:<50} {outcome.text(item) if outcome else 'left out'}")
+            steps.append(_step_row(line.number, line.text, outcome))
+            continue
+        if not applies(line, profile.name):
+            continue
+        got = check(item, world, outcome, soft_dirty=profile.soft_dirty)
+        failed += got is not None
+        lines.append(f"{line.number:4d}  {line.text:<50} {'ok' if got is None else 'NO: ' + got}")
+        steps.append({"line": line.number, "text": line.text, "ok": got is None, "got": got})
+    shown = {what: show(world, what) for what in args.show}
+    for what, text in shown.items():
+        lines += ["", f"-- {what}", text]
+    value = {
+        "scenario": scenario.name, "profile": profile.name, "failed": failed, "steps": steps, "show": shown
+    }  # fmt: skip
+    emit_object(args, value, "\n".join(lines))
+    return 1 if failed else 0
+
+
+def _step_row(number: int, text: str, outcome: Any) -> dict[str, Any]:
+    if outcome is None:
+        return {"line": number, "text": text, "result": None}
+    from pagelens.model.op import SIGNAL_NAMES
+
+    return {
+        "line": number,
+        "text": text,
+        "result": outcome.result,
+        "faults": outcome.faults,
+        "signal": SIGNAL_NAMES.get(outcome.signal) if outcome.signal else None,
+        "si_code": outcome.code if outcome.signal else None,
+        "addr": f"{outcome.addr:#x}" if outcome.signal else None,
+    }
+
+
+def _bench(profile: str | None) -> tuple[Bench, str]:
+    import os
+
+    from pagelens.proof.campaign import Bench
+    from pagelens.proof.probes import probe_profile
+
+    cpu = max(os.sched_getaffinity(0))
+    probed = probe_profile(profile, cpu)
+    if probed.unsettled:
+        sys.stderr.write(
+            f"pagelens: neither value of {', '.join(probed.unsettled)} explains this kernel;"
+            " using the profile's\n"
+        )
+    return Bench(probed.profile, cpu), probed.text
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from pagelens.proof.verify import verify
+
+    scenario = _load(args.scenario)
+    bench, how = _bench(args.profile)
+    verdict = verify(scenario, bench.profile, bench.cpu)
+    lines = [f"kernel {verdict.kernel} against model {how}: {scenario.title or scenario.name}"]
+    lines += [f"disagree: {d}" for d in verdict.disagreements]
+    lines += [f"expected: {u}" for u in verdict.unmet]
+    lines += [f"fence {f.name} is open: {f.how}" for f in verdict.fences if not f.ok]
+    skipped = f", {len(verdict.skipped)} not for this kernel" if verdict.skipped else ""
+    lines += [
+        f"{verdict.agreement.operations} operations, {len(verdict.disagreements)} disagreements;"
+        f" {verdict.checked} expectations checked on both{skipped}, {len(verdict.unmet)} not met",
+        verdict.agreement.text(),
+    ]
+    value = {
+        "kernel": verdict.kernel,
+        "profile": verdict.profile,
+        "seed": None,
+        "operations": verdict.agreement.operations,
+        "disagreements": len(verdict.disagreements) + len(verdict.unmet),
+        "scenario": scenario.name,
+    }
+    emit_object(args, value, "\n".join(lines))
+    return 0 if verdict.good else 1
+
+
+def _fuzz(args: argparse.Namespace) -> int:
+    from pagelens.proof.campaign import fuzz
+    from pagelens.proof.randomprog import Mix
+
+    if args.ops < 1 or args.processes < 1:
+        raise UsageError("--ops and --processes must be at least 1")
+    if args.processes > 14:
+        raise UsageError("--processes is at most 14")
+    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
+    bench, how = _bench(args.profile)
+    result = fuzz(
+        bench, seed, args.ops, Mix(processes=args.processes), go_on=args.go_on, small=not args.no_shrink,
+        progress=_progress(args.ops),
+    )  # fmt: skip
+    if args.save and result.failing:
+        write_file(Path(args.save), result.scenario.encode(), args.force)
+    value = {
+        "kernel": platform.release(),
+        "profile": bench.profile.name,
+        "seed": result.seed if result.failing else seed,
+        "operations": result.agreement.operations,
+        "disagreements": len(result.failed_seeds),
+        "scenario": result.scenario or None,
+    }
+    emit_object(args, value, _fuzz_text(result, seed, how))
+    return 1 if result.failed_seeds else 0
+
+
+def _fuzz_text(result: Result, seed: int, how: str) -> str:
+    done = result.agreement
+    lines = [
+        f"kernel {platform.release()} against model {how}, seed {seed}:"
+        f" {done.operations:,} operations in {result.programs:,} programs,"
+        f" {100 * done.succeeded // max(done.operations, 1)} % succeeded,"
+        f" {len(result.failed_seeds)} disagreements",
+        done.text(),
+    ]
+    lines += [f"fence {f.name} is open: {f.how}" for f in result.fences if not f.ok]
+    if result.failing:
+        lines += ["", *(str(d) for d in result.disagreements[:10]), "", result.scenario.rstrip()]
+    if len(result.failed_seeds) > 1:
+        lines += ["", "failing seeds: " + " ".join(map(str, result.failed_seeds))]
+    return "\n".join(lines)
+
+
+def _progress(total: int) -> Any:
+    # A line on stderr, only where a person looks at it.
+    if not sys.stderr.isatty():
+        return None
+
+    def show(result: Result) -> None:
+        done = result.agreement.operations
+        end = "\n" if done >= total else ""
+        sys.stderr.write(f"\r{done:,} of {total:,} operations, {len(result.failed_seeds)} disagreements{end}")
+        sys.stderr.flush()
+
+    return show

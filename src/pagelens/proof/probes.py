@@ -1,0 +1,210 @@
+"""Which rules does this kernel follow? Found by trying: a few operations for each rule of the profile.
+
+Distributions backport, so a version says little (6.18.44 has VM_MAYBE_GUARD of 6.19, 6.12 stable has mremap
+fixes of 7.0). Each probe is a program on which the rule makes a difference; it runs on the kernel and in the
+model with the rule both ways. The profile that agrees with most probes is the base, and single rules are
+turned where only the other value agrees. The same programs are the scenarios that show each rule's effect
+(tests/proof).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pagelens.model.op import Op
+from pagelens.model.profile import PROFILES, Profile
+from pagelens.model.runner import ModelWorld
+from pagelens.model.scenario import parse, parse_op
+from pagelens.proof.compare import SOFT_DIRTY, Comparison, Disagreement
+from pagelens.proof.oracle import Oracle
+from pagelens.vm.errors import UsageError
+
+# rule -> program. Where a rule needs another one (a guard page on a kernel without them), the probe agrees
+# either way and the base profile's value stands.
+PROBES: dict[str, str] = {
+    "merge_unfaulted_target": """\
+        mmap 2 at arena[0] rw private anon fixed
+        mmap 2 at arena[2] rwx private anon fixed
+        write arena[2]
+        mprotect arena[2:4] rw
+        """,
+    "mmap_merges_right_first": """\
+        mmap 2 at arena[0] rw private anon fixed
+        write arena[0]
+        mmap 2 at arena[4] rw private anon fixed
+        write arena[4]
+        mmap 2 at arena[2] rw private anon fixed
+        """,
+    "mprotect_unaccounts": """\
+        mmap 2 at arena[0] r private anon fixed
+        mmap 2 at arena[2] rw private anon fixed
+        mprotect arena[2:4] r
+        """,
+    "stack_nohugepage": """\
+        mmap 2 at arena[0] rw private anon fixed
+        mmap 2 at arena[2] rw private anon fixed stack
+        """,
+    "thp_align_anon": "mmap 1 rw private anon\na = mmap 512 rw private anon",
+    "droppable": "mmap 1 at arena[0] rw anon fixed flags=0x8",
+    "guard_pages": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] guard_install",
+    "pagemap_guard_bit": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] guard_install",
+    "guard_file": "f = memfd 4\nmmap 2 at arena[0] rw private fixed file f\nmadvise arena[0] guard_install",
+    "guard_vma_flag": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] guard_install",
+    "sticky_softdirty": """\
+        mmap 2 at arena[0] rw private anon fixed
+        clear_refs 4
+        mmap 2 at arena[2] rwx private anon fixed
+        mprotect arena[2:4] rw
+        """,
+    "pt_reclaim": """\
+        mmap 512 at arena[512] rw private anon fixed
+        write arena[512]
+        madvise arena[512:1024] dontneed
+        """,
+    "populate_stops_at_hole": """\
+        mmap 1 at arena[0] rw private anon fixed
+        mmap 1 at arena[2] rw private anon fixed
+        madvise arena[0:3] populate_read
+        """,
+    "remove_needs_write": "f = memfd 4\nmmap 4 at arena[0] r shared fixed file f\nmadvise arena[0] remove",
+    "mremap_checks_first": """\
+        mmap 2 at arena[0] rw private anon fixed
+        mmap 4 at arena[8] rw private anon fixed
+        mremap arena[1:3] 3 maymove fixed to arena[8]
+        """,
+    "mremap_multi_vma": """\
+        mmap 2 at arena[0] rw private anon fixed
+        mmap 2 at arena[2] r private anon fixed
+        mremap arena[0:4] 4 maymove fixed to arena[8]
+        """,
+    "dontunmap_self_merge": """\
+        mmap 4 at arena[1] rw private anon fixed
+        mremap arena[2:4] 2 maymove fixed dontunmap to arena[5]
+        """,
+    "dontunmap_resets_pgoff": """\
+        mmap 1 at arena[0] rw private anon fixed
+        write arena[0]
+        mremap arena[0] 1 maymove fixed to arena[8]
+        mremap arena[8] 1 maymove fixed dontunmap to arena[20]
+        mmap 1 at arena[9] rw private anon fixed
+        """,
+    "dontunmap_pre_split": """\
+        mmap 4 at arena[0] rw private anon fixed
+        mlock arena[0:4]
+        mremap arena[1:3] 2 maymove fixed dontunmap to arena[8]
+        """,
+    "dontunmap_locks_twice": """\
+        mmap 2 at arena[0] rw private anon fixed
+        mlock arena[0:2]
+        mremap arena[0:2] 2 maymove fixed dontunmap to arena[8]
+        """,
+    "ksm": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] mergeable",
+    "thp": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] hugepage",
+}
+# Rules that no operation of the oracle reaches: SysV shared memory, 65,530 vmas, the fields of smaps
+# (compared where both have them).
+NOT_PROBED = frozenset({"merge_close_forbids_any", "mremap_counts_exactly", "smaps_ksm"})
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What probing found. turned: rules that differ from the base profile. unsettled: rules whose probe
+    disagrees either way (then the model is wrong about this kernel, and `verify` will say where)."""
+
+    profile: Profile
+    base: str
+    turned: dict[str, bool]
+    unsettled: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """ "linux-6.18 (probed; guard_vma_flag=1)"."""
+        turned = ", ".join(f"{rule}={int(value)}" for rule, value in sorted(self.turned.items()))
+        return f"{self.base} (by probing{'; ' + turned if turned else ''})"
+
+
+def probe_program(rule: str) -> tuple[Op, ...]:
+    """The operations of a rule's probe."""
+    return parse(PROBES[rule], rule).operations
+
+
+def disagreements(program: Sequence[Op], profile: Profile, cpu: int | None = None) -> list[Disagreement]:
+    """What differs when `program` runs on this kernel and in the model of `profile`; smaps and status too."""
+    with Oracle(cpu) as oracle:
+        model = ModelWorld(profile, oracle.setting)
+        comparison = Comparison(oracle, model, soft_dirty=profile.soft_dirty)
+        for op in program:
+            if found := comparison.step(op):
+                return found
+        return comparison.checkpoint()
+
+
+def has_soft_dirty(cpu: int | None = None) -> bool:
+    """Whether bit 55 works: clean after clear_refs, dirty after a write. (A kernel without
+    CONFIG_MEM_SOFT_DIRTY accepts the clear and shows clean pages for ever.)"""
+    with Oracle(cpu) as oracle:
+        states = []
+        for text in (
+            "mmap 1 at arena[0] rw private anon fixed",
+            "write arena[0]",
+            "clear_refs 4",
+            "write arena[0]",
+        ):
+            oracle.apply(parse_op(text))
+            start = oracle.names.regions["arena"]
+            states.append(bool(int(oracle.pagemap("main", start, 1)[0]) & SOFT_DIRTY))
+        return states[1:] == [True, False, True]
+
+
+def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
+    """The profile of this kernel. `base` fixes the base profile; then only configuration (soft-dirty, KSM,
+    THP) is probed, so that a wrong profile stays wrong and `verify` catches it."""
+    soft_dirty = has_soft_dirty(cpu)
+    if base is not None:
+        profile = _configured(_named(base), soft_dirty)
+        return Probed(*_turn(profile, base, ("ksm", "thp"), cpu))
+    programs = {rule: probe_program(rule) for rule in PROBES}
+    scores = {}
+    for name in PROFILES:
+        if name.startswith("linux-"):
+            profile = _configured(PROFILES[name], soft_dirty)
+            scores[name] = sum(bool(disagreements(p, profile, cpu)) for p in programs.values())
+    best = min(scores, key=lambda name: (scores[name], name))
+    return Probed(*_turn(_configured(PROFILES[best], soft_dirty), best, tuple(PROBES), cpu))
+
+
+def _named(name: str) -> Profile:
+    try:
+        return PROFILES[name]
+    except KeyError:
+        raise UsageError(f"no kernel profile {name!r}; profiles: {', '.join(PROFILES)}") from None
+
+
+def _configured(profile: Profile, soft_dirty: bool) -> Profile:
+    return profile if profile.soft_dirty == soft_dirty else profile.with_rules(soft_dirty=soft_dirty)
+
+
+def _turn(
+    profile: Profile, base: str, rules: tuple[str, ...], cpu: int | None
+) -> tuple[Profile, str, dict[str, bool], tuple[str, ...]]:
+    # Twice, because one rule may hide behind another (a guard page that merges).
+    turned: dict[str, bool] = {}
+    unsettled: list[str] = []
+    for _ in range(2):
+        unsettled = []
+        for rule in rules:
+            program = probe_program(rule)
+            if not disagreements(program, profile, cpu):
+                continue
+            other = profile.with_rules(**{rule: not getattr(profile, rule)})
+            if disagreements(program, other, cpu):
+                unsettled.append(rule)
+            else:
+                profile = other
+                turned[rule] = getattr(other, rule)
+        if not unsettled:
+            break
+    clean = {rule: getattr(profile, rule) for rule in profile.rules()}
+    same = {r: v for r, v in clean.items() if getattr(PROFILES[base], r) != v}
+    return PROFILES[base].with_rules(**same) if same else PROFILES[base], base, turned, tuple(unsettled)
