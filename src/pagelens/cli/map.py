@@ -33,6 +33,16 @@ MORE = (
     Col("offset", kind="addr"),
     Col("flags", kind="list"),
 )
+CHANGES = (
+    Col("at", kind="ns"),
+    Col("event", kind="int"),
+    Col("mm", kind="int"),
+    Col("tid", kind="int"),
+    Col("call"),
+    Col("effect"),
+    Col("gone", kind="list"),
+    Col("came", kind="list"),
+)
 
 
 class Command:
@@ -44,25 +54,44 @@ class Command:
 
       $ pagelens map 4711
       $ pagelens map 4711 --evidence --format json
+      $ pagelens map out.plens --at 20ms
+      $ pagelens map out.plens --changes
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Arguments."""
-        target.add_target(parser)
+        target.add_target(parser, optional=True)
         parser.add_argument("range", nargs="?", metavar="START-END", help="only this address range")
         parser.add_argument(
             "--evidence", action="store_true", help="also what each name rests on, file, flags"
         )
+        parser.add_argument("-c", "--capture", metavar="DIR", help="a capture")
+        parser.add_argument("--at", metavar="WHEN", help="capture: exec, exit, time since start, or #EVENT")
+        parser.add_argument("--changes", action="store_true", help="capture: each call that changed the map")
+        parser.add_argument("--mm", type=int, metavar="N", help="capture: address space number")
         parser.add_argument("--vmas", action="store_true", help="the kernel's vmas as they are, no splitting")
         add_output_arguments(parser)
 
     def run(self, args: argparse.Namespace) -> int:
         """Read, name, print."""
-        what = target.parse(args.target)
-        if isinstance(what, Path):
-            raise UsageError("map of a capture is not there yet; give a process id")
+        what = target.chosen(args, "map")
         where = AddrRange.parse(args.range) if args.range else None
-        shot, found, notes = look(what, plain=args.vmas)
+        if isinstance(what, Path):
+            from pagelens.capture.reader import Capture
+            from pagelens.report import moments
+
+            capture = Capture(what)
+            if args.changes:
+                changes, remarks = moments.change_rows(capture, args.mm)
+                emit(args, CHANGES, changes, notes=[*remarks, *capture.missing])
+                return 0
+            shot, found, notes = moments.look(capture, args.mm, args.at)
+        elif args.changes or args.at is not None or args.mm is not None:
+            raise UsageError(
+                "--at, --changes and --mm need a capture: record one with pagelens run or attach"
+            )
+        else:
+            shot, found, notes = look(what, plain=args.vmas)
         rows = region_rows(shot, found, where)
         wide = args.evidence or args.format != "table"
         notes = [summary(shot, found), *notes]
@@ -148,6 +177,6 @@ def summary(shot: Snapshot, found: Sequence[Region]) -> str:
     if shared:
         text += f" ({shared} of them seen as more than one)" if shared == 1 else f" in {len(found)} rows"
     mapped = format_size(shot.vmas.pages << 12)
-    resident = format_size(total.get("Rss", 0))
+    resident = format_size(total["Rss"]) + " resident" if "Rss" in total else "residency not known"
     still = "complete" if shot.complete else "incomplete"
-    return f"{text}, {mapped} mapped, {resident} resident; {shot.method}; {still}"
+    return f"{text}, {mapped} mapped, {resident}; {shot.method}; {still}"

@@ -12,7 +12,7 @@ from pagelens.vm.errors import UsageError
 class Command:
     """SQL (DuckDB) over a capture: events, stacks, mms, tasks, snapshots, vmas, pages, accounting, losses.
 
-    `events` has what `pagelens why` concluded (cause) joined in. Without SQL: the tables and their columns.
+    `events` has what `pagelens why` concludes (cause, confidence) joined in. Without SQL: tables and columns.
 
       $ pagelens query out.plens "select kind, count(*) as n from events group by kind"
       $ pagelens query out.plens "select * from events where kind = 'fault' and major" --format json
@@ -38,7 +38,8 @@ class Command:
         if len(words) > 1:
             raise UsageError("the SQL must be one argument: put it in quotes")
         capture = Capture(Path(path))
-        connection = query.connect(capture)
+        judged = words and ("cause" in words[0].lower() or "confidence" in words[0].lower())
+        connection = query.connect(capture, query.conclude(capture) if judged else None)
         sql = words[0] if words else (
             "select table_name as \"table\", column_name as \"column\", data_type as type "
             "from information_schema.columns where table_name not in ('recorded_events', 'derived_events') "

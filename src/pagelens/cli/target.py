@@ -28,6 +28,22 @@ def pid_only(text: str, command: str) -> int:
     return target
 
 
-def add_target(parser: argparse.ArgumentParser, help_text: str = "process id, or capture directory") -> None:
+def add_target(
+    parser: argparse.ArgumentParser,
+    help_text: str = "process id, or capture directory",
+    *,
+    optional: bool = False,
+) -> None:
     """The positional TARGET."""
-    parser.add_argument("target", metavar="PID|CAPTURE", help=help_text)
+    parser.add_argument("target", metavar="PID|CAPTURE", help=help_text, nargs="?" if optional else None)
+
+
+def chosen(args: argparse.Namespace, command: str) -> int | Path:
+    """What `args` names, by -c or by position (with -c, the position is the range)."""
+    if args.capture:
+        if args.target is not None:
+            args.range, args.target = args.target, None
+        return Path(args.capture)
+    if args.target is None:
+        raise UsageError(f"{command} needs a process id or a capture")
+    return parse(args.target)

@@ -15,12 +15,14 @@ from pagelens.vm.errors import UsageError
 
 DERIVED = "derived"
 ADDRESSES = frozenset({"addr", "ip", "start", "end", "page", "address"})
-# Columns of derived/events that are always there, null before `why` has run.
-_CAUSE = {"cause": "VARCHAR"}
+_JOINED = ("cause", "confidence")  # columns of `causes` in the view `events`, null before `why` has run
 
 
-def connect(capture: Capture) -> Any:
-    """A DuckDB connection (in memory) with a view for each table of the capture and of derived/."""
+def connect(capture: Capture, causes: Any = None) -> Any:
+    """A DuckDB connection (in memory) with a view for each table of the capture and of derived/.
+
+    causes: the verdicts as a pyarrow.Table, where they could not be written to derived/.
+    """
     import duckdb
 
     connection = duckdb.connect()
@@ -29,19 +31,40 @@ def connect(capture: Capture) -> Any:
         _view(connection, name if name != "events" else "recorded_events", capture.parts(name), name)
     derived = capture.path / DERIVED
     extra = {p.name: sorted(p.glob("part-*.parquet")) for p in sorted(derived.glob("*")) if p.is_dir()}
-    columns: list[str] = []
-    if extra.get("events"):
-        _view(connection, "derived_events", extra["events"], "")
-        names = [r[0] for r in connection.execute("DESCRIBE derived_events").fetchall()]
-        columns = [n for n in names if n not in {f.name for f in schema("events")}]
-    missing = [f"NULL::{kind} AS {n}" for n, kind in _CAUSE.items() if n not in columns]
-    chosen = ", ".join(["e.*", *(f'd."{n}"' for n in columns), *missing])
-    join = "LEFT JOIN derived_events d USING (seq)" if columns else ""
-    connection.execute(f"CREATE VIEW events AS SELECT {chosen} FROM recorded_events e {join}")
+    if causes is not None:
+        connection.register("causes", causes)
+    elif extra.get("causes"):
+        _view(connection, "causes", extra.pop("causes"), "")
+    known = causes is not None or "causes" in _views(connection)
+    extra.pop("causes", None)
+    if known:
+        have = {r[0] for r in connection.execute("DESCRIBE causes").fetchall()}
+        chosen = ", ".join(f"d.{n}" if n in have else f"NULL::VARCHAR AS {n}" for n in _JOINED)
+        join = "LEFT JOIN causes d USING (seq)"
+    else:
+        chosen = ", ".join(f"NULL::VARCHAR AS {n}" for n in _JOINED)
+        join = ""
+    connection.execute(f"CREATE VIEW events AS SELECT e.*, {chosen} FROM recorded_events e {join}")
     for name, parts in extra.items():
-        if name != "events" and parts:
+        if parts:
             _view(connection, f"derived_{name}" if name in TABLES else name, parts, "")
     return connection
+
+
+def _views(connection: Any) -> set[str]:
+    return {r[0] for r in connection.execute("SELECT view_name FROM duckdb_views()").fetchall()}
+
+
+def conclude(capture: Capture) -> Any:
+    """Have `why` judge all faults: None where derived/causes holds the verdicts now, else (a capture that
+    cannot be written) the table itself."""
+    from pagelens.why import derived
+
+    try:
+        derived.derive(capture)
+    except OSError:
+        return derived.table(derived.classify(capture))
+    return None
 
 
 def _view(connection: Any, view: str, parts: list[Path], table: str) -> None:

@@ -1,0 +1,119 @@
+"""Moments of a capture: the map at a time or event, and each change of it (`map --at`, `map --changes`)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pagelens.capture.reader import Capture
+from pagelens.capture.spaces import Change, Spaces, vma_list
+from pagelens.vm.errors import UsageError
+from pagelens.vm.regions import Evidence, Region, name_regions
+from pagelens.vm.snapshot import Snapshot
+
+_TIME = re.compile(r"^\+?(\d+(?:\.\d+)?)(ns|us|µs|ms|s)?$")
+_SCALE = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "": 1_000_000_000}
+
+
+def began(capture: Capture) -> int:
+    """CLOCK_MONOTONIC ns of the capture's start; times of people count from there."""
+    return int(capture.meta.get("started_ns") or 0)
+
+
+def parse_moment(capture: Capture, text: str) -> tuple[int, int | None]:
+    """(time in ns, mm or None) of "#SEQ" (an event) or of a time since the start ("1.5", "20ms").
+
+    UsageError for anything else, and for an event that is not there.
+    """
+    if text.startswith("#") and text[1:].isdigit():
+        import pyarrow.compute as pc
+
+        table = capture.events(["seq", "time_ns", "mm"])
+        rows = table.filter(pc.equal(table.column("seq"), int(text[1:]))).to_pylist()
+        if not rows:
+            raise UsageError(f"the capture has no event {text}")
+        return int(rows[0]["time_ns"]), rows[0]["mm"]
+    match = _TIME.match(text)
+    if not match:
+        raise UsageError(f"not a moment: {text!r} (examples: 1.5, 20ms since the start; #1234 an event)")
+    return began(capture) + int(float(match.group(1)) * _SCALE[match.group(2) or ""]), None
+
+
+def main_mm(capture: Capture) -> int:
+    """The address space of the recorded program: the first that execve made, else the first of all."""
+    rows = sorted(capture.table("mms").to_pylist(), key=lambda r: r["time_ns"])
+    if not rows:
+        raise UsageError(f"{capture.path} has no address space")
+    return int(next((r["mm"] for r in rows if r["origin"] == "exec"), rows[0]["mm"]))
+
+
+def snapshot_of(capture: Capture, mm: int, moment: str | None = None) -> Snapshot:
+    """The last snapshot of `mm`, or the one at `moment` (exec, exit, attach, detach)."""
+    rows = [r for r in capture.snapshot_rows() if r["mm"] == mm and moment in (None, r["moment"])]
+    if not rows:
+        have = sorted({(r["mm"], r["moment"]) for r in capture.snapshot_rows()})
+        listed = ", ".join(f"{m} of mm {n}" for n, m in have) or "none"
+        raise UsageError(
+            f"no snapshot {moment or ''} of mm {mm} in the capture (there are: {listed})".replace("  ", " ")
+        )
+    return capture.snapshot(max(rows, key=lambda r: r["time_ns"])["snapshot"])
+
+
+def look(capture: Capture, mm: int | None, at: str | None) -> tuple[Snapshot, list[Region], list[str]]:
+    """Snapshot and regions of a capture: recorded (at None: the last; exec, exit, …) or replayed (time,
+    event)."""
+    if at is None or at in ("exec", "exit", "attach", "detach"):
+        chosen = main_mm(capture) if mm is None else mm
+        shot = snapshot_of(capture, chosen, at)
+        # Contents are not in a capture, so stacks are known by the calls that mapped them.
+        _, stacks = vma_list([a for a in Spaces(capture).at(chosen, shot.time_ns) if a.stack])
+        evidence = Evidence((*image_evidence(shot), *stacks.tenants))
+        return shot, name_regions(shot.vmas, evidence), list(shot.notes)
+    time, owner = parse_moment(capture, at)
+    chosen = mm if mm is not None else owner if owner is not None else main_mm(capture)
+    spaces = Spaces(capture)
+    if chosen not in spaces.mms:
+        raise UsageError(f"the capture has no address space {chosen} (there are: {spaces.mms})")
+    vmas, evidence = vma_list(spaces.at(chosen, time))
+    if not len(vmas):
+        raise UsageError(f"nothing was mapped in address space {chosen} at {at}: it did not exist then")
+    pid = next(r["pid"] for r in capture.table("mms").to_pylist() if r["mm"] == chosen)
+    same, total = spaces.agreement()
+    method = f"replayed from recorded calls (at exit {same} of {total} vmas as the kernel had them)"
+    shot = Snapshot(pid, time, vmas, method=method, complete=not spaces.notes, notes=tuple(spaces.notes))
+    return shot, name_regions(vmas, evidence), list(spaces.notes)
+
+
+def image_evidence(shot: Snapshot) -> Any:
+    """bss and relro of the files in a recorded snapshot, where the files are still there."""
+    from pagelens.linux import elf
+    from pagelens.linux.regions import image_tenants
+
+    return image_tenants(shot.vmas, lambda vma: elf.read(vma.name.removesuffix(" (deleted)"), vma.inode))
+
+
+def change_rows(capture: Capture, mm: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of `map --changes`, of one address space or of all, in order of time; and notes."""
+    spaces = Spaces(capture)
+    if mm is not None and mm not in spaces.mms:
+        raise UsageError(f"the capture has no address space {mm} (there are: {spaces.mms})")
+    changes: list[Change] = []
+    for one in spaces.mms if mm is None else [mm]:
+        changes += spaces.changes(one)
+    changes.sort(key=lambda c: (c.time_ns, c.seq))
+    start = began(capture)
+    rows = [
+        {
+            "at": c.time_ns - start,
+            "event": c.seq,
+            "mm": c.mm,
+            "tid": c.tid,
+            "call": c.call,
+            "effect": c.note,
+            "gone": [str(v) for v in c.gone],
+            "came": [str(v) for v in c.came],
+        }
+        for c in changes
+    ]
+    same, total = spaces.agreement()
+    return rows, [f"replayed: at exit {same} of {total} vmas as the kernel had them", *spaces.notes]
