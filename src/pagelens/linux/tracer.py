@@ -95,9 +95,18 @@ class Tracer:
         except OSError:
             return
         if not others - self._exiting:
-            self._call(self._on_exit, tid)
+            self._call(self._on_exit, _process_of(tid))
 
     @staticmethod
     def _call(callback: Callable[[int], None], pid: int) -> None:
         # Whatever goes wrong with a snapshot, the tracee is continued; the callback notes its own losses.
         callback(pid)
+
+
+def _process_of(tid: int) -> int:
+    # The last thread of a process need not be its leader, which may be a zombie by now.
+    with open(f"/proc/{tid}/status") as file:
+        for line in file:
+            if line.startswith("Tgid:"):
+                return int(line.split()[1])
+    return tid
