@@ -19,7 +19,7 @@ from pagelens.model.machine import Machine
 from pagelens.model.op import Op, Outcome
 from pagelens.model.process import Process
 from pagelens.model.profile import Profile
-from pagelens.model.space import Layout
+from pagelens.model.space import Layout, Limits
 from pagelens.model.world import Names, Setting, undefined
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import UsageError
@@ -36,11 +36,12 @@ class ModelWorld:
 
     def __init__(self, profile: str | Profile, setting: Setting | None = None) -> None:
         self.setting = setting or Setting(text_pages=0, region_pages=0)
-        self.machine = Machine(profile)
+        self.machine = Machine(profile, max_map_count=self.setting.max_map_count)
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
         layout = Layout(mmap_base=self.setting.mmap_base, start_brk=self.setting.brk)
-        main = self.machine.spawn(layout=layout)
+        limits = Limits(memlock=self.setting.memlock, cap_ipc_lock=self.setting.ipc_lock)
+        main = self.machine.spawn(layout=layout, limits=limits)
         self.processes: dict[str, Process] = {"main": main}
         self._threads: set[str] = set()
         if not setting:

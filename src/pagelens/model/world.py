@@ -22,8 +22,8 @@ U64 = npt.NDArray[np.uint64]
 @dataclass(frozen=True, slots=True)
 class Setting:
     """Where things lie in the child, in bytes: its text (from its file), the region of its stacks, where brk
-    starts, below which address mmap places (mm->mmap_base). The defaults are those of native/oracle/oracle.c
-    without randomisation and with an 8 MiB stack limit; the oracle measures its own."""
+    starts, below which address mmap places (mm->mmap_base); and what it may do. The defaults are those of
+    native/oracle/oracle.c without randomisation and with an 8 MiB stack limit; the oracle measures its own."""
 
     text: int = 0x1000_0000
     text_pages: int = 1
@@ -31,6 +31,9 @@ class Setting:
     region_pages: int = 256
     brk: int = 0x1000_1000
     mmap_base: int = TASK_SIZE - 0x800_0000
+    memlock: int = 8 << 20  # RLIMIT_MEMLOCK
+    ipc_lock: bool = True  # CAP_IPC_LOCK: the limit does not hold
+    max_map_count: int = 65530
 
     @property
     def harness(self) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import struct
 import time
@@ -158,8 +159,19 @@ class Oracle:
         inside = [v for v in vmas if v.start in (default.text, default.region)]
         if len(inside) != 2 or len(vmas) != 2:
             raise OracleError(f"the oracle child has unexpected mappings: {', '.join(map(str, vmas))}")
+        status = self._channels["main"].process.read("status").decode()
+        caps = next(
+            (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff")), 0
+        )
+        memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         return Setting(
-            text_pages=inside[0].pages, region_pages=inside[1].pages, brk=brk, mmap_base=probe + PAGE_SIZE
+            text_pages=inside[0].pages,
+            region_pages=inside[1].pages,
+            brk=brk,
+            mmap_base=probe + PAGE_SIZE,
+            memlock=1 << 63 if memlock == resource.RLIM_INFINITY else memlock,
+            ipc_lock=bool(caps >> 14 & 1),
+            max_map_count=_figure("/proc/sys/vm/max_map_count", 65530),
         )
 
     def _verify(self, pid: int) -> tuple[Fence, ...]:
