@@ -43,14 +43,14 @@ _P, _W, _A, _AD = np.uint64(P), np.uint64(W), np.uint64(A), np.uint64(A | D)
 _NEW = np.uint64(P | A | D | SD | AE | ANON | W)
 _REUSED = np.uint64(P | A | D | SD | AE | W)
 _ZERO_PAGE = np.uint64(P | A | ZERO)
-_SMALL = 8  # below so many pages the columns cost more than they save
+SMALL = 8  # below so many pages the columns cost more than they save
 
 
 def access_range(mm: Mm, addr: int, length: int, kind: str, result: AccessResult) -> None:
     """Touch every page of [addr, addr+length) in order; stops at a signal (in result)."""
     at, end = addr >> SHIFT, ((addr + max(length, 1) - 1) >> SHIFT) + 1
-    if addr & 4095 or end - at < _SMALL:
-        stop = end if end - at < _SMALL else at + 1
+    if addr & 4095 or end - at < SMALL:
+        stop = end if end - at < SMALL else at + 1
         while at < stop:
             if not touch(mm, max(addr, at << SHIFT), kind, result):
                 return
@@ -79,7 +79,7 @@ def _segment(mm: Mm, area: Area, first: int, last: int, kind: str, result: Acces
     # Pages [first, last) of one area; false after a signal.
     write = kind == "w"
     allowed = area.flags & VM_WRITE if write else area.flags & VM_EXEC if kind == "x" else area.accessible
-    if not allowed or last - first < _SMALL:
+    if not allowed or last - first < SMALL:
         return all(touch(mm, page << SHIFT, kind, result) for page in range(first, last))
     if not area.is_anon:
         return _file_segment(mm, first, last, kind, result)

@@ -29,11 +29,13 @@ def get_unmapped_area(mm: Mm, file: File | None, addr: int, length: int, pgoff: 
     if file is None:
         pgoff = 0
     profile = mm.profile
-    own_method = file is not None or flags & MAP_SHARED
+    # f_op->get_unmapped_area: shmem and the file systems that align huge pages have one.
+    own_method = flags & MAP_SHARED if file is None else file.shmem or file.thp_align
     if (file is not None and not file.shmem and file.thp_align) or (
         profile.thp
         and profile.thp_align_anon
         and not own_method
+        and (file is None or not profile.thp_align_file_test)
         and not addr
         and not flags & MAP_FIXED
         and length % PMD_SIZE == 0

@@ -6,6 +6,7 @@ They raise min_flt but make no fault event (mm_account_fault returns without reg
 
 from __future__ import annotations
 
+from pagelens.model import batch
 from pagelens.model.abi import (
     EFAULT,
     FRAME_SHIFT,
@@ -53,7 +54,7 @@ def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = 
     tables = mm.tables
     machine = mm.machine
     event = machine.events.current
-    if area.is_anon and end - start >= 8 << SHIFT:
+    if area.is_anon and end - start >= batch.SMALL << SHIFT:
         return _gup_anon(mm, area, start >> SHIFT, end >> SHIFT, write)
     for page in range(start >> SHIFT, end >> SHIFT):
         while True:

@@ -46,8 +46,9 @@ class Profile:
     # do_mmap: MAP_DROPPABLE (6.11).
     droppable: bool = True
     # -- advice
-    # madvise_behavior_valid, MADV_GUARD_INSTALL/REMOVE (6.13); pagemap bit 58 (6.15).
+    # madvise_behavior_valid, MADV_GUARD_INSTALL/REMOVE (6.13).
     guard_pages: bool = True
+    # pte_to_pagemap_entry: PM_GUARD_REGION, bit 58 (6.15).
     pagemap_guard_bit: bool = True
     # is_valid_guard_vma: file mappings allowed (6.15).
     guard_file: bool = True
@@ -92,8 +93,9 @@ class Profile:
     # -- configuration
     # CONFIG_MEM_SOFT_DIRTY: not a version but a choice; probe and set it. Off: VM_SOFTDIRTY is 0.
     soft_dirty: bool = True
-    # CONFIG_KSM, CONFIG_TRANSPARENT_HUGEPAGE: MADV_MERGEABLE and MADV_HUGEPAGE give EINVAL without them.
+    # CONFIG_KSM: MADV_MERGEABLE gives EINVAL without it (madvise_behavior_valid).
     ksm: bool = True
+    # CONFIG_TRANSPARENT_HUGEPAGE: the same for MADV_HUGEPAGE, and nothing is aligned to 2 MiB.
     thp: bool = True
 
     def with_rules(self, **changes: bool) -> Profile:
