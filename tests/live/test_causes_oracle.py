@@ -98,7 +98,9 @@ def test_the_derived_table_has_every_fault(tmp_path: Path, subjects: Subjects) -
     log, data = tmp_path / "log", tmp_path / "data"
     data.write_bytes(b"x" * (1024 * 4096))
     run = record(tmp_path, [subjects("causes_oracle"), log, data, "8", "300", "1", "2"])
-    table = pq.read_table(derive(run.capture))
+    fields = derive(run.capture)
+    assert derive(run.capture) == fields
+    table = pq.read_table(run.path / "derived" / "causes")
     summary = run.capture.meta["summary"]["faults"]
     weights = sum(table.column("faults").to_pylist())
     assert weights == summary["recorded"] + summary["failed"] + summary["gup"]

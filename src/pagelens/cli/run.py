@@ -160,6 +160,7 @@ def _report(args: argparse.Namespace, capture: Path, summary: dict[str, object],
 
     from pagelens.capture.summary import text
 
+    causes = _causes(capture, summary) if args.summary_json or not args.quiet else []
     try:
         if args.summary_json:
             Path(args.summary_json).write_text(json.dumps(summary, indent=1) + "\n")
@@ -167,9 +168,25 @@ def _report(args: argparse.Namespace, capture: Path, summary: dict[str, object],
         sys.stderr.write(f"pagelens: {error.strerror}: {args.summary_json}\n")
     if not args.quiet:
         lines = [f"pagelens: {capture}", *("  " + line for line in text(summary).splitlines())]
+        lines += ["  causes", *("  " + line for line in causes)] if causes else []
         lines += [f"  note      {note}" for note in notes]
-        lines.append(f"  next      pagelens summary {capture} | pagelens faults {capture}")
+        lines.append(f"  next      pagelens why {capture} | pagelens faults {capture}")
         sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _causes(capture: Path, summary: dict[str, object]) -> list[str]:
+    # Whatever goes wrong here, the program's own end is what we must pass on.
+    try:
+        from pagelens.capture.reader import Capture
+        from pagelens.why import conclusions, summary_lines
+
+        fields = conclusions(Capture(capture))
+        summary.update({k: fields[k] for k in ("causes", "unknown_share", "agreement")})
+        return summary_lines(fields)
+    except Exception as error:
+        if os.environ.get("PAGELENS_TRACEBACK"):
+            raise
+        return [f"not determined: {type(error).__name__}: {error}"]
 
 
 def _end_like(status: int | None) -> int:

@@ -28,11 +28,15 @@ class Command:
         from pagelens.capture.reader import Capture
         from pagelens.capture.summary import summarize
         from pagelens.vm.errors import UsageError
+        from pagelens.why import conclusions, summary_lines
 
         path = args.capture or args.capture_path
         if not path:
             raise UsageError("summary needs a capture: pagelens summary DIR")
         capture = Capture(path)
         summary = capture.meta.get("summary") or summarize(capture)
-        emit_object(args, summary, "\n".join(lines(capture, summary)))
+        fields = conclusions(capture)
+        summary |= {k: fields[k] for k in ("causes", "unknown_share", "agreement")}
+        text = [*lines(capture, summary), "causes", *summary_lines(fields)]
+        emit_object(args, summary, "\n".join(text))
         return 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagelens.why.classified import Classified, classify_facts
-    from pagelens.why.derived import classify, derive, summary_fields, table
+    from pagelens.why.derived import classify, conclusions, derive, summary_fields, summary_lines, table
     from pagelens.why.verdict import Verdict
 
 _HOME = {
@@ -22,12 +22,23 @@ _HOME = {
     "Verdict": "pagelens.why.verdict",
     "classify": "pagelens.why.derived",
     "classify_facts": "pagelens.why.classified",
+    "conclusions": "pagelens.why.derived",
     "derive": "pagelens.why.derived",
     "summary_fields": "pagelens.why.derived",
+    "summary_lines": "pagelens.why.derived",
     "table": "pagelens.why.derived",
 }
 
-__all__ = ["Classified", "Verdict", "classify", "classify_facts", "derive", "summary_fields", "table"]
+__all__ = [
+    "Classified",
+    "Verdict",
+    "classify",
+    "classify_facts",
+    "derive",
+    "summary_fields",
+    "summary_lines",
+    "table",
+]
 
 
 def __getattr__(name: str) -> Any:

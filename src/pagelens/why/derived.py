@@ -5,8 +5,8 @@ Written once and reused as long as the facts and the rules are the same; anybody
 
 from __future__ import annotations
 
+import contextlib
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ def classify(capture: Capture) -> Classified:
 
 
 def table(result: Classified) -> Any:
-    """pyarrow.Table: seq int64, cause, confidence, page (what the page needed), faults int64 (1, or the gup
-    faults of a call). Sorted by seq."""
+    """pyarrow.Table: seq int64, cause, confidence, page_cause (what the page needed), faults int64 (1, or
+    the gup faults of a call). Sorted by seq."""
     import pyarrow as pa
 
     verdicts = result.judgements
@@ -36,12 +36,12 @@ def table(result: Classified) -> Any:
     names: dict[str, list[str]] = {
         "cause": [j.verdict.cause for j in verdicts],
         "confidence": [j.verdict.confidence for j in verdicts],
-        "page": [j.page for j in verdicts],
+        "page_cause": [j.page for j in verdicts],
     }
     gup: dict[str, list[str | None]] = {
         "cause": [cause for _, cause in calls],
         "confidence": ["certain"] * len(calls),
-        "page": [None] * len(calls),
+        "page_cause": [None] * len(calls),
     }
     seq = np.concatenate((faults.seq, np.array([c.seq for c, _ in calls], np.int64)))
     weight = np.concatenate((np.ones(len(faults), np.int64), np.array([c.gup for c, _ in calls], np.int64)))
@@ -63,7 +63,7 @@ def table(result: Classified) -> Any:
 
 
 def summary_fields(result: Classified) -> dict[str, Any]:
-    """What `--summary-json` takes from here: causes, unknown_share, agreement."""
+    """What `--summary-json` takes from here: causes, unknown_share, ambiguous_share, agreement."""
     unknown, ambiguous = result.shares()
     keys = ("cause", "faults", "pages", "share", "time_ns")
     return {
@@ -74,24 +74,65 @@ def summary_fields(result: Classified) -> dict[str, Any]:
     }
 
 
-def derive(capture: Capture, *, again: bool = False) -> Path:
-    """Write derived/causes unless it is there and current; returns its directory. OSError where the capture
-    cannot be written."""
-    directory = capture.path / DERIVED / "causes"
-    stamp = capture.path / DERIVED / "meta.json"
-    wanted = {"rules": RULES_VERSION, "events": [[p.name, p.stat().st_size] for p in capture.parts("events")]}
-    if not again and directory.is_dir() and stamp.exists():
-        try:
-            if json.loads(stamp.read_text()) == wanted:
-                return directory
-        except ValueError:
-            pass  # half-written: derive again
-    write(capture, classify(capture))
-    return directory
+def summary_lines(fields: dict[str, Any], most: int = 8) -> list[str]:
+    """The causes as lines for a person, the largest first."""
+    from pagelens.why.views import title
+
+    causes = fields["causes"]
+    lines = [
+        f"{row['faults']:>10,} {row['share']:>6.1%}  {row['cause']:<18} {title(row['cause'])}"
+        for row in causes[:most]
+    ]
+    rest = sum(row["faults"] for row in causes[most:])
+    if rest:
+        lines.append(
+            f"{rest:>10,} {sum(r['share'] for r in causes[most:]):>6.1%}  {len(causes) - most} other causes"
+        )
+    lines.append(
+        f"unknown {fields['unknown_share']:.3%}, ambiguous {fields['ambiguous_share']:.3%}"
+        " (method: calls replayed, rules of docs/causes.md)"
+    )
+    return lines
 
 
-def write(capture: Capture, result: Classified) -> None:
-    """Write derived/causes and its stamp, aside and renamed."""
+def derive(capture: Capture, *, again: bool = False) -> dict[str, Any]:
+    """Write derived/causes unless it is there and current; returns the fields of the summary. OSError where the
+    capture cannot be written."""
+    fields = None if again else _known(capture)
+    if fields is None:
+        result = classify(capture)
+        fields = summary_fields(result)
+        _write(capture, result, {"state": _state(capture), "summary": fields})
+    return fields
+
+
+def conclusions(capture: Capture) -> dict[str, Any]:
+    """As `derive`, also of a capture that cannot be written."""
+    fields = _known(capture)
+    if fields is None:
+        result = classify(capture)
+        fields = summary_fields(result)
+        # Derived tables are a cache: where they cannot be written the next reader does this again.
+        with contextlib.suppress(OSError):
+            _write(capture, result, {"state": _state(capture), "summary": fields})
+    return fields
+
+
+def _known(capture: Capture) -> dict[str, Any] | None:
+    try:
+        known = json.loads((capture.path / DERIVED / "meta.json").read_text())
+        if known["state"] == _state(capture) and (capture.path / DERIVED / "causes").is_dir():
+            return dict(known["summary"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not derived yet, or half-written
+    return None
+
+
+def _state(capture: Capture) -> dict[str, Any]:
+    return {"rules": RULES_VERSION, "events": [[p.name, p.stat().st_size] for p in capture.parts("events")]}
+
+
+def _write(capture: Capture, result: Classified, meta: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
     directory = capture.path / DERIVED / "causes"
@@ -101,7 +142,6 @@ def write(capture: Capture, result: Classified) -> None:
     aside = directory / ".part-00000000.new"
     pq.write_table(table(result), aside, compression="zstd", compression_level=1)
     aside.replace(directory / "part-00000000.parquet")
-    events = [[p.name, p.stat().st_size] for p in capture.parts("events")]
     aside = stamp.with_name(".meta.json.new")
-    aside.write_text(json.dumps({"rules": RULES_VERSION, "events": events}))
+    aside.write_text(json.dumps(meta))
     aside.replace(stamp)
