@@ -34,6 +34,7 @@ __all__ = [
     "Verdict",
     "classify",
     "classify_facts",
+    "conclusions",
     "derive",
     "summary_fields",
     "summary_lines",

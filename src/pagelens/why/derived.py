@@ -96,8 +96,8 @@ def summary_lines(fields: dict[str, Any], most: int = 8) -> list[str]:
 
 
 def derive(capture: Capture, *, again: bool = False) -> dict[str, Any]:
-    """Write derived/causes unless it is there and current; returns the fields of the summary. OSError where the
-    capture cannot be written."""
+    """Write derived/causes unless it is there and current; returns the fields of the summary. OSError where
+    the capture cannot be written."""
     fields = None if again else _known(capture)
     if fields is None:
         result = classify(capture)
