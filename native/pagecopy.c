@@ -58,11 +58,11 @@ static uint64_t hash_bytes(const uint8_t *data, size_t n, uint64_t *any) {
     return h;
 }
 
-PL_EXPORT uint64_t pl_hash(const void *data, size_t n);
-PL_EXPORT uint64_t pl_hash(const void *data, size_t n) { return hash_bytes(data, n, NULL); }
+PL_EXPORT uint64_t pl_sum(const void *data, size_t n);
+PL_EXPORT uint64_t pl_sum(const void *data, size_t n) { return hash_bytes(data, n, NULL); }
 
-PL_EXPORT void pl_hash_pages(const uint8_t *data, size_t pages, uint64_t *hash, uint8_t *zero);
-PL_EXPORT void pl_hash_pages(const uint8_t *data, size_t pages, uint64_t *hash, uint8_t *zero) {
+PL_EXPORT void pl_sum_pages(const uint8_t *data, size_t pages, uint64_t *hash, uint8_t *zero);
+PL_EXPORT void pl_sum_pages(const uint8_t *data, size_t pages, uint64_t *hash, uint8_t *zero) {
     for (size_t i = 0; i < pages; i++) {
         uint64_t any;
         hash[i] = hash_bytes(data + i * PAGE, PAGE, &any);

@@ -28,10 +28,10 @@ U64 = npt.NDArray[np.uint64]
 def _lib() -> Any:
     lib = library()
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    lib.pl_hash.restype = ctypes.c_uint64
-    lib.pl_hash.argtypes = [pointer, size]
-    lib.pl_hash_pages.restype = None
-    lib.pl_hash_pages.argtypes = [pointer, size, pointer, pointer]
+    lib.pl_sum.restype = ctypes.c_uint64
+    lib.pl_sum.argtypes = [pointer, size]
+    lib.pl_sum_pages.restype = None
+    lib.pl_sum_pages.argtypes = [pointer, size, pointer, pointer]
     for name in ("pl_vm_read", "pl_vm_write"):
         function = getattr(lib, name)
         function.restype = ctypes.c_long
@@ -118,11 +118,11 @@ def hash_pages(data: U8) -> tuple[U64, npt.NDArray[np.bool_]]:
     """(uint64[pages] hash, bool[pages] all zero) of a flat buffer of whole pages."""
     pages = len(data) // PAGE_SIZE
     out, zero = np.empty(pages, np.uint64), np.empty(pages, np.uint8)
-    _lib().pl_hash_pages(data.ctypes.data, pages, out.ctypes.data, zero.ctypes.data)
+    _lib().pl_sum_pages(data.ctypes.data, pages, out.ctypes.data, zero.ctypes.data)
     return out, zero.view(np.bool_)
 
 
 def hash_bytes(data: bytes | memoryview | U8) -> int:
     """The same hash over any bytes: the checksum of stored blocks."""
     flat = np.frombuffer(data, np.uint8)
-    return int(_lib().pl_hash(flat.ctypes.data, len(flat)))
+    return int(_lib().pl_sum(flat.ctypes.data, len(flat)))
