@@ -38,7 +38,9 @@ def compare(then: ProcessState, now: ProcessState) -> tuple[list[Concern], list[
             f"not of {now.pid} ({now.comm}, {now.starttime})"
         )
     if then.exe != now.exe or then.auxv != now.auxv:
-        raise UsageError(f"process {now.pid} has called exec since the checkpoint: {then.exe} became {now.exe}")
+        raise UsageError(
+            f"process {now.pid} has called exec since the checkpoint: {then.exe} became {now.exe}"
+        )
     concerns: list[Concern] = []
     before, after = {t.tid for t in then.threads}, {t.tid for t in now.threads}
     if after - before:
@@ -58,9 +60,13 @@ def compare(then: ProcessState, now: ProcessState) -> tuple[list[Concern], list[
                 Concern("identity", f"{name} changed from {getattr(then, name)} to {getattr(now, name)}")
             )
     notes = []
-    streams = sorted({f.target.partition(":")[0] for f in now.files if f.target.startswith(("socket:", "pipe:"))})
+    streams = sorted(
+        {f.target.partition(":")[0] for f in now.files if f.target.startswith(("socket:", "pipe:"))}
+    )
     if streams:
-        notes.append(f"bytes that went through its {' and '.join(f'{s}s' for s in streams)} stay as they went")
+        notes.append(
+            f"bytes that went through its {' and '.join(f'{s}s' for s in streams)} stay as they went"
+        )
     return concerns, notes
 
 
@@ -79,9 +85,9 @@ def _files(then: tuple[OpenFile, ...], now: tuple[OpenFile, ...]) -> list[Concer
         elif new is None and old is not None:
             out.append(Concern("files", f"descriptor {fd} was closed ({old.target})"))
         elif old is not None and new is not None:
-            if (old.dev, old.inode) != (new.dev, new.inode) or old.target.split(" (del")[0] != new.target.split(
-                " (del"
-            )[0]:
+            if (old.dev, old.inode) != (new.dev, new.inode) or old.target.split(" (del")[
+                0
+            ] != new.target.split(" (del")[0]:
                 out.append(Concern("files", f"descriptor {fd} was {old.target} and is {new.target}"))
             elif old.pos != new.pos:
                 out.append(

@@ -43,7 +43,9 @@ def steps(saved: VmaList, present: VmaList, start_brk: int) -> tuple[list[Step],
     if heap_then != heap_now:
         out.append(Step("brk", heap_then, heap_then))
         present = _after_brk(present, heap_then, heap_now)
-    borders = sorted({*saved.starts.tolist(), *saved.ends.tolist(), *present.starts.tolist(), *present.ends.tolist()})
+    borders = sorted(
+        {*saved.starts.tolist(), *saved.ends.tolist(), *present.starts.tolist(), *present.ends.tolist()}
+    )
     for start, end in zip(borders, borders[1:], strict=False):
         then, now = saved.find(start), present.find(start)
         if then is None and now is None:
@@ -56,7 +58,9 @@ def steps(saved: VmaList, present: VmaList, start_brk: int) -> tuple[list[Step],
         assert then is not None
         if now is None or _backing(then) != _backing(now):
             if then.name in _FIXED_NAMES or (now is not None and now.name in _FIXED_NAMES):
-                refused.append(f"{then.name or (now and now.name)} moved or was unmapped; only the kernel makes it")
+                refused.append(
+                    f"{then.name or (now and now.name)} moved or was unmapped; only the kernel makes it"
+                )
             elif then.vm_flags is not None and then.vm_flags & {"ht", "io", "pf"}:
                 refused.append(f"{then} is of hugetlb or device memory and was unmapped")
             if now is not None:
@@ -85,7 +89,9 @@ def _after_brk(present: VmaList, then: int, now: int) -> VmaList:
         for vma in present:
             if vma.start >= then and vma.end <= now and vma.name == "[heap]":
                 continue
-            kept.append(vma.replaced(end=then) if vma.start < then < vma.end and vma.name == "[heap]" else vma)
+            kept.append(
+                vma.replaced(end=then) if vma.start < then < vma.end and vma.name == "[heap]" else vma
+            )
         return VmaList(kept)
     last = next((v for v in reversed(present) if v.name == "[heap]" and v.end == now), None)
     if last is None:
