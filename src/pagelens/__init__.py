@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _API: dict[str, str] = {
     "track": "pagelens.dirty.track",
     "Tracker": "pagelens.dirty.track",
+    "Checkpoint": "pagelens.checkpoint.fast",
 }
 
 __all__ = ["__version__"]

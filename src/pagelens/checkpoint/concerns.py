@@ -47,6 +47,13 @@ def compare(then: ProcessState, now: ProcessState) -> tuple[list[Concern], list[
         concerns.append(Concern("threads", f"threads began: {_list(after - before)}"))
     if before - after:
         concerns.append(Concern("threads", f"threads ended: {_list(before - after)}"))
+    ours = {t.tid: t for t in now.threads}
+    for thread in then.threads:
+        other = ours.get(thread.tid)
+        if other is not None and other.rseq != thread.rseq:
+            concerns.append(
+                Concern("threads", f"thread {thread.tid} was just starting (it had no rseq area yet)")
+            )
     born, gone = set(now.children) - set(then.children), set(then.children) - set(now.children)
     if born:
         concerns.append(Concern("children", f"children began: {_list(born)}"))

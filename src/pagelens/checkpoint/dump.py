@@ -16,6 +16,7 @@ import numpy as np
 
 from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import OWN, Kind, ProcessState, Rows, compress, per_page
+from pagelens.checkpoint.memory import InMemory
 from pagelens.checkpoint.reuse import Reuse
 from pagelens.checkpoint.state import identities, read_state
 from pagelens.checkpoint.store import Writer
@@ -108,6 +109,33 @@ def dump(
         }
         path = writer.finish(state, rows, meta)
         return result(path, writer, rows, counts, meta, time.monotonic_ns() - began)
+
+
+def save(image: InMemory, out: Path, *, level: int = 1, force: bool = False) -> Path:
+    """Write a checkpoint that is held in memory."""
+    with Writer(out, level=level, force=force) as writer:
+        flat = per_page(image.rows)
+        data = flat["kind"] == Kind.DATA
+        flat["origin"] = OWN
+        if data.any():
+            hashes, _ = pagecopy.hash_pages(image.data)
+            block, first = writer.append(image.data, hashes)
+            taken = flat["first"][data].astype(np.int64)
+            flat["block"][data], flat["first"][data] = block[taken], first[taken]
+        for name in ("origin", "block", "first"):
+            flat[name][~data] = 0
+        meta = {
+            "parent": None,
+            "origins": [],
+            "method": "all threads held, full, in memory first",
+            "complete": True,
+            "notes": [*image.process.notes, *image.manifest["notes"]],
+            "range": None,
+            "holes": [],
+            "stopped_ns": 0,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        return writer.finish(image.process, compress(flat), meta)
 
 
 def result(

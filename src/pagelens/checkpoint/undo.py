@@ -8,6 +8,7 @@ unmapped and mapped anew, and its contents are written afterwards, so a moved ma
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from pagelens.vm.vma import Vma, VmaList
 
@@ -21,6 +22,7 @@ MADVISE_OF = {  # VmFlags letter -> (advice that sets it, advice that clears it)
     "sr": (2, 0),  # SEQUENTIAL, NORMAL
     "rr": (1, 0),  # RANDOM
 }
+_THP = frozenset(("hg", "nh"))
 _FIXED_NAMES = ("[stack]", "[vdso]", "[vvar]", "[vvar_vclock]", "[uprobes]")
 
 
@@ -46,7 +48,7 @@ def steps(saved: VmaList, present: VmaList, start_brk: int) -> tuple[list[Step],
     borders = sorted(
         {*saved.starts.tolist(), *saved.ends.tolist(), *present.starts.tolist(), *present.ends.tolist()}
     )
-    for start, end in zip(borders, borders[1:], strict=False):
+    for start, end in pairwise(borders):
         then, now = saved.find(start), present.find(start)
         if then is None and now is None:
             continue
@@ -56,7 +58,7 @@ def steps(saved: VmaList, present: VmaList, start_brk: int) -> tuple[list[Step],
             _join(out, Step("unmap", start, end))
             continue
         assert then is not None
-        if now is None or _backing(then) != _backing(now):
+        if now is None or _backing(then) != _backing(now) or _sticky(then, now):
             if then.name in _FIXED_NAMES or (now is not None and now.name in _FIXED_NAMES):
                 refused.append(
                     f"{then.name or (now and now.name)} moved or was unmapped; only the kernel makes it"
@@ -72,6 +74,13 @@ def steps(saved: VmaList, present: VmaList, start_brk: int) -> tuple[list[Step],
             _join(out, Step("protect", start, end, None, int(then.prot)))
         out += _flag_steps(then, now, start, end)
     return out, refused
+
+
+def _sticky(then: Vma, now: Vma) -> bool:
+    # Once a vma has hg or nh, no madvise takes both away: only a new mapping is without.
+    if then.vm_flags is None or now.vm_flags is None or then.name in _FIXED_NAMES or then.shared:
+        return False
+    return bool(now.vm_flags & _THP) and not then.vm_flags & _THP
 
 
 def _heap(vmas: VmaList, start_brk: int) -> int:
@@ -119,7 +128,7 @@ def _flag_steps(then: Vma, now: Vma | None, start: int, end: int) -> list[Step]:
     for letter, (on, off) in MADVISE_OF.items():
         if letter in then.vm_flags and letter not in had:
             out.append(Step("advise", start, end, None, on))
-        elif letter in had and letter not in then.vm_flags and not {"hg", "nh"} <= {letter, *then.vm_flags}:
+        elif letter in had and letter not in then.vm_flags and letter not in _THP:
             out.append(Step("advise", start, end, None, off))
     if "lo" in then.vm_flags and "lo" not in had:
         out.append(Step("lock", start, end))

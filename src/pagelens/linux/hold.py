@@ -302,8 +302,9 @@ class Held:
         """Let every thread go, with its signals. Never raises for a target that is gone; idempotent."""
         for thread in self.threads:
             try:
-                if thread.stop is not None:
-                    self._let_go(thread)
+                if thread.stop is None and not self._collect(thread):
+                    continue  # uninterruptible: freed when we exit, see the module
+                self._let_go(thread)
             except TargetGoneError:
                 self._reap(thread.tid)
             except OSError:
@@ -313,6 +314,12 @@ class Held:
         if self.threads and self.stopped_ns:
             self.held_ns = time.monotonic_ns() - self.interrupted_ns
         self.threads = []
+
+    def _collect(self, thread: Tracee) -> bool:
+        # Seized, and then an error came: a stop that it was asked for may still come, or its end.
+        with contextlib.suppress(TargetGoneError):
+            thread.interrupt()
+        return thread.wait(time.monotonic() + 1.0) is not None
 
     def _let_go(self, thread: Tracee) -> None:
         stop = thread.stop

@@ -117,6 +117,9 @@ int main(int argc, char **argv) {
         pthread_t thread;
         pthread_create(&thread, NULL, work, (void *)(uintptr_t)t);
     }
+    for (uint64_t t = 0; t < threads; t++)
+        while (!control->owner[t].steps)
+            usleep(1000);
     printf("ready %#lx\n", (unsigned long)control);
     fflush(stdout);
     for (;;)
