@@ -32,7 +32,7 @@ def _fds(pid: int) -> list[str]:
 
 
 def test_attach_and_detach_leave_a_busy_program_as_it_was(subjects: Subjects) -> None:
-    with Steady(subjects("steady", "-mavx")) as target:
+    with Steady(subjects("steady")) as target:
         before = sorted(_fds(target.pid))
         for _ in range(25):
             with track(pid=target.pid) as tracker:
@@ -49,7 +49,7 @@ def test_the_tracker_killed_at_each_stage_of_the_remote_call(subjects: Subjects,
         f"inject.take_userfaultfd(Process.open(int(sys.argv[1])), die_at={stage!r})\n"
     )
     env = os.environ | {"PYTHONPATH": SRC}
-    with Steady(subjects("steady", "-mavx")) as target:
+    with Steady(subjects("steady")) as target:
         for _ in range(3):
             done = subprocess.run([sys.executable, "-c", code, str(target.pid)], env=env, check=False)
             assert done.returncode == -signal.SIGKILL
@@ -65,7 +65,7 @@ def test_the_tracker_killed_at_each_stage_of_the_remote_call(subjects: Subjects,
 def test_the_tracker_killed_at_random_moments(subjects: Subjects) -> None:
     env = os.environ | {"PYTHONPATH": SRC}
     rng = random.Random(6)
-    with Steady(subjects("steady", "-mavx")) as target:
+    with Steady(subjects("steady")) as target:
         for _ in range(8):
             child = subprocess.Popen(
                 [sys.executable, "-m", "pagelens.cli.main", "dirty", "--interval", "0.01", str(target.pid)],
@@ -104,7 +104,7 @@ def test_attach_to_runtimes(command: list[str]) -> None:
 
 
 def test_remote_calls_return_what_the_kernel_returns(subjects: Subjects) -> None:
-    with Steady(subjects("steady", "-mavx")) as target, Process.open(target.pid) as proc:
+    with Steady(subjects("steady")) as target, Process.open(target.pid) as proc:
         pid, bad = inject.Call(39), inject.Call(3, (9999,))  # getpid; close of a descriptor that is not there
         held = inject.remote_calls(proc, [pid, bad])
         assert (pid.result, bad.result) == (target.pid, -9)

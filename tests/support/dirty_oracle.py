@@ -143,8 +143,10 @@ class Judge:
         return Verdict(truth.must.pages, missed, extra, wrong)
 
     def _fits(self, why: Why, kind: str, new: bool) -> bool:
-        if why is Why.WRITTEN:  # a huge page that was split between the write and the look
-            return kind == "h"
+        if why is Why.WRITTEN:
+            # A huge page that was split between the write and the look; for soft-dirty, mremap marks every
+            # entry that it moves (move_soft_dirty_pte).
+            return kind == "h" or (Why.VMA_FLAG in self._allowed and new)
         if why not in self._allowed:
             return False
         match why:

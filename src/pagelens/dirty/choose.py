@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+from pagelens.dirty.compare import All
 from pagelens.dirty.epoch import Backend, Semantics
 from pagelens.dirty.pagescan import Pagescan
+from pagelens.dirty.soft_dirty import SoftDirty, require_soft_dirty
 from pagelens.dirty.spans import Spans
 from pagelens.linux import inject, pagescan
 from pagelens.linux.pagescan import Category
@@ -48,13 +50,42 @@ def pagescan_missing() -> str:
     return ""
 
 
-_MAKERS: dict[str, Maker] = {"pagescan": _pagescan}
+def _soft_dirty(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:  # noqa: ARG001 (one signature for all)
+    require_soft_dirty()
+    return SoftDirty(proc, ranges=ranges, hold=not traced)
+
+
+def _all(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:
+    if proc.pid == os.getpid():
+        raise UsageError("--backend all holds the target still, which a process cannot do to itself")
+    require_soft_dirty()
+    scan = _pagescan(proc, ranges, keep_huge, traced)
+    assert isinstance(scan, Pagescan)
+    return All(proc, scan, SoftDirty(proc, ranges=ranges), hold=not traced)
+
+
+_MAKERS: dict[str, Maker] = {"pagescan": _pagescan, "soft-dirty": _soft_dirty, "all": _all}
 BACKENDS = ("auto", *_MAKERS)
 
 
 def semantics() -> dict[str, Semantics]:
     """What each backend promises."""
-    return {"pagescan": Pagescan.semantics}
+    kinds = (Pagescan, SoftDirty, All)
+    return {kind.semantics.name: kind.semantics for kind in kinds}
+
+
+def auto() -> str:
+    """The backend that `auto` means here, by trying. Raises CapabilityMissingError where none works."""
+    missing = pagescan_missing()
+    if not missing:
+        return "pagescan"
+    try:
+        require_soft_dirty()
+    except CapabilityMissingError as error:
+        raise CapabilityMissingError(
+            f"no backend works here: pagescan: {missing}; {error}", capability="uffd-wp-async"
+        ) from None
+    return "soft-dirty"
 
 
 def make_backend(
@@ -63,7 +94,7 @@ def make_backend(
     """A backend for `proc`, not armed yet. traced: the calling thread traces it and holds its
     leader in a stop. Raises UsageError for a name that does not exist."""
     if name == "auto":
-        name = "pagescan"
+        name = auto()
     if name not in _MAKERS:
         raise UsageError(f"no backend {name!r} (there are: {', '.join(BACKENDS)})")
     return _MAKERS[name](proc, ranges, keep_huge, traced)

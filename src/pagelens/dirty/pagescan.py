@@ -32,6 +32,7 @@ import numpy as np
 
 from pagelens.dirty import spans
 from pagelens.dirty.epoch import Builder, Look, Semantics, Why
+from pagelens.dirty.layout import ANON, FILE, SHARED, Layout
 from pagelens.dirty.spans import Spans
 from pagelens.linux import maps, pagemap, pagescan
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
@@ -39,29 +40,13 @@ from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import Feature, Mode, Userfault
 from pagelens.vm.errors import TargetGoneError
 from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
-from pagelens.vm.vma import Prot, Vma, VmaList
 
-ANON, FILE, SHARED = 1, 2, 3
 MARKER_LIMIT = 16 << 30  # bytes of one shared mapping: markers cost 1/512 of it in page tables
-_NEVER = frozenset(("[vdso]", "[vsyscall]"))
 _POPULATED = Category.PRESENT | Category.SWAPPED
 _RETURN = (
     Category.WPALLOWED | Category.WRITTEN | Category.FILE | _POPULATED | Category.PFNZERO | Category.HUGE
 )  # fmt: skip
 _LOW = 0x10000
-
-
-def kind_of(vma: Vma) -> int:
-    """ANON, FILE (private mapping of a file) or SHARED for a vma that is to be watched; 0 for the others:
-    what cannot be written now. (A private anonymous vma that is not writable may become so without a new vma;
-    glibc's and the JVM's heaps do that all the time.)"""
-    if vma.name in _NEVER or vma.name.startswith("[vvar"):
-        return 0
-    if vma.shared:
-        return SHARED if vma.prot & Prot.WRITE else 0
-    if vma.inode == 0:
-        return ANON
-    return FILE if vma.prot & Prot.WRITE else 0
 
 
 class Pagescan:
@@ -101,11 +86,7 @@ class Pagescan:
         if handshake:
             uffd.handshake(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
         self._known = pagescan.supported()
-        self._raw = b""
-        self._vmas = VmaList()
-        self._kinds: dict[int, Spans] = dict.fromkeys((ANON, FILE, SHARED), spans.EMPTY)
-        self._unmarked = spans.EMPTY  # shared, too large for markers
-        self._watched = spans.EMPTY
+        self._layout = Layout(proc, ranges, MARKER_LIMIT)
         self._registered = spans.EMPTY
         self._content = spans.EMPTY
         self._failed: dict[int, int] = {}
@@ -118,10 +99,10 @@ class Pagescan:
         """Register everything that can be watched and protect what is populated."""
         self._fd = self._proc.fd("pagemap")
         self._read_maps()
-        self._register(self._watched)
-        self._mark_shared(self._kinds[SHARED])
+        self._register(self._layout.watched)
+        self._mark_shared(self._layout.kinds[SHARED])
         self._content = self._contents(self._collect(self._places()))
-        self._registered = self._watched
+        self._registered = self._layout.watched
 
     def forget(self) -> None:
         """Treat all contents as unknown: the next look lists everything (after exec, or of a new child)."""
@@ -137,26 +118,28 @@ class Pagescan:
         if not self._uffd.mm_alive():
             raise TargetGoneError(f"the address space of process {self._proc.pid} is gone")
         builder = Builder()
-        look = Look(builder, self._vmas)
+        look = Look(builder, self._layout.vmas)
         stray = self._strays()
         content = self._contents(regions)
         if (self._ranges is None or stray or not spans.same(self._content, content)) and self._read_maps():
             content = self._contents(regions)
-        fresh = spans.union(spans.minus(self._watched, self._registered), self._whole_vmas(stray))
+        fresh = spans.union(
+            spans.minus(self._layout.watched, self._registered), self._layout.whole_vmas(stray)
+        )
         written = (regions.categories & np.uint64(Category.WRITTEN)) != 0
         if written.any():
             self._written(regions, written, look)
         if fresh:
             content = self._take_in(fresh, content, look)
         self._lost(content, look)
-        if self._kinds[SHARED]:
+        if self._layout.kinds[SHARED]:
             self._dropped(regions, fresh, look)
         builder.add(self._uncertain, Why.DROPPED)
         if self._keep_huge:
             builder.add(self._huge(), Why.KEPT_HUGE)
         self._content = content
-        self._registered = self._watched
-        look.vmas = self._vmas
+        self._registered = self._layout.watched
+        look.vmas = self._layout.vmas
         look.details["content_pages"] = content.pages
         self._complaints(look)
         return look
@@ -176,7 +159,7 @@ class Pagescan:
         zero = (categories & np.uint64(Category.PFNZERO)) != 0
         of_file = (categories & np.uint64(Category.FILE)) != 0
         huge = (categories & np.uint64(Category.HUGE)) != 0
-        for kind, where in self._kinds.items():
+        for kind, where in self._layout.kinds.items():
             part, index, _ = spans.overlaps(dirt, where)
             if not part:
                 continue
@@ -196,12 +179,12 @@ class Pagescan:
         # may carry a stale protection bit). They are watched from here on. Always whole vmas: registering a
         # part (the rest lies where something else was registered before) would split them, and the program's
         # next mremap over the seam would fail with EFAULT.
-        self._register(self._whole_vmas(fresh))
-        self._mark_shared(spans.common(fresh, self._kinds[SHARED]))
+        self._register(self._layout.whole_vmas(fresh))
+        self._mark_shared(spans.common(fresh, self._layout.kinds[SHARED]))
         found = self._collect(fresh)
         held = self._contents(found)
         look.builder.add(held, Why.NEW)
-        shared = spans.common(fresh, self._kinds[SHARED])
+        shared = spans.common(fresh, self._layout.kinds[SHARED])
         if shared:
             present = (found.categories & np.uint64(Category.PRESENT)) != 0
             look.builder.add(
@@ -215,13 +198,13 @@ class Pagescan:
         gone = spans.minus(self._content, content)
         if not gone:
             return
-        private = spans.union(self._kinds[ANON], self._kinds[FILE])
+        private = spans.union(self._layout.kinds[ANON], self._layout.kinds[FILE])
         still = spans.common(gone, private)
         look.builder.add(still, Why.DISCARDED)
         look.unmapped_pages = gone.pages - still.pages
 
     def _dropped(self, regions: Regions, fresh: Spans, look: Look) -> None:
-        marked = spans.minus(spans.minus(self._kinds[SHARED], self._unmarked), fresh)
+        marked = spans.minus(spans.minus(self._layout.kinds[SHARED], self._layout.large), fresh)
         listed = spans.joined(regions.start, regions.end)
         empty = spans.common(spans.minus(marked, listed), self._registered)
         if empty:
@@ -230,7 +213,7 @@ class Pagescan:
 
     def _huge(self) -> Spans:
         found = self._scan(self._places(), mask=Category.HUGE, ret=Category.HUGE, anyof=_POPULATED)
-        return spans.common(spans.joined(found.start, found.end), self._watched)
+        return spans.common(spans.joined(found.start, found.end), self._layout.watched)
 
     def _complaints(self, look: Look) -> None:
         for number, size in self._failed.items():
@@ -240,8 +223,8 @@ class Pagescan:
         if self._foreign:
             look.complete = False
             look.notes.append(f"{self._foreign.pages} pages belong to the program's own userfaultfd")
-        if self._unmarked:
-            look.notes.append(f"{self._unmarked.pages} shared pages: a first read counts as a write")
+        if self._layout.large:
+            look.notes.append(f"{self._layout.large.pages} shared pages: a first read counts as a write")
         if look.zero_reads:
             look.notes.append(f"{look.zero_reads} pages were only read (zero page) and are not listed")
 
@@ -253,7 +236,7 @@ class Pagescan:
         if self._ranges is not None:
             return self._ranges
         if self._foreign:
-            return self._watched
+            return self._layout.watched
         return spans.of([(_LOW, TASK_SIZE)])
 
     def _scan(
@@ -293,11 +276,11 @@ class Pagescan:
         # Pages with private contents: populated, no zero page, no page of the mapped file.
         populated = (regions.categories & np.uint64(Category.PFNZERO)) == 0
         held = spans.joined(regions.start[populated], regions.end[populated])
-        out = spans.common(held, self._kinds[ANON])
-        if self._kinds[FILE]:
+        out = spans.common(held, self._layout.kinds[ANON])
+        if self._layout.kinds[FILE]:
             own = populated & ((regions.categories & np.uint64(Category.FILE)) == 0)
             copied = spans.joined(regions.start[own], regions.end[own])
-            copied = spans.minus(spans.common(copied, self._kinds[FILE]), self._markers(regions))
+            copied = spans.minus(spans.common(copied, self._layout.kinds[FILE]), self._markers(regions))
             out = spans.union(out, copied)
         return spans.joined(*out)
 
@@ -309,7 +292,7 @@ class Pagescan:
         away = (regions.categories & np.uint64(Category.SWAPPED | Category.WRITTEN)) == Category.SWAPPED
         if not away.any():
             return spans.EMPTY
-        where = spans.common(spans.joined(regions.start[away], regions.end[away]), self._kinds[FILE])
+        where = spans.common(spans.joined(regions.start[away], regions.end[away]), self._layout.kinds[FILE])
         out = []
         for start, end in where.pairs():
             entry = pagemap.entries(self._fd, start, (end - start) >> PAGE_SHIFT)
@@ -330,42 +313,10 @@ class Pagescan:
 
     def _read_maps(self) -> bool:
         # Returns whether anything changed.
-        raw = self._proc.read("maps")
-        if raw == self._raw:
+        if not self._layout.read(self._registered):
             return False
-        self._raw = raw
-        self._vmas = maps.parse(raw)
         self._foreign, self._failed = spans.EMPTY, {}
-        kinds: dict[int, list[tuple[int, int]]] = {ANON: [], FILE: [], SHARED: []}
-        read_only: dict[int, list[tuple[int, int]]] = {FILE: [], SHARED: []}
-        large = []
-        for vma in self._vmas:
-            if kind := kind_of(vma):
-                kinds[kind].append((vma.start, vma.end))
-                if kind == SHARED and vma.size > MARKER_LIMIT:
-                    large.append((vma.start, vma.end))
-            elif vma.inode and not vma.name.startswith("["):
-                read_only[SHARED if vma.shared else FILE].append((vma.start, vma.end))
-        everything = spans.EMPTY
-        for kind, pairs in kinds.items():
-            where = spans.of(pairs)
-            if kind in read_only:  # it was writable and written, and is read-only now: still ours to report
-                where = spans.union(where, spans.common(spans.of(read_only[kind]), self._registered))
-            if self._ranges is not None:
-                where = spans.common(where, self._ranges)
-            self._kinds[kind] = where
-            everything = spans.union(everything, where)
-        self._unmarked = spans.of(large)
-        self._watched = everything
         return True
-
-    def _whole_vmas(self, stray: Spans) -> Spans:
-        # A vma that lost its registration lost all of it.
-        if not stray:
-            return stray
-        mapped = Spans(self._vmas.starts, self._vmas.ends)
-        hit = np.unique(spans.overlaps(stray, mapped)[2])
-        return spans.common(spans.joined(mapped.start[hit], mapped.end[hit]), self._watched)
 
     def _register(self, where: Spans) -> None:
         for start, end in where.pairs():
@@ -376,7 +327,7 @@ class Pagescan:
 
     def _one_by_one(self, start: int, end: int, exc: OSError) -> None:
         self._gone(exc)
-        for vma in self._vmas.overlapping(start, end):
+        for vma in self._layout.vmas.overlapping(start, end):
             first, last = max(start, vma.start), min(end, vma.end)
             try:
                 self._uffd.register(first, last, Mode.WP)
@@ -390,16 +341,14 @@ class Pagescan:
 
     def _give_up(self, where: Spans) -> None:
         self._foreign = spans.union(self._foreign, where)
-        for kind, kept in self._kinds.items():
-            self._kinds[kind] = spans.minus(kept, where)
-        self._watched = spans.minus(self._watched, where)
+        self._layout.leave_out(where)
 
     def _gone(self, exc: OSError) -> None:
         if exc.errno == errno.ESRCH or not self._uffd.mm_alive():
             raise TargetGoneError(f"the address space of process {self._proc.pid} is gone") from None
 
     def _mark_shared(self, where: Spans) -> None:
-        for start, end in spans.minus(where, self._unmarked).pairs():
+        for start, end in spans.minus(where, self._layout.large).pairs():
             try:
                 self._uffd.writeprotect(start, end, protect=True)
             except OSError as exc:

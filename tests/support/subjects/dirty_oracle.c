@@ -7,7 +7,8 @@
  *                 W lines also come for known pages of the stack; then one line "."
  *   fill SEED N   writers: N threads write at random until `halt`; answers "."
  *   sum           a checksum of all arenas
- * An argument "nohuge" leaves out huge pages.
+ * Arguments: "nohuge" leaves out huge pages; "dropped" forgets writes to shared pages whose entries are dropped
+ * before the next report (which soft-dirty declares to miss).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,7 +38,7 @@ static struct arena arenas[MAX_ARENAS];
 static char *stack_low, *stack_high;
 static int zero_fd, file_fd, direct_fd;
 static uint64_t state;
-static int huge_ok = 1;
+static int huge_ok = 1, forget_dropped;
 static volatile int halt;
 
 static uint64_t rnd(uint64_t n)
@@ -108,7 +109,7 @@ static void discard(struct arena *a, size_t first, size_t n)
 	if (madvise(a->at + first * PAGE, n * PAGE, MADV_DONTNEED))
 		return;
 	if (!is_private(a)) {
-		if (a->fresh) /* declared: written and dropped before the mapping was first looked at */
+		if (a->fresh || forget_dropped) /* declared: written and dropped before it was (first) looked at */
 			memset(a->written + first, 0, n);
 		return;
 	}
@@ -295,7 +296,10 @@ int main(int argc, char **argv)
 	unsigned long count;
 	pthread_t threads[16];
 	unsigned long running = 0;
-	huge_ok = !(argc > 1 && !strcmp(argv[1], "nohuge"));
+	for (int i = 1; i < argc; i++) {
+		huge_ok &= strcmp(argv[i], "nohuge") != 0;
+		forget_dropped |= strcmp(argv[i], "dropped") == 0;
+	}
 	setvbuf(stdout, NULL, _IOFBF, 1 << 16);
 	zero_fd = open("/dev/zero", O_RDONLY);
 	file_fd = mkstemp(name);

@@ -2,6 +2,7 @@
  * signals with handlers (one on an alternate stack), threads that come and go, timed waits. It ends itself
  * with a message and code 9 at the first wrong result; on "check\n" it prints its counters and a checksum.
  */
+#pragma GCC target("avx")
 #define _GNU_SOURCE
 #include <errno.h>
 #include <immintrin.h>
@@ -36,7 +37,7 @@ static void on_signal(int sig)
 	atomic_fetch_add(&signals_seen, 1);
 }
 
-__attribute__((target("avx"))) static void registers(unsigned seed)
+static void registers(unsigned seed)
 {
 	__m256d v = _mm256_set_pd(seed, seed + 1, seed + 2, seed + 3), one = _mm256_set1_pd(1.0);
 	long a = seed, b = seed + 1, c = seed + 2, d = seed + 3;

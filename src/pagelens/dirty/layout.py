@@ -1,0 +1,98 @@
+"""Which vmas are watched, by kind: shared by the backends.
+
+The maps text is read at each look and parsed only where it changed (a comparison of bytes costs nothing beside
+a parse). Three kinds matter, because a page that goes away means something else in each: private anonymous
+(it reads as zeros), private of a file (it reads as the file again), shared (its contents live on elsewhere).
+"""
+
+from __future__ import annotations
+
+from pagelens.dirty import spans
+from pagelens.dirty.spans import Spans
+from pagelens.linux import maps
+from pagelens.linux.procfs import Process
+from pagelens.vm.vma import Prot, Vma, VmaList
+
+ANON, FILE, SHARED = 1, 2, 3
+KINDS = (ANON, FILE, SHARED)
+_NEVER = frozenset(("[vdso]", "[vsyscall]"))
+
+
+def kind_of(vma: Vma) -> int:
+    """ANON, FILE (private mapping of a file) or SHARED for a vma that is to be watched; 0 for the others:
+    what cannot be written now. (A private anonymous vma that is not writable may become so without a new vma;
+    glibc's and the JVM's heaps do that all the time.)"""
+    if vma.name in _NEVER or vma.name.startswith("[vvar"):
+        return 0
+    if vma.shared:
+        return SHARED if vma.prot & Prot.WRITE else 0
+    if vma.inode == 0:
+        return ANON
+    return FILE if vma.prot & Prot.WRITE else 0
+
+
+class Layout:
+    """The watched part of an address space. `kinds`: spans by kind; `watched`: all of them; `vmas`: the maps.
+
+    ranges: only these bytes; None: all. limit: shared mappings larger than this (bytes) are in `large`.
+    """
+
+    def __init__(self, proc: Process, ranges: Spans | None, limit: int) -> None:
+        self._proc = proc
+        self._ranges = ranges
+        self._limit = limit
+        self._raw = b""
+        self.vmas = VmaList()
+        self.kinds: dict[int, Spans] = dict.fromkeys(KINDS, spans.EMPTY)
+        self.large = spans.EMPTY
+        self.watched = spans.EMPTY
+
+    @property
+    def is_read(self) -> bool:
+        """Whether it has been read at all."""
+        return bool(self._raw)
+
+    def read(self, was_watched: Spans) -> bool:
+        """Read the maps; returns whether anything changed. A mapping that was writable and watched
+        (`was_watched`) and is read-only now is still watched: what was written to it is still to be told."""
+        raw = self._proc.read("maps")
+        if raw == self._raw:
+            return False
+        self._raw = raw
+        self.vmas = maps.parse(raw)
+        pairs: dict[int, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
+        read_only: dict[int, list[tuple[int, int]]] = {FILE: [], SHARED: []}
+        large = []
+        for vma in self.vmas:
+            if kind := kind_of(vma):
+                pairs[kind].append((vma.start, vma.end))
+                if kind == SHARED and vma.size > self._limit:
+                    large.append((vma.start, vma.end))
+            elif vma.inode and not vma.name.startswith("["):
+                read_only[SHARED if vma.shared else FILE].append((vma.start, vma.end))
+        everything = spans.EMPTY
+        for kind in KINDS:
+            where = spans.of(pairs[kind])
+            if kind in read_only:
+                where = spans.union(where, spans.common(spans.of(read_only[kind]), was_watched))
+            if self._ranges is not None:
+                where = spans.common(where, self._ranges)
+            self.kinds[kind] = where
+            everything = spans.union(everything, where)
+        self.large = spans.of(large)
+        self.watched = everything
+        return True
+
+    def leave_out(self, where: Spans) -> None:
+        """Watch no longer what cannot be watched."""
+        for kind, kept in self.kinds.items():
+            self.kinds[kind] = spans.minus(kept, where)
+        self.watched = spans.minus(self.watched, where)
+
+    def whole_vmas(self, where: Spans) -> Spans:
+        """The watched vmas that share a page with `where`, whole."""
+        if not where:
+            return where
+        mapped = Spans(self.vmas.starts, self.vmas.ends)
+        hit: list[int] = sorted(set(spans.overlaps(where, mapped)[2].tolist()))
+        return spans.common(spans.joined(mapped.start[hit], mapped.end[hit]), self.watched)
