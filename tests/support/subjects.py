@@ -7,6 +7,7 @@ directory for them).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -59,7 +60,7 @@ def prepare(target: Path) -> None:
     """Compiles every subject, and copies all builds of the present sources to `target`, for a guest."""
     build = Subjects()
     for source in SOURCES.glob("*.c"):
-        if "pl-flags:" not in source.read_text():  # needs flags of its own; its test gives them
+        with contextlib.suppress(AssertionError):  # one that needs flags of its own: its test gives them
             build(source.stem)
         home = _home(source.stem)
         if (_cache() / home).is_dir():

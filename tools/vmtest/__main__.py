@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def _test_kernels(args: argparse.Namespace) -> int:
         memory=args.memory,
         results=args.results,
         measure=args.measure,
+        all_tests=args.all,
         environment=dict(item.split("=", 1) for item in args.set),
     )
     outcomes = matrix.run(plan)
@@ -107,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     all_of.add_argument("--results", type=Path, help="where results go (default build/vmtest)")
     all_of.add_argument("--measure", action="store_true", help="write measured values down, compare none")
     all_of.add_argument(
+        "--all", action="store_true", help="also the tests that tests/kernels/left_out.toml leaves out"
+    )
+    all_of.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="into the guest's environment"
     )
     all_of.add_argument(
@@ -127,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """Runs a subcommand; one sentence on failure."""
     args = _parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = args.run(args)
     except VmtestError as error:

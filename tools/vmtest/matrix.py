@@ -40,6 +40,7 @@ class Plan:
     environment: dict[str, str] = field(default_factory=dict)
     results: Path | None = None
     measure: bool = False
+    all_tests: bool = False
 
 
 @dataclass
@@ -81,7 +82,13 @@ def run(plan: Plan) -> list[Outcome]:
     allowed = skips.load(plan.root / "tests/kernels/allowed_skips.toml")
     with concurrent.futures.ThreadPoolExecutor(max(1, plan.jobs)) as pool:
         jobs = [pool.submit(_one, plan, kernel, allowed, lock) for kernel in kernels]
-        return [job.result() for job in jobs]
+        try:
+            return [job.result() for job in jobs]
+        except BaseException:
+            qemu.stop.set()
+            for job in jobs:
+                job.cancel()
+            raise
 
 
 def _one(plan: Plan, kernel: fetch.Kernel, allowed: list[skips.Allowed], lock: threading.Lock) -> Outcome:
@@ -96,6 +103,7 @@ def _one(plan: Plan, kernel: fetch.Kernel, allowed: list[skips.Allowed], lock: t
             "PYTHONPATH": str(plan.root / "tools"),
             "VMTEST_BUDGET": str(plan.budget),
             "VMTEST_KERNEL": kernel.name,
+            **({} if plan.all_tests else {"VMTEST_LEFT_OUT": str(plan.root / "tests/kernels/left_out.toml")}),
             "COLUMNS": "100",
             **({"PAGELENS_MEASURE_ONLY": "1"} if plan.measure else {}),
             **plan.environment,

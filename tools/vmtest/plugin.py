@@ -7,9 +7,11 @@ silently grows beyond its time would otherwise shrink silently too.
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,14 @@ def _write(record: dict[str, Any]) -> None:
         file.write(json.dumps(record) + "\n")
 
 
+def _left_out() -> list[tuple[str, str]]:
+    # (pattern, why) of tests that guests do not run: a test of files or of our own code is the same on each
+    # kernel.
+    path = os.environ.get("VMTEST_LEFT_OUT")
+    table = tomllib.loads(Path(path).read_text()) if path else {}
+    return [(entry["tests"], entry["why"]) for entry in table.get("left_out", [])]
+
+
 class Outcomes:
     """Collects the phases of each test into one outcome."""
 
@@ -30,6 +40,15 @@ class Outcomes:
         self._worst: dict[str, tuple[str, str]] = {}
         self._time: dict[str, float] = {}
         self._budget = float(os.environ.get("VMTEST_BUDGET", "inf"))
+
+    @pytest.hookimpl
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leaves out what tests/kernels/left_out.toml names."""
+        patterns = _left_out()
+        out = [i for i in items if any(fnmatch.fnmatch(i.nodeid, p) for p, _ in patterns)]
+        if out:
+            config.hook.pytest_deselected(items=out)
+            items[:] = [i for i in items if i not in out]
 
     @pytest.hookimpl
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:

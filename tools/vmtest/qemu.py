@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from vmtest.fetch import Kernel
 from vmtest.rootfs import root_image
 from vmtest.verdict import Verdict, judge
 
+# Set when the run is to end early (Ctrl-C): every guest is then ended at once.
+stop = threading.Event()
 QEMU = "qemu-system-x86_64"
 PORTS = ("control", "stdout", "stderr")
 
@@ -84,7 +87,9 @@ class _Run:
             f"tsc=reliable tsc_early_khz={tsc.khz()} no_timer_check rcupdate.rcu_cpu_stall_timeout=30 "
             "apparmor=0 selinux=0 audit=0 " + m.append
         )
-        command = [
+        # It goes when we go, even by SIGKILL.
+        command = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
+        command += [
             QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
             "-machine", "pc", "-accel", "tcg,thread=multi", "-cpu", "max,la57=off", "-smp", "2,sockets=2",
             "-m", f"{m.memory}M",
@@ -164,6 +169,8 @@ class _Run:
                         selector.unregister(source)
                         source.close()
                         open_ports -= 1
+                if stop.is_set():
+                    return None, False
                 now = time.monotonic()
                 # All that qemu sent has been read once its ends of the ports are closed.
                 if process.poll() is not None and open_ports <= 0:

@@ -160,13 +160,21 @@ def libdw() -> Outcome:
 
 @contextlib.contextmanager
 def _sleeper(user: int | None = None) -> Iterator[int]:
-    null = subprocess.DEVNULL
-    child = subprocess.Popen(["sleep", "30"], stdin=null, stdout=null, stderr=null, user=user, cwd="/")
-    try:
-        yield child.pid
-    finally:
-        child.kill()
-        child.wait()
+    # It answers before it is used: Popen returns in the middle of exec, when the new address space holds no
+    # more than a stack that is about to move (begin_new_exec closes the pipe that Popen waits for).
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        ["cat"], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, user=user, cwd="/"
+    ) as child:
+        try:
+            assert child.stdin is not None
+            assert child.stdout is not None
+            child.stdin.write(b"!")
+            child.stdin.flush()
+            child.stdout.read(1)
+            yield child.pid
+        finally:
+            child.kill()
 
 
 def other_users() -> Outcome:
