@@ -1,0 +1,119 @@
+"""Which stores changed the pages of a diff: recorded faults joined with its page changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pagelens.capture.reader import Capture
+from pagelens.linux import elf
+from pagelens.linux.symbols import Symbolizer
+from pagelens.report import faults as report
+from pagelens.report import transitions
+from pagelens.report.diff import Diff
+from pagelens.vm.snapshot import Snapshot
+from pagelens.vm.units import page_down
+from pagelens.vm.vma import Vma
+
+_CHAINS = 200  # page runs whose single faults are listed; more would drown the reader
+
+
+def attribute(diff: Diff, capture: Capture, mm: int) -> None:
+    """Fill in symbol, faults, stores and chain of each page change, from the faults of address space `mm`.
+
+    stores: the functions of the faults between the two moments, most first. chain: all faults on the run's
+    first page since the recording began, oldest first, each with what it was, from where, and its cause.
+    """
+    loaded = report.load(capture)
+    c = loaded.columns
+    mine = np.flatnonzero(c["mm"] == mm)
+    order = mine[np.argsort(c["time_ns"][mine], kind="stable")]
+    index, places = report.places(loaded, c["pid"][order], loaded.ip_area[order], c["ip"][order])
+    addr, time = c["addr"][order], c["time_ns"][order]
+    causes = _causes(capture)
+    low, high = diff.a.shot.time_ns, diff.b.shot.time_ns
+    between = (time > low) & (time <= high)
+    symbolizer = loaded.symbolizer
+    unseen = 0
+    for number, change in enumerate(diff.pages):
+        end = change.start + change.pages * 4096
+        here = (addr >= np.uint64(change.start)) & (addr < np.uint64(end))
+        hits = np.flatnonzero(here & between)
+        change.faults = len(hits)
+        counts: dict[str, dict[str, Any]] = {}
+        for i in hits.tolist():
+            place = places[int(index[i])]
+            row = counts.setdefault(
+                str(place), {"function": place.function or None, "file": place.file or None, "line": place.line or None,
+                             "faults": 0}
+            )  # fmt: skip
+            row["faults"] += 1
+        change.stores = sorted(counts.values(), key=lambda r: -r["faults"])
+        if not len(hits):
+            unseen += change.pages
+        if number >= _CHAINS:
+            continue
+        first = np.flatnonzero((addr & ~np.uint64(0xFFF)) == np.uint64(change.start))
+        chain = first[time[first] <= high]
+        change.chain = [
+            {
+                "seq": int(c["seq"][order[i]]),
+                "time_ns": int(time[i]),
+                "between": bool(between[i]),
+                "addr": int(addr[i]),
+                "what": report.describe_error(
+                    int(c["error_code"][order[i]]) if c["error_code"][order[i]] >= 0 else 1024
+                ),
+                "from": str(places[int(index[i])]),
+                "symbol": data_name(diff.b.shot, int(addr[i]), symbolizer),
+                "cause": causes.get(int(c["seq"][order[i]])),
+            }
+            for i in chain.tolist()
+        ]
+        change.what = transitions.refine(change.what, change.before, change.after, change.file_vma,
+                                         [r["what"] for r in change.chain if r["between"]])  # fmt: skip
+        change.symbol = next((str(r["symbol"]) for r in reversed(change.chain) if r["symbol"]), "")
+        if not change.symbol:
+            change.symbol = data_name(diff.b.shot, change.start, symbolizer)
+    if unseen:
+        diff.notes.append(
+            f"{unseen:,} changed pages have no fault of their own between the two moments: mapped around another"
+            " fault, by a huge page, by a call (populate, munmap, madvise, fork) or by the kernel's daemons"
+        )
+
+
+def _causes(capture: Capture) -> dict[int, str]:
+    # seq -> cause, where `why` can judge this capture.
+    from pagelens.why import derived
+
+    table = derived.table(derived.classify(capture))
+    seqs, causes = table.column("seq").to_pylist(), table.column("cause").to_pylist()
+    return dict(zip(seqs, causes, strict=True))
+
+
+def data_name(shot: Snapshot, address: int, symbolizer: Symbolizer) -> str:
+    """Name of the object at `address` in a program's or library's data or bss, "" elsewhere."""
+    vma = shot.vmas.find(address)
+    if vma is None or (vma.inode and not vma.name.startswith("/")):
+        return ""
+    i = list(shot.vmas).index(vma)
+    head: Vma | None = None
+    for back in range(i, max(-1, i - 9), -1):
+        v = shot.vmas[back]
+        if v.inode and v.offset == 0 and not v.shared and v.name.startswith("/"):
+            head = v
+            break
+    if head is None:
+        return ""
+    path = head.name.removesuffix(" (deleted)")
+    image = elf.read(path, head.inode)
+    if image is None or not image.loads():
+        return ""
+    bias = head.start - page_down(image.loads()[0].vaddr) if image.dynamic else 0
+    vaddr = address - bias
+    if not any(s.vaddr <= vaddr < s.vaddr + s.memsz and s.flags & 2 for s in image.loads()):
+        return ""
+    place = symbolizer.data(str(Path(path)), image.build_id, vaddr)
+    return place.function
