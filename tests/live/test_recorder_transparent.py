@@ -152,7 +152,7 @@ def test_killing_pagelens_harms_nobody(tmp_path: Path, subjects: Subjects) -> No
     )
     alone = tmp_path / "alone"
     subprocess.run([sys.executable, "-c", program, str(alone)], check=True)
-    for trial in range(6):
+    for trial in range(4):
         out = tmp_path / f"out{trial}"
         capture = tmp_path / f"c{trial}.plens"
         started = tmp_path / f"pid{trial}"

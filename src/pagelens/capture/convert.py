@@ -283,7 +283,9 @@ def _mms(calls: Rows, details: list[str | None]) -> list[dict[str, Any]]:
         if row["kind"] == Kind.EXEC:
             rows.append(base | {"mm": args[1], "origin": "exec", "parent_mm": args[0], "path": details[i]})
         elif row["kind"] == Kind.START:
-            rows.append(base | {"mm": args[3], "origin": "start", "parent_mm": None})
+            if args[0] != args[1]:
+                continue  # threads share their leader's row
+            rows.append(base | {"mm": args[3], "origin": "start", "parent_mm": None, "path": details[i]})
         elif args[3] != row["mm"]:
             rows.append(base | {"mm": args[3], "origin": "fork", "pid": args[0]})
     return rows

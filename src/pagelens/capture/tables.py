@@ -32,7 +32,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column(
             "parent_mm", "int32", "", "start", "fork: the space that was copied; exec: the one that was left"
         ),
-        Column("path", "string", "", "not exec", "program as given to execve"),
+        Column("path", "string", "", "fork", "program as given to execve; start: the command's name"),
     ),
     "tasks": (
         Column("pid", "int32", "", "never", "thread group id"),

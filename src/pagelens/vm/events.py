@@ -31,7 +31,7 @@ EVENTS: tuple[Column, ...] = (
     Column("tid", "int32", "", "never", "thread id"),
     Column("cpu", "int16", "", "never", "CPU"),
     Column("kind", "string", "", "never", "fault, syscall, task, switch or daemon"),
-    Column("name", "string", "", "faults", "system call; fork, exec, exit, comm; in, out; tracepoint"),
+    Column("name", "string", "", "faults", "system call; fork, exec, exit, start; in, out; tracepoint"),
     Column("addr", "uint64", "byte", "not a fault", "faulting address, exact where the kernel gives it"),
     Column("ip", "uint64", "byte", "no user frame", "instruction in user space that led here"),
     Column(
@@ -79,5 +79,6 @@ EVENTS: tuple[Column, ...] = (
 TASK_ARGS: dict[str, tuple[str, ...]] = {
     "fork": ("child_pid", "child_tid", "clone_flags", "child_mm"),
     "exec": ("old_mm", "new_mm"),
+    "start": ("pid", "tid", "0", "mm"),
     "exit": ("min_flt", "maj_flt", "recorded", "gup"),
 }

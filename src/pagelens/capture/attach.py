@@ -1,0 +1,109 @@
+"""Record processes that run already: mark their tasks, wait, unmark them.
+
+The tasks are marked by one pass over all tasks in the kernel; whoever was started meanwhile by a task that was not
+marked yet is found by the next pass, and passes are made until one finds nobody. A task that is found late has lost
+nothing of the equation: its counters are taken when it is marked.
+Nothing is put into the target: no ptrace, no breakpoint. When we are killed the kernel drops the programs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pagelens.capture.session import Session, Settings
+from pagelens.linux.procfs import Process
+from pagelens.linux.recording import BpfRecording
+from pagelens.linux.tree import descendants
+from pagelens.vm.errors import TargetGoneError
+
+_MAX_PASSES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """How it ended. tasks: that ran when we attached; passes: over the tasks until all were found."""
+
+    summary: dict[str, Any]
+    notes: list[str]
+    tasks: int
+    passes: int
+
+
+class _Stop(Exception):
+    pass
+
+
+def attach(
+    path: Path,
+    settings: Settings,
+    pid: int,
+    *,
+    duration: float | None = None,
+    tree: bool = False,
+    force: bool = False,
+) -> Attached:
+    """Record `pid` until it is gone, `duration` seconds have passed, or SIGINT or SIGTERM comes.
+
+    tree: also what it has started already (what it starts from now on follows in any case).
+    TargetGoneError, UsageError (a kernel thread), CapabilityMissingError: nothing was recorded.
+    """
+    with Process.open(pid) as target:
+        command = [f"attach {pid} ({target.stat().comm})"]
+        settings.method = "bpf"
+        session = Session(path, settings, command=command, force=force)
+        try:
+            return _record(session, target, duration, tree)
+        except BaseException:
+            session.abandon()
+            raise
+
+
+def _record(session: Session, target: Process, duration: float | None, tree: bool) -> Attached:
+    recording = session.recording
+    assert isinstance(recording, BpfRecording)
+    session.start()
+    tasks = passes = 0
+    while passes < _MAX_PASSES:
+        new = recording.adopt(descendants([target.pid]) if tree else [target.pid])
+        passes += 1
+        tasks += new
+        if not new:
+            break
+    if not tasks:
+        session.abandon()
+        shutil.rmtree(session.writer.path, ignore_errors=True)
+        raise TargetGoneError(f"process {target.pid} is gone (or is exiting)")
+    if session.settings.snapshot != "none":
+        session.take(target.pid, "attach")
+    old = {n: signal.signal(n, _stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        _wait(recording, duration)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    if session.settings.snapshot != "none" and target.alive:
+        session.take(target.pid, "detach")
+    summary = session.finish()
+    return Attached(summary, session.notes, tasks, passes)
+
+
+def _stop(_number: int, _frame: FrameType | None) -> None:
+    raise _Stop
+
+
+def _wait(recording: BpfRecording, duration: float | None) -> None:
+    until = None if duration is None else time.monotonic() + duration
+    try:
+        while recording.live_tasks() > 0:
+            left = 0.05 if until is None else min(0.05, until - time.monotonic())
+            if left <= 0:
+                return
+            time.sleep(left)
+    except _Stop:
+        return

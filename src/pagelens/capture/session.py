@@ -1,0 +1,207 @@
+"""One recording, whatever starts it: the capture, the live recording, the thread that writes parts, the end.
+
+`recorder` (a program from its execve on) and `attach` (processes that run already) drive it. The drain is C; one
+Python thread turns finished spool segments into Parquet every few seconds. A failure of ours (a full disk) stops
+the recording, never the program.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pagelens import __version__
+from pagelens.capture import convert, records, snapshots
+from pagelens.capture.balance import Ended, balance, losses
+from pagelens.capture.store import CaptureWriter
+from pagelens.linux import snapshot as live
+from pagelens.linux.perf_recording import PerfRecording
+from pagelens.linux.recording import DEFAULT_RING, BpfRecording, Options
+from pagelens.linux.settings import memory_settings
+from pagelens.vm.errors import CapabilityMissingError, PagelensError
+from pagelens.vm.snapshot import Snapshot
+
+PART_SECONDS = 3.0
+PART_BYTES = 48 << 20
+_ALIVE_PART = 99_999_998  # behind the parts of all segments
+
+
+@dataclass
+class Settings:
+    """What `run` was asked for. max_size: bytes of events to keep, 0 for all. until: "tree" or "program"."""
+
+    detail: str = "normal"
+    snapshot: str = "full"
+    ring_size: int = DEFAULT_RING
+    max_size: int = 0
+    until: str = "tree"
+    switches: bool | None = None  # None: with normal and full
+    method: str = "auto"  # or bpf, perf
+
+
+class _Spooler(threading.Thread):
+    # Converts segments. Stops at the first error (a full disk), which is then the recording's.
+    def __init__(
+        self, recording: BpfRecording | PerfRecording, writer: CaptureWriter, part_bytes: int
+    ) -> None:
+        super().__init__(name="pagelens-spool", daemon=True)
+        self._recording, self._writer = recording, writer
+        self._part_bytes = part_bytes
+        self._ask = threading.Event()
+        self.error: OSError | None = None
+        self.pending: list[tuple[int, int | None, str, Snapshot]] = []
+
+    def run(self) -> None:
+        last = time.monotonic()
+        while not self._ask.wait(0.25):
+            full = self._recording.stats().segment_bytes > self._part_bytes
+            if full or time.monotonic() - last > PART_SECONDS:
+                last = time.monotonic()
+                self.convert(self._recording.drain.rotate())
+
+    def convert(self, segment: int) -> None:
+        """One segment and the snapshots that wait."""
+        if self.error is not None:
+            return
+        try:
+            self._writer.add_segment(segment)
+            while self.pending:
+                number, mm, moment, snap = self.pending.pop(0)
+                for table, rows in snapshots.to_tables(number, mm, moment, snap).items():
+                    self._writer.write(table, rows, part=number)
+        except OSError as error:
+            self.error = error
+
+    def finish(self) -> None:
+        """End the thread, convert the rest."""
+        self._ask.set()
+        if self.is_alive():
+            self.join()
+        self.convert(self._recording.drain.stop())
+
+
+def _open(method: str, options: Options, spool: Path) -> tuple[BpfRecording | PerfRecording, str]:
+    # The best that works here; what it cannot see is in options.absent.
+    if method != "perf":
+        try:
+            return BpfRecording(options, spool), "bpf"
+        except CapabilityMissingError:
+            if method == "bpf":
+                raise
+    return PerfRecording(options, spool), "perf"
+
+
+class Session:
+    """A capture that is being recorded. notes: sentences for the user, filled by `finish`."""
+
+    def __init__(
+        self, path: Path, settings: Settings, *, command: Sequence[str], force: bool = False
+    ) -> None:
+        """Makes the capture and loads the recorder, before anything is started.
+
+        CapabilityMissingError, UsageError: nothing was started, nothing is left.
+        """
+        self.settings = settings
+        self.notes: list[str] = []
+        self._snapshots = 0
+        self._snapshot_losses = 0
+        meta = {
+            "pagelens": __version__,
+            "status": "recording",
+            "command": list(command),
+            "started": time.time(),
+            "started_ns": time.monotonic_ns(),
+            "kernel": " ".join(os.uname()[i] for i in (0, 2, 3, 4)),
+            "settings": memory_settings(),
+            "detail": settings.detail,
+            "snapshot": settings.snapshot,
+            "ring_size": settings.ring_size,
+        }
+        self.writer = CaptureWriter(path, meta, force=force, max_size=settings.max_size)
+        switches = settings.switches if settings.switches is not None else settings.detail != "lean"
+        options = Options(detail=settings.detail, ring_size=settings.ring_size, switches=switches)
+        try:
+            recording, method = _open(settings.method, options, self.writer.spool)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+        self.recording: BpfRecording | PerfRecording = recording
+        self.writer.write_meta(method=method, absent=options.absent)
+        part_bytes = min(PART_BYTES, settings.max_size or PART_BYTES)
+        self._spooler = _Spooler(self.recording, self.writer, part_bytes)
+
+    def start(self) -> None:
+        """Begin to write parts."""
+        self._spooler.start()
+
+    def take(self, pid: int, moment: str) -> None:
+        """A snapshot of a process; one that cannot be taken is counted as a loss."""
+        full = self.settings.snapshot == "full"
+        try:
+            mm = self.recording.mm_of(pid)
+            snap = live.take(pid, pages=full, accounting=full)
+        except (PagelensError, OSError):
+            self._snapshot_losses += 1
+            return
+        self._snapshots += 1
+        self._spooler.pending.append((self._snapshots, mm, moment, snap))
+
+    def finish(self) -> dict[str, Any]:
+        """Detach, convert the rest, draw up the balance; returns the summary."""
+        recording, writer = self.recording, self.writer
+        running = recording.collect() if isinstance(recording, BpfRecording) else b""
+        rows = [convert.task_row(row, alive=True) for row in np.frombuffer(running, records.BARE_CALL)]
+        alive = 0 if isinstance(recording, BpfRecording) else max(0, recording.live_tasks())
+        recording.detach()
+        self._spooler.finish()
+        stats, totals = recording.stats(), recording.totals()
+        error = self._spooler.error
+        ended = Ended(
+            totals=totals,
+            drained=int(stats.faults),
+            dropped_faults=int(stats.dropped_faults),
+            dropped_others=int(stats.dropped_others),
+            damaged=int(stats.damaged),
+            written=writer.recorded,
+            dropped_rows=writer.dropped_rows,
+            alive=alive,
+            snapshot_losses=self._snapshot_losses,
+            error=(error.errno or errno.EIO) if error else int(stats.error),
+            lean=self.settings.detail == "lean",
+            perf=isinstance(recording, PerfRecording),
+            kernel_visible=not isinstance(recording, PerfRecording) or recording.kernel,
+        )
+        lost = losses(ended)
+        self.notes += [f"{count:,} {note}" for _, count, note in lost]
+        summary = balance(ended)
+        if rows:
+            self.notes.append(f"{len(rows):,} tasks run on; they were recorded until now")
+        try:
+            if rows:
+                writer.write("tasks", rows, part=_ALIVE_PART)
+            for what, count, note in lost:
+                writer.lose(what, count, note)
+            writer.finish(
+                status=summary["status"],
+                summary=summary,
+                ended_ns=time.monotonic_ns(),
+                rows=writer.next_seq,
+                high_water=int(stats.high_water),
+            )
+        except OSError:
+            pass  # the disk is full: meta.json still says "recording", and `recover` does the rest
+        recording.close()
+        return summary
+
+    def abandon(self) -> None:
+        """Detach and free; the capture stays as it is."""
+        self.recording.close()

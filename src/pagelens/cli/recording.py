@@ -1,0 +1,113 @@
+"""What `run` and `attach` have in common: arguments, where the capture goes, the summary."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pagelens.vm.errors import UsageError
+
+if TYPE_CHECKING:
+    from pagelens.capture.session import Settings
+
+_DETAILS = ("lean", "normal", "full")
+
+
+def add_recording_arguments(parser: argparse.ArgumentParser, moments: str) -> None:
+    """moments: when snapshots are taken, for the help."""
+    parser.add_argument("-c", "--capture", metavar="DIR", help="where to write (default: NAME.plens here)")
+    parser.add_argument("--force", action="store_true", help="overwrite a capture")
+    parser.add_argument(
+        "--detail",
+        choices=_DETAILS,
+        default="normal",
+        help="lean: no stacks, error codes, latencies, failed faults, switches; full: as normal, for now",
+    )
+    parser.add_argument(
+        "--snapshot",
+        choices=("full", "maps", "none"),
+        default="full",
+        help=f"{moments}: maps, page states and smaps; only maps; nothing, and no ptrace",
+    )
+    parser.add_argument("--ring-size", metavar="BYTES", default="8M", help="per CPU (default: 8M)")
+    parser.add_argument("--max-size", metavar="BYTES", default="0", help="keep only the newest events")
+    parser.add_argument("--no-switches", action="store_true", help="no context switches")
+    parser.add_argument("--summary-json", metavar="FILE", help="write the summary as JSON")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no summary on stderr")
+
+
+def recording_settings(args: argparse.Namespace) -> Settings:
+    """From the arguments. UsageError where one makes no sense."""
+    from pagelens.capture.session import Settings
+
+    ring = parse_size(args.ring_size)
+    if ring < 4096 or ring & (ring - 1):
+        raise UsageError("--ring-size must be a power of two, at least 4096")
+    return Settings(
+        detail=args.detail,
+        snapshot=args.snapshot,
+        ring_size=ring,
+        max_size=parse_size(args.max_size),
+        switches=False if args.no_switches else None,
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "64K", "8M", "1G" or a plain number. UsageError otherwise."""
+    units = {"K": 10, "M": 20, "G": 30, "T": 40}
+    number, shift = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 0)
+    try:
+        value = int(float(number) * (1 << shift))
+    except ValueError:
+        raise UsageError(f"{text!r} is no size (examples: 64K, 8M, 1G)") from None
+    if value < 0:
+        raise UsageError(f"{text!r} is no size")
+    return value
+
+
+def default_capture(name: str) -> Path:
+    """NAME.plens in the current directory, or NAME-2.plens, …: the first that is free."""
+    base = Path(name).name
+    path, n = Path(f"{base}.plens"), 1
+    while path.exists():
+        n += 1
+        path = Path(f"{base}-{n}.plens")
+    return path
+
+
+def print_summary(args: argparse.Namespace, capture: Path, summary: dict[str, Any], notes: list[str]) -> None:
+    """To stderr and to --summary-json, with the causes."""
+    import json
+
+    from pagelens.capture.summary import text
+
+    causes = _causes(capture, summary) if args.summary_json or not args.quiet else []
+    try:
+        if args.summary_json:
+            Path(args.summary_json).write_text(json.dumps(summary, indent=1) + "\n")
+    except OSError as error:
+        sys.stderr.write(f"pagelens: {error.strerror}: {args.summary_json}\n")
+    if not args.quiet:
+        lines = [f"pagelens: {capture}", *("  " + line for line in text(summary).splitlines())]
+        lines += ["  causes", *("  " + line for line in causes)] if causes else []
+        lines += [f"  note      {note}" for note in notes]
+        lines.append(f"  next      pagelens why {capture} | pagelens faults {capture}")
+        sys.stderr.write("\n".join(lines) + "\n")
+
+
+def _causes(capture: Path, summary: dict[str, Any]) -> list[str]:
+    # Whatever goes wrong here, the program's own end is what we must pass on.
+    try:
+        from pagelens.capture.reader import Capture
+        from pagelens.why import conclusions, summary_lines
+
+        fields = conclusions(Capture(capture))
+        summary.update({k: fields[k] for k in ("causes", "unknown_share", "agreement")})
+        return summary_lines(fields)
+    except Exception as error:
+        if os.environ.get("PAGELENS_TRACEBACK"):
+            raise
+        return [f"not determined: {type(error).__name__}: {error}"]
