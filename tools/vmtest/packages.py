@@ -43,6 +43,8 @@ SEEDS = (
     "kmod",
     "numactl",
     "libbpf1",
+    "libdw1",
+    "elfutils",
     "redis-server",
 )
 # Of a package's files, what no program needs.
