@@ -206,8 +206,8 @@ class Held:
         while True:
             fresh: list[Tracee] = []
             for tid in thread_ids(self.pid):
-                if tid in held or tid in dead:
-                    continue
+                if tid in held or (tid in dead and (_stat(self.pid, tid) or "Z")[0] in "ZX"):
+                    continue  # a dead leader's id comes to life again by exec in another thread
                 thread = self._seize(tid, dead)
                 if thread is not None:
                     held[tid] = thread
@@ -268,7 +268,9 @@ class Held:
                 )
 
     def _seize(self, tid: int, dead: set[int]) -> Tracee | None:
-        for _ in range(20):
+        owner = (_status_field(self.pid, "Uid").split() or ["?"])[0]
+        mine = os.geteuid() == 0 or owner == str(os.geteuid())
+        for _ in range(400 if mine else 3):
             try:
                 return Tracee.seize(tid)
             except TargetGoneError:
