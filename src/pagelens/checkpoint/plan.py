@@ -106,6 +106,8 @@ def make(proc: Process, vmas: VmaList, pages: PageRuns, *, with_files: bool = Fa
     for i, vma in enumerate(vmas):
         mine = rows[bounds[i] : bounds[i + 1]]
         mine["kind"] = _kinds(vma, mine["state"], with_files)
+        if vma.name == "[vdso]":
+            mine = _whole(vma, mine)  # debuggers want all of it, and few of its pages have an entry
         if is_shared_memory(vma):
             mine = _with_object_pages(proc, vma, mine, notes)
             objects.setdefault((vma.dev, vma.inode), []).append((vma, mine))
@@ -122,6 +124,16 @@ def make(proc: Process, vmas: VmaList, pages: PageRuns, *, with_files: bool = Fa
     pages_of = np.where(data, all_rows["pages"], 0).astype(np.int64)
     all_rows["first"] = (np.cumsum(pages_of) - pages_of).astype(np.uint32)
     return Plan(all_rows, all_rows["start"][data].copy(), all_rows["pages"][data].copy(), notes)
+
+
+def _whole(vma: Vma, rows: Rows) -> Rows:
+    state = np.zeros(vma.pages, np.uint32)
+    flat = per_page(rows)
+    state[((flat["start"] - np.uint64(vma.start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)] = flat["state"]
+    out = np.zeros(vma.pages, ROW)
+    out["start"] = np.arange(vma.start, vma.end, PAGE_SIZE, dtype=np.uint64)
+    out["pages"], out["state"], out["kind"], out["block"] = 1, state, Kind.DATA, -1
+    return out
 
 
 def split(pages: PageRuns, vmas: VmaList) -> tuple[U64, U64, np.ndarray, np.ndarray]:
