@@ -264,7 +264,7 @@ static int signal_pending_unblocked(pid_t tid, uint64_t blocked)
 static uint64_t write_frame(struct pl_inject *req, const struct user_regs_struct *orig, uint64_t mask)
 {
 	uint8_t frame[FRAME_SIZE + 16];
-	static __thread uint8_t xstate[MAX_XSTATE];
+	uint8_t xstate[MAX_XSTATE];
 	struct user_regs_struct regs = *orig;
 	struct iovec iov = {xstate, sizeof(xstate) - 8};
 	uint32_t size;

@@ -26,6 +26,7 @@ class Truth:
 
     arenas: list[tuple[int, int, str, int]] = field(default_factory=list)  # start, end, kind, fresh
     must: Spans = spans.EMPTY
+    moves: int = 0
 
 
 @dataclass
@@ -63,7 +64,11 @@ class Subject:
         truth = Truth()
         must = []
         for line in self._ask(f"go {seed} {operations}"):
-            kind, start, pages, *rest = line.split()
+            kind, start, *more = line.split()
+            if kind == b"M":
+                truth.moves = int(start)
+                continue
+            pages, *rest = more
             first = int(start, 16)
             if kind == b"A":
                 truth.arenas.append((first, first + int(pages) * PAGE_SIZE, rest[0].decode(), int(rest[1])))
@@ -107,7 +112,6 @@ class Judge:
         missed = spans.minus(truth.must, epoch.spans)
         extra: Counter[str] = Counter()
         wrong: list[tuple[int, int, str]] = []
-        fresh_at = [start for start, _, _, fresh in truth.arenas if fresh]
         renewed = spans.of((a, b) for a, b, _, fresh in truth.arenas if fresh & 1)
         self._populated = spans.minus(self._populated, renewed)
         for why in Why:
@@ -121,15 +125,11 @@ class Judge:
                 part = spans.common(needless, arena)
                 if not part:
                     continue
-                vma = epoch.vmas.find(first)
-                # New to the backend: mapped now; or never populated before; or in one vma with a new arena
-                # (a moved one: the kernel drops the registration of the vma that it was merged into).
-                new = (
-                    bool(fresh)
-                    or not spans.common(self._populated, arena)
-                    or (vma is not None and any(vma.start <= f < vma.end for f in fresh_at))
-                )
-                if self._fits(why, kind, new):
+                # New to the backend: mapped now; or never populated before; or in one vma with an arena that
+                # was moved (mremap drops the registration of the whole vma that it merges into), which may
+                # have moved on since.
+                new = bool(fresh) or not spans.common(self._populated, arena) or (kind == "a" and truth.moves)
+                if self._fits(why, kind, bool(new)):
                     extra[why.name] += part.pages
                 else:
                     tag = f"{why.name} in {kind}{fresh}"

@@ -13,9 +13,11 @@ from collections.abc import Callable
 
 from pagelens.dirty.compare import All
 from pagelens.dirty.epoch import Backend, Semantics
+from pagelens.dirty.mprotect import Mprotect
 from pagelens.dirty.pagescan import Pagescan
 from pagelens.dirty.soft_dirty import SoftDirty, require_soft_dirty
 from pagelens.dirty.spans import Spans
+from pagelens.dirty.uffd_sync import UffdSync
 from pagelens.linux import inject, pagescan
 from pagelens.linux.pagescan import Category
 from pagelens.linux.procfs import Process
@@ -64,24 +66,41 @@ def _all(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> 
     return All(proc, scan, SoftDirty(proc, ranges=ranges), hold=not traced)
 
 
-_MAKERS: dict[str, Maker] = {"pagescan": _pagescan, "soft-dirty": _soft_dirty, "all": _all}
+def _mprotect(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:  # noqa: ARG001 (one signature for all)
+    return Mprotect(proc, ranges=ranges)
+
+
+def _uffd_sync(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:  # noqa: ARG001 (one signature for all)
+    return UffdSync(proc, ranges=ranges)
+
+
+_MAKERS: dict[str, Maker] = {
+    "pagescan": _pagescan,
+    "soft-dirty": _soft_dirty,
+    "mprotect": _mprotect,
+    "uffd-sync": _uffd_sync,
+    "all": _all,
+}
 BACKENDS = ("auto", *_MAKERS)
 
 
 def semantics() -> dict[str, Semantics]:
     """What each backend promises."""
-    kinds = (Pagescan, SoftDirty, All)
+    kinds = (Pagescan, SoftDirty, Mprotect, UffdSync, All)
     return {kind.semantics.name: kind.semantics for kind in kinds}
 
 
-def auto() -> str:
-    """The backend that `auto` means here, by trying. Raises CapabilityMissingError where none works."""
+def auto(*, own_ranges: bool = False) -> str:
+    """The backend that `auto` means here, by trying. own_ranges: named ranges of this process, which mprotect
+    can watch on any kernel. Raises CapabilityMissingError where none works."""
     missing = pagescan_missing()
     if not missing:
         return "pagescan"
     try:
         require_soft_dirty()
     except CapabilityMissingError as error:
+        if own_ranges:
+            return "mprotect"
         raise CapabilityMissingError(
             f"no backend works here: pagescan: {missing}; {error}", capability="uffd-wp-async"
         ) from None
@@ -94,7 +113,7 @@ def make_backend(
     """A backend for `proc`, not armed yet. traced: the calling thread traces it and holds its
     leader in a stop. Raises UsageError for a name that does not exist."""
     if name == "auto":
-        name = auto()
+        name = auto(own_ranges=ranges is not None and proc.pid == os.getpid())
     if name not in _MAKERS:
         raise UsageError(f"no backend {name!r} (there are: {', '.join(BACKENDS)})")
     return _MAKERS[name](proc, ranges, keep_huge, traced)

@@ -4,6 +4,7 @@
  *                                                s shared anonymous, f private file, g shared file, b heap;
  *                                                FRESH: mapped, moved or replaced since the last `go`
  *                   W ADDR PAGES                 pages that must be listed
+ *                   M N                          mappings moved (mremap) since the last `go`
  *                 W lines also come for known pages of the stack; then one line "."
  *   fill SEED N   writers: N threads write at random until `halt`; answers "."
  *   sum           a checksum of all arenas
@@ -38,6 +39,7 @@ static struct arena arenas[MAX_ARENAS];
 static char *stack_low, *stack_high;
 static int zero_fd, file_fd, direct_fd;
 static uint64_t state;
+static int moves;
 static int huge_ok = 1, forget_dropped;
 static volatile int halt;
 
@@ -203,6 +205,7 @@ static void operation(void)
 		}
 		a->at = at;
 		a->fresh = 1;
+		moves++;
 		memset(a->before, 0, sizeof(a->before));
 	} else if (what < 88 && a->kind == 'a') { /* grown or shrunk */
 		size_t pages = 1 + rnd(300);
@@ -210,6 +213,7 @@ static void operation(void)
 		if (at == MAP_FAILED)
 			return;
 		if (at != a->at) {
+			moves++;
 			a->fresh = 1;
 			memset(a->before, 0, sizeof(a->before));
 		}
@@ -248,6 +252,8 @@ static void operation(void)
 
 static void report(void)
 {
+	printf("M %d\n", moves);
+	moves = 0;
 	for (int i = 0; i < MAX_ARENAS; i++) {
 		struct arena *a = &arenas[i];
 		if (!a->at)
