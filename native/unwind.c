@@ -153,8 +153,7 @@ static int frame(void *state, void *arg)
 
 	if (!dw.pc(state, &pc, &activation) || u->count == u->max)
 		return 1; /* DWARF_CB_ABORT */
-	/* A return address may be the first byte after its function: the call is what names the caller. */
-	u->frames[u->count++] = activation ? pc : pc - 1;
+	u->frames[u->count++] = pc;
 	return 0;
 }
 
@@ -210,7 +209,7 @@ PL_EXPORT void pl_unwind_close(struct pl_unwind *u)
 }
 
 /* n samples: regs[n][17]; stacks[n][stride], of which lengths[i] bytes from the stack pointer up are good.
- * Writes frames[n][max] (the instruction, then the calls), counts[n], complete[n] (1: the outermost frame was
+ * Writes frames[n][max] (the instruction, then return addresses, as frame pointers give them), counts[n], complete[n] (1: the outermost frame was
  * reached, 0: cut off by the copy's end, by a missing file, or by code without .eh_frame). */
 PL_EXPORT void pl_unwind(struct pl_unwind *u, const uint64_t *regs, const unsigned char *stacks,
 			 const uint32_t *lengths, size_t stride, size_t n, uint64_t *frames, unsigned char max,

@@ -2,6 +2,38 @@
 #ifndef PL_FAULTS
 #define PL_FAULTS
 
+/* The user registers, and what can be read of PL_RAW_STACK bytes from the stack pointer up; returns the bytes. For
+ * code without frame pointers: unwound later (native/unwind.c). Near the end of a stack the copy ends with its page. */
+static __always_inline long raw_stack(struct task_struct *t, u64 *to)
+{
+	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(t);
+	u64 sp = regs->sp;
+	u32 page = (4096 - (sp & 4095)) & 0xff8;
+
+	to[0] = regs->ax;
+	to[1] = regs->dx;
+	to[2] = regs->cx;
+	to[3] = regs->bx;
+	to[4] = regs->si;
+	to[5] = regs->di;
+	to[6] = regs->bp;
+	to[7] = sp;
+	to[8] = regs->r8;
+	to[9] = regs->r9;
+	to[10] = regs->r10;
+	to[11] = regs->r11;
+	to[12] = regs->r12;
+	to[13] = regs->r13;
+	to[14] = regs->r14;
+	to[15] = regs->r15;
+	to[16] = regs->ip;
+	if (!bpf_probe_read_user(to + PL_RAW_REGS, PL_RAW_STACK, (void *)sp))
+		return PL_RAW_REGS * 8 + PL_RAW_STACK;
+	if (page < PL_RAW_STACK && !bpf_probe_read_user(to + PL_RAW_REGS, page & (PL_RAW_STACK - 1), (void *)sp))
+		return PL_RAW_REGS * 8 + (page & (PL_RAW_STACK - 1));
+	return PL_RAW_REGS * 8;
+}
+
 static __always_inline int completed(struct perf_context *ctx, u8 major)
 {
 	struct task_struct *t = bpf_get_current_task_btf();
@@ -42,12 +74,17 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 			s->pend = 0;
 		}
 		s->walking = 1;
-		n = bpf_get_stack(ctx, (char *)x + sizeof(*r), PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
+		if (cfg.raw) {
+			n = raw_stack(t, (u64 *)((char *)x + sizeof(*r)));
+			r->h.flags |= PL_F_RAW;
+		} else {
+			n = bpf_get_stack(ctx, (char *)x + sizeof(*r), PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
+			if (n < 0 || n > PL_MAX_FRAMES * 8)
+				n = 0;
+		}
 		s->walking = 0;
-		if (n < 0 || n > PL_MAX_FRAMES * 8)
-			n = 0;
 		r->h.nframes = n >> 3;
-		if (bpf_ringbuf_output(ring, x, sizeof(*r) + (n & 1023), BPF_RB_NO_WAKEUP))
+		if (bpf_ringbuf_output(ring, x, sizeof(*r) + (n & 2047), BPF_RB_NO_WAKEUP))
 			goto lost;
 		s->recorded++;
 		return 0;

@@ -38,6 +38,7 @@ enum pl_daemon {
 #define PL_F_ERROR 16    /* error_code is known */
 #define PL_F_COMPAT 32   /* 32-bit system call */
 #define PL_F_OUT 64      /* switch: left the CPU */
+#define PL_F_RAW 64      /* fault: the frames are PL_RAW_REGS registers, then the top of the user stack */
 #define PL_F_FILE 128    /* dev and ino are those of a file */
 
 struct pl_head {
@@ -67,6 +68,8 @@ struct pl_rec_call {
 #define PL_NO_MM 0xffffffffU    /* pl_head.mm: of no recorded address space */
 
 #define PL_MAX_FRAMES 64
+#define PL_RAW_REGS 17          /* by DWARF number: rax rdx rcx rbx rsi rdi rbp rsp r8-r15 rip */
+#define PL_RAW_STACK 1024       /* bytes; more loses records (docs/recording.md) */
 #define PL_MAX_TEXT 248         /* ntext is a multiple of 8 */
 
 /* Per-task state, the value of the task-storage map. Written by user space only to arm the first task. */
@@ -111,5 +114,7 @@ struct pl_settings {
 	unsigned int entry;     /* exceptions: error code, latency, failed faults */
 	unsigned int switches;
 	unsigned int daemons;
+	unsigned int raw;       /* registers and the top of the stack instead of frames */
+	unsigned int unused;
 };
 #endif

@@ -59,7 +59,7 @@ struct pl_drain {
 	struct pl_drain_stats stats;
 };
 
-static const char *const out_names[PL_OUTS] = { "faults", "calls", "switches", "stacks", "text" };
+static const char *const out_names[PL_OUTS] = { "faults", "calls", "switches", "stacks", "text", "raw" };
 
 static uint64_t now_ns(void)
 {
@@ -125,6 +125,36 @@ static void close_segment(struct pl_drain *d)
 	}
 }
 
+/* Two faults have the same stack if instruction, stack and frame pointer and the whole copy are equal: the other
+ * registers hardly ever lead to a frame. */
+static int64_t take_raw(struct pl_drain *d, const struct pl_head *h, const uint64_t *words)
+{
+	struct pl_spool_raw row = { 0 };
+	uint64_t key[4 + PL_RAW_STACK / 8];
+	unsigned int n = h->nframes > PL_RAW_REGS ? h->nframes - PL_RAW_REGS : 0;
+	int64_t stack;
+	int fresh;
+
+	if (h->nframes < PL_RAW_REGS || n > PL_RAW_STACK / 8)
+		return -1;
+	memcpy(row.regs, words, sizeof(row.regs));
+	memcpy(row.stack, words + PL_RAW_REGS, n * 8UL);
+	key[0] = h->mm;
+	key[1] = row.regs[16];
+	key[2] = row.regs[7];
+	key[3] = row.regs[6];
+	memcpy(key + 4, row.stack, n * 8UL);
+	stack = pl_stacks_number(d->stacks, key, 4 + n, &fresh);
+	if (fresh) {
+		row.stack_id = stack;
+		row.mm = h->mm;
+		row.pid = h->pid;
+		row.length = n * 8;
+		put(d, PL_OUT_RAW, &row, sizeof(row));
+	}
+	return stack;
+}
+
 static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 {
 	const struct pl_head *h = (const void *)p;
@@ -144,7 +174,9 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 			d->stats.dropped_others++;
 		return;
 	}
-	if (h->nframes) {
+	if (h->kind == PL_FAULT && h->flags & PL_F_RAW) {
+		stack = take_raw(d, h, (const uint64_t *)(const void *)(p + fixed));
+	} else if (h->nframes) {
 		uint64_t frames[256];
 		int fresh;
 
@@ -161,6 +193,8 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 		struct pl_spool_fault row;
 
 		memcpy(&row.r, p, sizeof(row.r));
+		if (h->kind == PL_FAULT)
+			row.r.h.flags &= (unsigned char)~PL_F_RAW;
 		row.stack_id = stack;
 		put(d, h->kind == PL_FAULT ? PL_OUT_FAULTS : PL_OUT_SWITCHES, &row, sizeof(row));
 		if (h->kind == PL_FAULT && !(h->flags & PL_F_FAILED))
@@ -381,4 +415,5 @@ PL_EXPORT void pl_record_sizes(uint64_t *sizes)
 	sizes[2] = sizeof(struct pl_task);
 	sizes[3] = sizeof(struct pl_totals);
 	sizes[4] = sizeof(struct pl_drain_stats);
+	sizes[5] = sizeof(struct pl_spool_raw);
 }

@@ -6,7 +6,7 @@
 
 #include "../bpf/record.h"
 
-enum { PL_OUT_FAULTS, PL_OUT_CALLS, PL_OUT_SWITCHES, PL_OUT_STACKS, PL_OUT_TEXT, PL_OUTS };
+enum { PL_OUT_FAULTS, PL_OUT_CALLS, PL_OUT_SWITCHES, PL_OUT_STACKS, PL_OUT_TEXT, PL_OUT_RAW, PL_OUTS };
 
 struct pl_spool_fault {
 	struct pl_rec_fault r;
@@ -17,6 +17,14 @@ struct pl_spool_call {
 	struct pl_rec_call r;
 	int64_t stack_id;
 	uint64_t text_offset;   /* into the segment's text file, r.h.ntext bytes, NUL ended */
+};
+
+/* A stack that is still to be unwound; length: bytes of stack that are good. */
+struct pl_spool_raw {
+	int64_t stack_id;
+	uint32_t mm, pid, length, unused;
+	uint64_t regs[PL_RAW_REGS];
+	unsigned char stack[PL_RAW_STACK];
 };
 
 struct pl_drain_stats {

@@ -23,7 +23,7 @@ from pagelens.capture.tables import schema
 from pagelens.vm.names import SYSCALL_ARGS, SYSCALLS
 
 Rows = npt.NDArray[Any]
-SUFFIXES = ("faults", "calls", "switches", "stacks", "text")
+SUFFIXES = ("faults", "calls", "switches", "stacks", "text", "raw")
 
 
 @dataclass
@@ -63,6 +63,9 @@ def convert(spool: Path, segment: int, first_seq: int) -> Converted:
     stacks = _stacks(files["stacks"])
     if stacks is not None:
         out.tables["stacks"] = stacks
+    raw = _rows(files["raw"], records.RAW, out)
+    if len(raw):
+        out.tables["raw_stacks"] = _raw_stacks(raw)
     if not out.rows:
         return out
     details: list[str | None] = [_text(text, row) if text else None for row in calls]
@@ -107,7 +110,23 @@ def _stacks(path: Path) -> Any:
     if not ids:
         return None
     frames = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(values)))
-    return pa.table([pa.array(ids, pa.int64()), frames], schema=schema("stacks"))
+    by_frame_pointers = pa.nulls(len(ids), pa.bool_())
+    return pa.table([pa.array(ids, pa.int64()), frames, by_frame_pointers], schema=schema("stacks"))
+
+
+def _raw_stacks(raw: Rows) -> Any:
+    import pyarrow as pa
+
+    return pa.table(
+        [
+            pa.array(raw["stack_id"]),
+            pa.array(raw["mm"].astype("i4")),
+            pa.array(raw["pid"].astype("i4")),
+            pa.FixedSizeListArray.from_arrays(pa.array(raw["regs"].ravel()), 17).cast(pa.list_(pa.uint64())),
+            pa.array([bytes(s[:n]) for s, n in zip(raw["stack"], raw["length"], strict=True)], pa.binary()),
+        ],
+        schema=schema("raw_stacks"),
+    )
 
 
 def _events(faults: Rows, calls: Rows, switches: Rows, details: list[str | None], first_seq: int) -> Any:

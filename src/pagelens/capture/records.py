@@ -64,6 +64,18 @@ CALL = np.dtype(
     ]
 )
 NO_MM = 0xFFFFFFFF  # head.mm: of no recorded address space
+# struct pl_spool_raw: a stack that is still to be unwound.
+RAW = np.dtype(
+    [
+        ("stack_id", "i8"),
+        ("mm", "u4"),
+        ("pid", "u4"),
+        ("length", "u4"),
+        ("unused", "u4"),
+        ("regs", "u8", (17,)),
+        ("stack", "u1", (1024,)),
+    ]
+)
 # By result of a DAEMON record: enum pl_daemon.
 DAEMONS = {
     1: "khugepaged_scan",

@@ -122,7 +122,12 @@ class CaptureWriter:
         self.write("losses", [{"time_ns": time.monotonic_ns(), "what": what, "count": count, "note": note}])
 
     def finish(self, **changes: Any) -> None:
-        """Remove the empty spool and write the last meta.json."""
+        """Unwind the raw stacks, remove the empty spool and write the last meta.json."""
+        from pagelens.capture.unwinding import resolve
+
+        stacks, cut = resolve(self)
+        if stacks:
+            changes["unwound"] = {"stacks": stacks, "cut_off": cut}
         for path in self.spool.glob("*"):
             if not path.stat().st_size:
                 path.unlink()

@@ -21,6 +21,14 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "stacks": (
         Column("stack_id", "int64", "", "never", "number of the stack"),
         Column("frames", "list<uint64>", "byte", "never", "user-space addresses, innermost first"),
+        Column("complete", "bool", "", "frame pointers", "whether the outermost frame was reached"),
+    ),
+    "raw_stacks": (
+        Column("stack_id", "int64", "", "never", "number of the stack"),
+        Column("mm", "int32", "", "never", "address space number"),
+        Column("pid", "int32", "", "never", "process"),
+        Column("regs", "list<uint64>", "", "never", "17 registers by DWARF number"),
+        Column("stack", "binary", "byte", "never", "memory from the stack pointer up"),
     ),
     "mms": (
         Column(
@@ -122,6 +130,7 @@ def schema(table: str) -> Any:
         "bool": pa.bool_(),
         "string": pa.string(),
         "list<uint64>": pa.list_(pa.uint64()),
+        "binary": pa.binary(),
         "list<int64>": pa.list_(pa.int64()),
     }
     fields = []

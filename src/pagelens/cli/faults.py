@@ -81,6 +81,8 @@ class Command:
             missing, total = report.unnamed(loaded)
             share = 100 * missing / total if total else 0.0
             notes.append(f"{missing:,} of {total:,} faults ({share:.1f} %) have no function name")
+        if args.by == "stack":
+            notes.append(report.stack_quality(loaded))
         # The first column is named after --by; with --by line that is the function, beside its line.
         first = "function" if args.by == "line" else args.by
         shown = [{**row, first: row["what"]} for row in shown]

@@ -58,8 +58,8 @@ def _core() -> ctypes.CDLL:
 
 
 def record_sizes() -> list[int]:
-    """Bytes of: a spooled fault, a spooled call, the task state, the totals, the drain's figures."""
-    sizes = (ctypes.c_uint64 * 5)()
+    """Bytes of: a spooled fault, a spooled call, the task state, the totals, the drain's figures, a raw stack."""
+    sizes = (ctypes.c_uint64 * 6)()
     _core().pl_record_sizes(ctypes.byref(sizes))
     return list(sizes)
 

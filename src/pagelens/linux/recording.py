@@ -34,6 +34,8 @@ class _Settings(ctypes.Structure):
         ("entry", ctypes.c_uint32),
         ("switches", ctypes.c_uint32),
         ("daemons", ctypes.c_uint32),
+        ("raw", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
     )
 
 
@@ -112,6 +114,7 @@ class BpfRecording:
             options.absent = obj.select(_ALWAYS if lean else (*_ALWAYS, *_ENTRIES, *_DAEMONS))
             settings = obj.initial(".rodata", _Settings)
             settings.stacks = MAX_FRAMES if options.stacks and not lean else 0
+            settings.raw = 1 if options.detail == "full" and options.stacks else 0
             settings.entry = 0 if lean else 1
             settings.switches = 1 if options.switches else 0
             obj.set_max_entries("rings", len(self._rings))

@@ -29,7 +29,7 @@ MAX_FRAMES = 64
 
 @dataclass(frozen=True, slots=True)
 class Stacks:
-    """frames: uint64[n, MAX_FRAMES], the instruction first, then each call's address; count: uint8[n];
+    """frames: uint64[n, MAX_FRAMES], the instruction first, then return addresses; count: uint8[n];
     complete: bool[n], whether the outermost frame was reached."""
 
     frames: npt.NDArray[np.uint64]

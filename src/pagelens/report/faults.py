@@ -341,6 +341,29 @@ def mappers(faults: Faults, seqs: list[int]) -> dict[int, str]:
     return out
 
 
+def stack_quality(faults: Faults) -> str:
+    """How the call stacks were taken, and how many are known not to reach the outermost frame."""
+    rows = {r["stack_id"]: r["complete"] for r in faults.capture.table("stacks").to_pylist()}
+    ids, counts = np.unique(faults.columns["stack_id"], return_counts=True)
+    by_frame = cut = without = 0
+    for stack, count in zip(ids.tolist(), counts.tolist(), strict=True):
+        if stack not in rows:
+            without += count
+        elif rows[stack] is None:
+            by_frame += count
+        elif not rows[stack]:
+            cut += count
+    total = max(1, len(faults))
+    if by_frame:
+        return (
+            f"stacks by frame pointers: {100 * by_frame / total:.1f} % of faults, often short (--detail full)"
+        )
+    return (
+        f"stacks by .eh_frame: {100 * cut / total:.1f} % of faults cut off before the outermost frame,"
+        f" {100 * without / total:.1f} % without a stack"
+    )
+
+
 def unnamed(faults: Faults) -> tuple[int, int]:
     """(faults whose instruction has no function name, faults in all)."""
     c = faults.columns
