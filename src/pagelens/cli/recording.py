@@ -24,7 +24,8 @@ def add_recording_arguments(parser: argparse.ArgumentParser, moments: str) -> No
         "--detail",
         choices=_DETAILS,
         default="normal",
-        help="lean: no stacks, error codes, latencies, failed faults, switches; full: as normal, for now",
+        help="lean: no stacks, error codes, latencies, failed faults, switches;"
+        " full: stacks of programs without frame pointers too (1 KiB a fault)",
     )
     parser.add_argument(
         "--snapshot",
