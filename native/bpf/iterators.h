@@ -100,6 +100,7 @@ int collect(struct bpf_iter__task *ctx)
 	ADD(missed, s->missed);
 	ADD(failed, s->failed);
 	ADD(nofault, s->nofault);
+	ADD(tasks_gone, 1);
 	bpf_seq_write(ctx->meta->seq, &r, sizeof(r));
 	return 0;
 }

@@ -160,7 +160,7 @@ class Session:
         recording, writer = self.recording, self.writer
         running = recording.collect() if isinstance(recording, BpfRecording) else b""
         rows = [convert.task_row(row, alive=True) for row in np.frombuffer(running, records.BARE_CALL)]
-        alive = 0 if isinstance(recording, BpfRecording) else max(0, recording.live_tasks())
+        alive = max(0, recording.live_tasks())
         recording.detach()
         self._spooler.finish()
         stats, totals = recording.stats(), recording.totals()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,7 +181,13 @@ class BpfRecording:
         """End the recording of all tasks that still run; returns their counters as EXIT records (CALL rows
         without the spool's columns). They are then in `totals`."""
         self._totals.stopped = 1
-        return self._object.read_iterator("collect")
+        found = self._object.read_iterator("collect")
+        # A task that is released already, but has not left its CPU for the last time, is in no list: it is
+        # counted when it does (finish_task_switch), so we stay attached for it.
+        until = time.monotonic() + 2
+        while self.live_tasks() > 0 and time.monotonic() < until:
+            time.sleep(0.001)
+        return found
 
     def _learn_clear_refs(self) -> None:
         # A refused write to our own clear_refs shows the programs which file that is.
