@@ -9,12 +9,14 @@ import numpy as np
 
 from pagelens.cli import target
 from pagelens.cli.output import Col, add_output_arguments, emit
+from pagelens.inspect import uncounted
 from pagelens.linux import regions, snapshot
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import UsageError
 from pagelens.vm.names import page_flag_names
 from pagelens.vm.pages import PageRuns, PageState
 from pagelens.vm.regions import Region
+from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import AddrRange
 
 RUNS = (
@@ -23,7 +25,7 @@ RUNS = (
     Col("pages", kind="int"),
     Col("state", kind="list"),
 )
-FRAMES = (Col("pfn", kind="int"), Col("mapcount", kind="int"), Col("flags", kind="list"))
+FRAMES = (Col("pfn", kind="int"), Col("mapcount", kind="int"), Col("flags", kind="list"), Col("why"))
 WHERE = (Col("kind"), Col("name"))
 COUNTS = (
     Col("start", kind="addr"),
@@ -72,7 +74,8 @@ class Command:
         bits, without = parse_states(args.state)
         where = AddrRange.parse(args.range) if args.range else None
         with Process.open(target.pid_only(args.pid, "pages")) as proc:
-            shot = snapshot.take(proc, accounting=False, frames=args.frames, within=where)
+            # VmFlags (from smaps) tell why a frame has no count; without frames maps is enough.
+            shot = snapshot.take(proc, accounting=args.frames, frames=args.frames, within=where)
             if where is not None and not shot.vmas.overlapping(where.start, where.end):
                 raise UsageError(f"nothing is mapped in {where}")
             found, notes = regions.regions(proc, shot.vmas)
@@ -88,7 +91,7 @@ class Command:
         if args.by == "region":
             emit(args, COUNTS, count_rows(runs, found, where), notes=notes)
         elif args.frames:
-            emit(args, (*RUNS, *FRAMES, *WHERE), frame_rows(runs, found, args.mapcount), notes=notes)
+            emit(args, (*RUNS, *FRAMES, *WHERE), frame_rows(shot, runs, found, args.mapcount), notes=notes)
         else:
             emit(args, (*RUNS, *WHERE), run_rows(runs, found), notes=notes)
         return 0
@@ -152,8 +155,11 @@ def count_rows(runs: PageRuns, found: list[Region], where: AddrRange | None) -> 
     return rows
 
 
-def frame_rows(runs: PageRuns, found: list[Region], mapcount: int | None) -> list[dict[str, Any]]:
-    """Runs of consecutive frames with equal state, map count and flags."""
+def frame_rows(
+    shot: Snapshot, runs: PageRuns, found: list[Region], mapcount: int | None
+) -> list[dict[str, Any]]:
+    """Runs of consecutive frames with equal state, map count and flags; `why` where a present page has no
+    count."""
     if runs.pfn is None or runs.mapcount is None or runs.kflags is None or not runs.pages:
         return []
     addr, state, pfn = runs.addresses(), runs.states(), runs.pfn
@@ -174,7 +180,10 @@ def frame_rows(runs: PageRuns, found: list[Region], mapcount: int | None) -> lis
     index = 0
     for s, n, bits, region in _cut(cut, found):
         index = info.get(s, index)
-        frame = int(pfn[index])
+        frame, count_, flags = int(pfn[index]), int(runs.mapcount[index]), int(runs.kflags[index])
+        why = None
+        if frame and count_ <= 0 and region is not None:
+            why, _, _ = uncounted.classify(PageState(bits), flags, count_, shot.vmas[region.vma])
         rows.append(
             {
                 "start": s,
@@ -182,8 +191,9 @@ def frame_rows(runs: PageRuns, found: list[Region], mapcount: int | None) -> lis
                 "pages": n,
                 "state": state_names(bits),
                 "pfn": frame or None,
-                "mapcount": None if runs.mapcount[index] < 0 else int(runs.mapcount[index]),
-                "flags": page_flag_names(int(runs.kflags[index])),
+                "mapcount": None if count_ < 0 else count_,
+                "flags": page_flag_names(flags),
+                "why": why,
                 **_place(region),
             }
         )
