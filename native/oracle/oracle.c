@@ -17,7 +17,7 @@
 #include <stdint.h>
 
 #define REGION 0x20000000UL
-#define SLOT_SIZE 0x10000UL
+#define SLOT_SIZE 0x8000UL /* room for a signal frame with all of AVX-512 and AMX (12 KiB) */
 #define SLOTS 16
 #define REGION_SIZE (SLOT_SIZE * SLOTS)
 #define TASK_END 0x7ffffffff000UL

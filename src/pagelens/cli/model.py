@@ -240,6 +240,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _fuzz(args: argparse.Namespace) -> int:
     from pagelens.proof.campaign import fuzz
+    from pagelens.proof.probes import has_protection_keys
     from pagelens.proof.randomprog import Mix
 
     if args.ops < 1 or args.processes < 1:
@@ -248,8 +249,9 @@ def _fuzz(args: argparse.Namespace) -> int:
         raise UsageError("--processes is at most 14")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
     bench, how = _bench(args.profile)
+    without = frozenset({"exec_only"}) if has_protection_keys(bench.cpu) else frozenset[str]()
     result = fuzz(
-        bench, seed, args.ops, Mix(processes=args.processes), go_on=args.go_on, small=not args.no_shrink,
+        bench, seed, args.ops, Mix(args.processes, without), go_on=args.go_on, small=not args.no_shrink,
         progress=_progress(args.ops),
     )  # fmt: skip
     if args.save and result.failing:

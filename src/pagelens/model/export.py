@@ -43,7 +43,9 @@ def area_name(mm: Mm, area: Area) -> str:
         return area.file.name
     if area.name:
         return area.name
-    if area.start <= mm.brk and area.end >= mm.start_brk:
+    # vma_is_initial_heap: strictly overlapping; a neighbour that only touches the heap was named so in 6.1.
+    touching = 0 if mm.profile.heap_name_overlaps else 1
+    if area.start < mm.brk + touching and area.end > mm.start_brk - touching:
         return "[heap]"
     start_stack = mm.layout.start_stack
     if start_stack and area.start <= start_stack <= area.end:

@@ -87,6 +87,8 @@ class Profile:
     # lock_mm_and_find_vma: stack expansion under the write lock (6.5; fixed in 6.1.37 too).
     # do_fault_around: see fault.py; finish_fault maps whole folios of shmem from 6.12 (order 0 here).
     # -- reporting
+    # show_map_vma names [heap] what overlaps it (6.6); before, also what touches it.
+    heap_name_overlaps: bool = True
     # show_smap: `KSM:` (6.7). smaps_account; "Pss_Dirty" (6.0): all.
     smaps_ksm: bool = True
     # show_smap_vma_flags prints no code for VM_UFFD_* without CONFIG; "gu" (7.0); "dp" (6.11); "sl" (6.18).
@@ -117,6 +119,7 @@ PROFILES: dict[str, Profile] = {
     "linux-6.1": replace(
         _6_18,
         name="linux-6.1",
+        heap_name_overlaps=False,
         merge_close_forbids_any=True,
         droppable=False,
         populate_stops_at_hole=False,

@@ -28,7 +28,7 @@ class Setting:
     text: int = 0x1000_0000
     text_pages: int = 1
     region: int = 0x2000_0000
-    region_pages: int = 256
+    region_pages: int = 128
     brk: int = 0x1000_1000
     mmap_base: int = TASK_SIZE - 0x800_0000
     memlock: int = 8 << 20  # RLIMIT_MEMLOCK

@@ -40,8 +40,8 @@ U64 = npt.NDArray[np.uint64]
 
 # As in native/oracle/oracle.c.
 _SYSCALL, _READ, _WRITE, _EXEC, _CLONE, _SETTLE, _UNMAP_REST = range(1, 8)
-_SLOT_SIZE, _SLOTS = 0x10000, 16
-_ZEROS = _SLOTS - 1  # the slot that nobody runs in: 64 KiB of zeros to write from
+_SLOT_SIZE, _SLOTS = 0x8000, 16
+_ZEROS = _SLOTS - 1  # the slot that nobody runs in: 32 KiB of zeros to write from
 _COMMAND = struct.Struct("<8Q")
 _REPLY = struct.Struct("<q2Q2q3Q")
 _NAME_AT = 48  # offset of the last two argument words in a slot: a file name lies there
@@ -159,6 +159,8 @@ class Oracle:
         inside = [v for v in vmas if v.start in (default.text, default.region)]
         if len(inside) != 2 or len(vmas) != 2:
             raise OracleError(f"the oracle child has unexpected mappings: {', '.join(map(str, vmas))}")
+        if inside[1].pages * PAGE_SIZE != _SLOTS * _SLOT_SIZE:
+            raise OracleError("the oracle child is of another version than this code; fix: ./dev build")
         status = self._channels["main"].process.read("status").decode()
         caps = next(
             (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff")), 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pagelens.model.op import Op
+from pagelens.model.op import Op, Outcome
 from pagelens.model.profile import PROFILES, Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse, parse_op
@@ -99,12 +99,15 @@ PROBES: dict[str, str] = {
         mlock arena[0:2]
         mremap arena[0:2] 2 maymove fixed dontunmap to arena[8]
         """,
+    "heap_name_overlaps": "brk heap[1]\nmmap 1 at heap[1] r private anon fixed",
     "ksm": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] mergeable",
     "thp": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] hugepage",
 }
-# Rules that no operation of the oracle reaches: SysV shared memory, 65,530 vmas, the fields of smaps
-# (compared where both have them).
-NOT_PROBED = frozenset({"merge_close_forbids_any", "mremap_counts_exactly", "smaps_ksm"})
+# Rules that no operation of the oracle reaches: SysV shared memory, files of a disk, 65,530 vmas, the fields
+# of smaps (compared where both have them). soft_dirty is probed by itself.
+NOT_PROBED = frozenset(
+    {"merge_close_forbids_any", "thp_align_file_test", "mremap_counts_exactly", "smaps_ksm", "soft_dirty"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +132,43 @@ def probe_program(rule: str) -> tuple[Op, ...]:
     return parse(PROBES[rule], rule).operations
 
 
-def disagreements(program: Sequence[Op], profile: Profile, cpu: int | None = None) -> list[Disagreement]:
-    """What differs when `program` runs on this kernel and in the model of `profile`; smaps and status too."""
+class _Once:
+    # The kernel as several comparisons see it: an operation is done once, and everyone gets its outcome.
+    def __init__(self, oracle: Oracle) -> None:
+        self._oracle = oracle
+        self.setting, self.names = oracle.setting, oracle.names
+        self.alive, self.is_leader, self.vmas = oracle.alive, oracle.is_leader, oracle.vmas
+        self.pagemap, self.accounting = oracle.pagemap, oracle.accounting
+        self._last: tuple[int, Outcome | None] = (-1, None)
+        self.index = 0
+
+    def apply(self, op: Op) -> Outcome | None:
+        if self._last[0] != self.index:
+            self._last = (self.index, self._oracle.apply(op))
+        return self._last[1]
+
+
+def compare_many(
+    program: Sequence[Op], profiles: Sequence[Profile], cpu: int | None = None
+) -> list[list[Disagreement]]:
+    """What differs when `program` runs once on this kernel and in the model of each profile; smaps and status
+    too. One list a profile, to its first step with a disagreement."""
     with Oracle(cpu) as oracle:
-        model = ModelWorld(profile, oracle.setting)
-        comparison = Comparison(oracle, model, soft_dirty=profile.soft_dirty)
-        for op in program:
-            if found := comparison.step(op):
-                return found
-        return comparison.checkpoint()
+        once = _Once(oracle)
+        comparisons = [
+            Comparison(once, ModelWorld(p, oracle.setting), soft_dirty=p.soft_dirty) for p in profiles
+        ]
+        found: list[list[Disagreement]] = [[] for _ in profiles]
+        for once.index, op in enumerate(program):
+            # All of them do it, also those that have failed: the model must stay in step.
+            steps = [c.step(op) for c in comparisons]
+            found = [old or new for old, new in zip(found, steps, strict=True)]
+        return [f or c.checkpoint() for f, c in zip(found, comparisons, strict=True)]
+
+
+def disagreements(program: Sequence[Op], profile: Profile, cpu: int | None = None) -> list[Disagreement]:
+    """`compare_many` for one profile."""
+    return compare_many(program, [profile], cpu)[0]
 
 
 def has_soft_dirty(cpu: int | None = None) -> bool:
@@ -157,6 +188,15 @@ def has_soft_dirty(cpu: int | None = None) -> bool:
         return states[1:] == [True, False, True]
 
 
+def has_protection_keys(cpu: int | None = None) -> bool:
+    """Whether a mapping that may only be executed gets a protection key of its own (execute_only_pkey), so
+    that reads of it end in SEGV_PKUERR. The model has no keys; such mappings are left out then."""
+    with Oracle(cpu) as oracle:
+        oracle.apply(parse_op("mmap 1 at arena[0] x private anon fixed"))
+        outcome = oracle.apply(parse_op("read arena[0]"))
+        return outcome is not None and outcome.code == 4
+
+
 def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
     """The profile of this kernel. `base` fixes the base profile; then only configuration (soft-dirty, KSM,
     THP) is probed, so that a wrong profile stays wrong and `verify` catches it."""
@@ -165,13 +205,17 @@ def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
         profile = _configured(_named(base), soft_dirty)
         return Probed(*_turn(profile, base, ("ksm", "thp"), cpu))
     programs = {rule: probe_program(rule) for rule in PROBES}
-    scores = {}
-    for name in PROFILES:
-        if name.startswith("linux-"):
-            profile = _configured(PROFILES[name], soft_dirty)
-            scores[name] = sum(bool(disagreements(p, profile, cpu)) for p in programs.values())
-    best = min(scores, key=lambda name: (scores[name], name))
-    return Probed(*_turn(_configured(PROFILES[best], soft_dirty), best, tuple(PROBES), cpu))
+    names = sorted(name for name in PROFILES if name.startswith("linux-"))
+    profiles = [_configured(PROFILES[name], soft_dirty) for name in names]
+    scores = [0] * len(names)
+    wrong: list[list[str]] = [[] for _ in names]
+    for rule, program in programs.items():
+        for i, found in enumerate(compare_many(program, profiles, cpu)):
+            if found:
+                scores[i] += 1
+                wrong[i].append(rule)
+    best = scores.index(min(scores))
+    return Probed(*_turn(profiles[best], names[best], tuple(wrong[best]), cpu))
 
 
 def _named(name: str) -> Profile:
@@ -194,13 +238,11 @@ def _turn(
     for _ in range(2):
         unsettled = []
         for rule in rules:
-            program = probe_program(rule)
-            if not disagreements(program, profile, cpu):
-                continue
             other = profile.with_rules(**{rule: not getattr(profile, rule)})
-            if disagreements(program, other, cpu):
+            right, inverted = compare_many(probe_program(rule), [profile, other], cpu)
+            if right and inverted:
                 unsettled.append(rule)
-            else:
+            elif right:
                 profile = other
                 turned[rule] = getattr(other, rule)
         if not unsettled:

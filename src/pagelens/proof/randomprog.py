@@ -77,7 +77,8 @@ _WEIGHTS = {
 @dataclass(frozen=True, slots=True)
 class Mix:
     """What a program is made of. processes: at most so many at once. without: operations or advice left out
-    (what this kernel or this user cannot do). weights: overrides."""
+    (what this kernel or this user cannot do); "exec_only" leaves out mappings that may only be executed.
+    weights: overrides."""
 
     processes: int = 3
     without: frozenset[str] = frozenset()
@@ -91,6 +92,7 @@ class Generator:
         self.random = random.Random(seed)
         self.mix = mix or Mix()
         table = {**_WEIGHTS, **self.mix.weights}
+        self._prots = tuple(p for p in _PROTS if p != 4 or "exec_only" not in self.mix.without)
         self._names = [n for n in table if n not in self.mix.without]
         self._weights = [table[n] for n in self._names]
         advice = {a: w for a, w in _ADVICE.items() if a not in self.mix.without}
@@ -234,7 +236,7 @@ class Generator:
         common = {"name": op.name, "proc": op.proc, "place": op.place, "length": op.length}
         match op.name:
             case "mprotect":
-                return Op(**common, prot=r.choice(_PROTS))  # type: ignore[arg-type]
+                return Op(**common, prot=r.choice(self._prots))  # type: ignore[arg-type]
             case "madvise":
                 word = r.choices(self._advice, self._advice_weights)[0]
                 return Op(**common, flags=ops.ADVICE_WORDS[word])  # type: ignore[arg-type]
@@ -266,7 +268,7 @@ class Generator:
         r = self.random
         pages = self._count()
         result = self._name("m")
-        prot = r.choice(_PROTS)
+        prot = r.choice(self._prots)
         kind = r.random()
         file, offset = "", 0
         if kind < 0.60 or (kind >= 0.70 and not self._files):

@@ -1,0 +1,97 @@
+"""Model against this kernel: random programs agree, and a model that is wrong is caught."""
+
+import os
+import platform
+
+import pytest
+
+from pagelens.model.profile import PROFILES
+from pagelens.proof.campaign import Bench, fuzz
+from pagelens.proof.probes import (
+    NOT_PROBED,
+    PROBES,
+    Probed,
+    disagreements,
+    has_protection_keys,
+    probe_profile,
+    probe_program,
+)
+from pagelens.proof.randomprog import Mix
+
+CPU = max(os.sched_getaffinity(0))
+# Rules that no probe can show without what this kernel may lack.
+NEEDS = {"sticky_softdirty": "soft-dirty"}
+
+
+@pytest.fixture(scope="module")
+def probed() -> Probed:
+    return probe_profile(cpu=CPU)
+
+
+@pytest.fixture(scope="module")
+def mix() -> Mix:
+    return Mix(without=frozenset({"exec_only"} if has_protection_keys(CPU) else ()))
+
+
+def test_random_programs_agree(probed, mix):
+    """4,000 operations with fixed seeds; longer campaigns are in docs/fidelity.md."""
+    result = fuzz(Bench(probed.profile, CPU), 1, 4000, mix)
+    assert result.scenario == ""
+    assert result.disagreements == []
+    assert result.agreement.operations >= 4000
+    assert result.agreement.succeeded >= 0.6 * result.agreement.operations
+    assert all(fence.ok for fence in result.fences), result.fences
+    for kind, share in result.agreement.kinds.items():
+        assert share.total > 0
+        assert share.agreed == share.total, kind
+        # A trivial predictor does worse in every kind, else the figure says nothing.
+        assert share.trivial is None or share.trivial < share.total
+
+
+def test_the_same_seed_gives_the_same_program(probed, mix):
+    bench = Bench(probed.profile, CPU)
+    first, second = (fuzz(bench, 42, 300, mix) for _ in range(2))
+    assert first.used == second.used
+    assert first.agreement.kinds["pages"].total == second.agreement.kinds["pages"].total
+
+
+def test_the_profile_is_found_by_probing(probed):
+    assert probed.unsettled == ()
+    major, minor = map(int, platform.release().split(".")[:2])
+    if f"linux-{major}.{minor}" in PROFILES:
+        assert probed.base == f"linux-{major}.{minor}"
+
+
+@pytest.mark.parametrize("rule", sorted(PROBES))
+def test_an_inverted_rule_is_caught(rule, probed):
+    """Each rule has a program on which it makes the difference: right as it is, wrong when inverted."""
+    if rule in NEEDS and not probed.profile.soft_dirty:
+        pytest.skip(f"this kernel lacks {NEEDS[rule]}, without which {rule} cannot be seen")
+    program = probe_program(rule)
+    assert disagreements(program, probed.profile, CPU) == []
+    inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
+    if rule in ("pagemap_guard_bit", "guard_file", "guard_vma_flag") and not probed.profile.guard_pages:
+        pytest.skip("this kernel has no guard pages, without which the rule cannot be seen")
+    assert disagreements(program, inverted, CPU) != []
+
+
+def test_every_rule_has_a_probe_or_a_reason():
+    rules = set(next(iter(PROFILES.values())).rules())
+    assert set(PROBES) | NOT_PROBED == rules
+    assert not set(PROBES) & NOT_PROBED
+
+
+@pytest.mark.parametrize("rule", ["merge_unfaulted_target", "mprotect_unaccounts", "stack_nohugepage"])
+def test_fuzzing_catches_an_inverted_rule_and_shrinks_it(rule, probed, mix):
+    """Without being told where to look, within 20,000 operations, to a program of a few lines."""
+    inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
+    result = fuzz(Bench(inverted, CPU), 7, 20_000, mix)
+    assert result.failed_seeds
+    assert 1 <= len(result.failing) <= 12
+    assert result.scenario.startswith(f"# seed {result.seed}:")
+
+
+def test_another_kernels_profile_is_caught(mix):
+    other = "linux-6.1" if not platform.release().startswith("6.1.") else "linux-6.18"
+    wrong = probe_profile(other, CPU)
+    assert fuzz(Bench(wrong.profile, CPU), 3, 20_000, mix, small=False).failed_seeds
