@@ -30,3 +30,17 @@ def test_the_last_thread_need_not_be_the_leader(tmp_path: Path, subjects: Subjec
         and row["start"] + row["count"] * 4096 > base
     )
     assert present == 10
+
+
+def test_cached_pages_of_mapped_files_are_recorded(tmp_path: Path) -> None:
+    run = record(tmp_path, ["/bin/true"])
+    assert_complete(run)
+    exits = [row["snapshot"] for row in run.capture.table("snapshots").to_pylist() if row["moment"] == "exit"]
+    files = [row for row in run.capture.table("file_pages").to_pylist() if row["snapshot"] == exits[0]]
+    vmas = [row for row in run.capture.table("vmas").to_pylist() if row["snapshot"] == exits[0]]
+    libc = next(v for v in vmas if "/libc" in v["name"] and "x" in v["perms"])
+    cached = sum(f["count"] for f in files if (f["dev"], f["inode"]) == (libc["dev"], libc["inode"]))
+    size = -(-Path(libc["name"]).stat().st_size // 4096)
+    # What runs is cached; and each page counts once, though several vmas map the file.
+    assert 0 < cached <= size
+    assert {f["order"] for f in files} - {None} != set() or not Path("/proc/kpageflags").exists()

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,12 @@ from pagelens import __version__
 from pagelens.capture import convert, records, snapshots
 from pagelens.capture.balance import Ended, balance, losses
 from pagelens.capture.store import CaptureWriter
+from pagelens.linux import residency
 from pagelens.linux import snapshot as live
 from pagelens.linux.perf_recording import PerfRecording
+from pagelens.linux.procfs import Process
 from pagelens.linux.recording import DEFAULT_RING, BpfRecording, Options
+from pagelens.linux.residency import FilePages
 from pagelens.linux.settings import memory_settings
 from pagelens.vm.errors import CapabilityMissingError, PagelensError
 from pagelens.vm.snapshot import Snapshot
@@ -58,7 +61,7 @@ class _Spooler(threading.Thread):
         self._part_bytes = part_bytes
         self._ask = threading.Event()
         self.error: OSError | None = None
-        self.pending: list[tuple[int, int | None, str, Snapshot]] = []
+        self.pending: list[snapshots.Shot] = []
 
     def run(self) -> None:
         last = time.monotonic()
@@ -74,10 +77,10 @@ class _Spooler(threading.Thread):
             return
         try:
             self._writer.add_segment(segment)
-            while self.pending:
-                number, mm, moment, snap = self.pending.pop(0)
-                for table, rows in snapshots.to_tables(number, mm, moment, snap).items():
-                    self._writer.write(table, rows, part=number)
+            # One part for all that wait: a tree of many short processes has many snapshots.
+            shots = [self.pending.pop(0) for _ in range(len(self.pending))]
+            for table, rows in snapshots.to_tables(shots).items():
+                self._writer.write(table, rows, part=shots[0].number)
         except OSError as error:
             self.error = error
 
@@ -148,12 +151,12 @@ class Session:
         full = self.settings.snapshot == "full"
         try:
             mm = self.recording.mm_of(pid)
-            snap = live.take(pid, pages=full, accounting=full)
+            snap, files = _read(pid, full)
         except (PagelensError, OSError):
             self._snapshot_losses += 1
             return
         self._snapshots += 1
-        self._spooler.pending.append((self._snapshots, mm, moment, snap))
+        self._spooler.pending.append(snapshots.Shot(self._snapshots, mm, moment, snap, files))
 
     def finish(self) -> dict[str, Any]:
         """Detach, convert the rest, draw up the balance; returns the summary."""
@@ -205,3 +208,16 @@ class Session:
     def abandon(self) -> None:
         """Detach and free; the capture stays as it is."""
         self.recording.close()
+
+
+def _read(pid: int, full: bool) -> tuple[Snapshot, tuple[FilePages, ...]]:
+    # Full: also what the page cache holds of the mapped files, which decides what later faults map.
+    with Process.open(pid) as proc:
+        snap = live.take(proc, pages=full, accounting=full)
+        if not full:
+            return snap, ()
+        files, refused = residency.read(proc, snap.vmas)
+    if refused:
+        note = f"{refused} mapped files could not be asked for their cached pages"
+        snap = replace(snap, notes=(*snap.notes, note))
+    return snap, tuple(files)

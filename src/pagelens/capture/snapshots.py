@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pagelens.capture.tables import schema
+from pagelens.linux.residency import UNKNOWN_ORDER, FilePages
 from pagelens.vm.accounting import SMAPS_FIELDS
 from pagelens.vm.snapshot import Snapshot
 
 
-def to_tables(number: int, mm: int | None, moment: str, snap: Snapshot) -> dict[str, Any]:
-    """pyarrow tables `snapshots`, `vmas`, `pages`, `accounting` of one snapshot."""
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """A snapshot that waits to be written: its number, address space, moment, and what the page cache held of
+    the files that it maps."""
+
+    number: int
+    mm: int | None
+    moment: str
+    snap: Snapshot
+    files: tuple[FilePages, ...] = ()
+
+
+def to_tables(shots: Sequence[Shot]) -> dict[str, Any]:
+    """pyarrow tables `snapshots`, `vmas`, `pages`, `accounting`, `file_pages` of snapshots; empty ones left out."""
     import pyarrow as pa
 
+    parts: dict[str, list[Any]] = {}
+    for shot in shots:
+        for name, rows in _one(shot).items():
+            parts.setdefault(name, []).append(rows)
+    return {name: pa.concat_tables(rows) for name, rows in parts.items()}
+
+
+def _one(shot: Shot) -> dict[str, Any]:
+    import pyarrow as pa
+
+    number, mm, moment, snap = shot.number, shot.mm, shot.moment, shot.snap
     account = snap.accounting
     head = {
         "snapshot": number,
@@ -45,11 +71,36 @@ def to_tables(number: int, mm: int | None, moment: str, snap: Snapshot) -> dict[
         for i, v in enumerate(snap.vmas)
     ]
     tables["vmas"] = pa.Table.from_pylist(vmas, schema=schema("vmas"))
+    if shot.files:
+        tables["file_pages"] = _file_pages(number, shot.files)
     if snap.pages is not None:
         tables["pages"] = _pages(number, snap)
     if account is not None:
         tables["accounting"] = _accounting(number, snap)
     return tables
+
+
+def _file_pages(number: int, files: tuple[FilePages, ...]) -> Any:
+    import pyarrow as pa
+
+    lengths = [len(f.start) for f in files]
+    orders = np.concatenate([f.order for f in files])
+
+    def per_file(values: list[Any], kind: Any) -> Any:
+        return pa.array(np.repeat(np.array(values, dtype=object), lengths).tolist(), kind)
+
+    return pa.table(
+        [
+            pa.array(np.full(sum(lengths), number, "i4")),
+            per_file([f.dev for f in files], pa.string()),
+            per_file([f.inode for f in files], pa.uint64()),
+            per_file([f.path for f in files], pa.string()),
+            pa.array(np.concatenate([f.start for f in files]).astype("i8")),
+            pa.array(np.concatenate([f.count for f in files]).astype("i8")),
+            pa.array(orders, mask=orders == UNKNOWN_ORDER),
+        ],
+        schema=schema("file_pages"),
+    )
 
 
 def _pages(number: int, snap: Snapshot) -> Any:

@@ -61,6 +61,15 @@ TABLES: dict[str, tuple[Column, ...]] = {
         ),
         Column("unexplained", "int64", "faults", "never", "min_flt + maj_flt - recorded - gup - lost"),
     ),
+    "file_pages": (
+        _SNAPSHOT,
+        Column("dev", "string", "", "never", "device of the file, MM:mm in hex"),
+        Column("inode", "uint64", "", "never", "inode of the file"),
+        Column("path", "string", "", "never", "path of the file"),
+        Column("start", "int64", "page", "never", "first cached page of the run, index in the file"),
+        Column("count", "int64", "pages", "never", "pages of the run: in the page cache, mapped here or not"),
+        Column("order", "int8", "", "not mapped here", "of the folio that holds the page (0: a single page)"),
+    ),
     "snapshots": (
         _SNAPSHOT,
         Column("mm", "int32", "", "unknown", "address space number"),
