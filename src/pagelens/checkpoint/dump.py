@@ -77,20 +77,20 @@ def dump(
             held = Held(pid, timeout=timeout)
             with held:
                 state, plan, holes = _observe(proc, held, within, with_files)
-                if plan.pages * PAGE_SIZE <= _memory_budget():
+                if plan.pages * PAGE_SIZE <= memory_budget():
                     data = pagecopy.buffer(plan.pages)
                     with pagecopy.MemoryFile(pid) as mem:
                         bad = pagecopy.read(pid, mem, plan.capture_start, plan.capture_pages, data)
-                    chunks: Iterator[tuple[pagecopy.U8, pagecopy.U8]] = _slices(data, bad)
+                    chunks: Iterator[tuple[pagecopy.U8, pagecopy.U8]] = slices(data, bad)
                     stored = None
                 else:
                     plan.notes.append("more pages than fit into memory: written while the target was held")
                     with pagecopy.MemoryFile(pid) as mem:
-                        stored = _store(writer, reuse, plan, _stream(pid, mem, plan))
+                        stored = store_pages(writer, reuse, plan, _stream(pid, mem, plan))
             # Not while it is held: stat and build-ids of all mapped files take milliseconds.
             state = replace(state, backing=identities(proc, state.vmas))
             if stored is None:
-                stored = _store(writer, reuse, plan, chunks)
+                stored = store_pages(writer, reuse, plan, chunks)
         rows, counts = stored
         method = "all threads held, " + ("contents compared with the parent by hash" if parent else "full")
         unreadable = int(rows["pages"][rows["kind"] == Kind.UNREADABLE].sum())
@@ -176,7 +176,8 @@ def _observe(
     return read_state(proc, held, vmas, backing=False), plan, holes
 
 
-def _memory_budget() -> int:
+def memory_budget() -> int:
+    """Bytes that may be held in memory: half of what is available."""
     with open("/proc/meminfo", encoding="ascii") as file:
         for line in file:
             if line.startswith("MemAvailable:"):
@@ -184,7 +185,8 @@ def _memory_budget() -> int:
     return 1 << 30
 
 
-def _slices(data: pagecopy.U8, bad: pagecopy.U8) -> Iterator[tuple[pagecopy.U8, pagecopy.U8]]:
+def slices(data: pagecopy.U8, bad: pagecopy.U8) -> Iterator[tuple[pagecopy.U8, pagecopy.U8]]:
+    """Captured pages in chunks, with the mark of those that could not be read."""
     for at in range(0, len(bad), _CHUNK_PAGES):
         end = min(at + _CHUNK_PAGES, len(bad))
         yield data[at * PAGE_SIZE : end * PAGE_SIZE], bad[at:end]
@@ -210,7 +212,7 @@ def _stream(
         at = end
 
 
-def _store(
+def store_pages(
     writer: Writer, reuse: Reuse, plan: plans.Plan, chunks: Iterator[tuple[pagecopy.U8, pagecopy.U8]]
 ) -> tuple[Rows, dict[str, int]]:
     """Hash, reuse or append each captured page; then the rows. counts: captured, stored."""

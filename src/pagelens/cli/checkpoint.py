@@ -91,6 +91,8 @@ class Command:
         if args.every < 0 or args.keep < 0 or args.count < 0:
             raise UsageError("--every, --keep and --count cannot be negative")
         with Chain(args.pid, out, keep=args.keep, level=args.zstd, with_files=args.with_files) as chain:
+            for note in chain.notes:
+                sys.stderr.write(f"pagelens: {note}\n")
             try:
                 for done in chain.run(args.every, args.count):
                     report(args, done)

@@ -1,0 +1,235 @@
+"""Increments that read only what was written: the process is watched from one checkpoint to the next.
+
+Watching is asynchronous write protection (`dirty.pagescan`): while the process is held, one walk of its page
+tables names what was written and protects it again, so no write can fall between two checkpoints. Then only those
+pages are read. Shared memory is read whole each time and compared by content, because writes through another
+mapping are not seen.
+
+If anything does not fit (a page without contents in the parent that nobody is known to have written), the caller
+falls back to comparing contents; it is never assumed unchanged.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pagelens.checkpoint import plan as plans
+from pagelens.checkpoint.dump import Result, memory_budget, result, slices, store_pages
+from pagelens.checkpoint.image import Kind, ProcessState, Rows, compress, per_page
+from pagelens.checkpoint.reuse import Reuse
+from pagelens.checkpoint.state import identities, read_state
+from pagelens.checkpoint.store import Writer
+from pagelens.checkpoint.stored import Stored
+from pagelens.dirty import spans
+from pagelens.dirty.pagescan import Pagescan
+from pagelens.dirty.spans import Spans
+from pagelens.linux import maps, pagecopy, pagescan, smaps
+from pagelens.linux.hold import Held
+from pagelens.linux.inject import take_userfaultfd
+from pagelens.linux.pagescan import Category
+from pagelens.linux.procfs import Process
+from pagelens.vm.pages import PageRuns, PageState
+from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from pagelens.vm.vma import VmaList
+
+_STATES = (
+    (Category.PRESENT, PageState.PRESENT),
+    (Category.SWAPPED, PageState.SWAPPED),
+    (Category.FILE, PageState.FILE),
+    (Category.PFNZERO, PageState.ZERO),
+    (Category.HUGE, PageState.HUGE),
+    (Category.GUARD, PageState.GUARD),
+)
+METHOD = "all threads held, written pages by userfaultfd WP_ASYNC and PAGEMAP_SCAN"
+
+
+class CannotTellError(Exception):
+    """The increment cannot be made from what was watched; contents must be compared."""
+
+
+class Watched:
+    """One process, watched between checkpoints. Context manager; closing it leaves nothing in the process.
+
+    Raises CapabilityMissingError where it cannot be watched (Linux before 6.7, seccomp, …).
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.proc = Process.open(pid)
+        self._backend: Pagescan | None = None
+        self._mem: pagecopy.MemoryFile | None = None
+        self._pagemap = -1
+        self._vmas = VmaList()
+        try:
+            uffd, _ = take_userfaultfd(self.proc)
+            self._backend = Pagescan(self.proc, uffd)
+            self._mem = pagecopy.MemoryFile(pid)
+            self._pagemap = self.proc.fd("pagemap")
+            self._armed = False
+        except BaseException:
+            self.close()
+            raise
+
+    def take(self, out: Path, parent: Path | None, *, level: int = 1, with_files: bool = False) -> Result:
+        """The next checkpoint, as an increment over `parent` (None: full).
+
+        Raises CannotTellError (nothing was written; compare contents instead), and as `dump`.
+        """
+        assert self._backend is not None
+        began = time.monotonic_ns()
+        try:
+            with Writer(out, level=level) as writer:
+                reuse = Reuse(writer.final, parent, None)
+                return self._take(writer, reuse, with_files, began)
+        except BaseException:
+            self._backend.forget()  # what this look reported is lost to the next one
+            raise
+
+    def _take(self, writer: Writer, reuse: Reuse, with_files: bool, began: int) -> Result:
+        assert self._mem is not None
+        held = Held(self.pid)
+        with held:
+            state, plan, start, count = self._observe(held, reuse.parent, with_files)
+            pages = int(count.sum())
+            if pages * PAGE_SIZE > memory_budget():
+                raise CannotTellError("more pages than fit into memory")
+            data = pagecopy.buffer(pages)
+            bad = pagecopy.read(self.pid, self._mem, start, count, data)
+        state = replace(state, backing=identities(self.proc, state.vmas))
+        rows, counts = _rows(writer, reuse, plan, (start, count, data, bad))
+        unreadable = int(rows["pages"][rows["kind"] == Kind.UNREADABLE].sum())
+        meta = {
+            "parent": reuse.parent_entry(),
+            "origins": reuse.origins,
+            "method": METHOD if reuse.parent is not None else "all threads held, full",
+            "complete": not unreadable,
+            "notes": [*state.notes, *plan.notes],
+            "range": None,
+            "holes": [],
+            "stopped_ns": held.held_ns,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        path = writer.finish(state, rows, meta)
+        return result(path, writer, rows, counts, meta, time.monotonic_ns() - began)
+
+    def _observe(
+        self, held: Held, parent: Stored | None, with_files: bool
+    ) -> tuple[ProcessState, plans.Plan, Any, Any]:
+        # Everything that must be of one instant.
+        assert self._backend is not None
+        notes: list[str] = []
+        if self._armed:
+            look = self._backend.look()
+            written = look.builder.seen
+            if not look.complete:
+                raise CannotTellError("; ".join(look.notes))
+        else:
+            self._backend.arm()
+            self._armed = True
+            written = spans.of([(0, TASK_SIZE)])
+        vmas = self._list_vmas()
+        plan = plans.make(self.proc, vmas, self._states(), with_files=with_files)
+        plan.notes.extend(notes)
+        if parent is None:
+            written = spans.of([(0, TASK_SIZE)])
+        rows = plan.rows[plan.rows["kind"] == Kind.DATA]
+        ends = rows["start"] + (rows["pages"] << np.uint64(PAGE_SHIFT))
+        everything = Spans(rows["start"], ends)
+        shared = spans.of([(v.start, v.end) for v in vmas if v.shared or v.name == "[vdso]"])
+        wanted = spans.common(everything, spans.union(written, shared))
+        self._vmas = vmas
+        state = read_state(self.proc, held, vmas, backing=False)
+        return state, plan, wanted.start, (wanted.end - wanted.start) >> np.uint64(PAGE_SHIFT)
+
+    def _list_vmas(self) -> VmaList:
+        # maps is quick, smaps walks all pages: it is read only when there are vmas whose flags are not known.
+        plain = maps.read(self.proc)
+        known = {v.replaced(vm_flags=None): v for v in self._vmas}
+        if all(v in known for v in plain):
+            return VmaList(known[v] for v in plain)
+        return smaps.read(self.proc)[0]
+
+    def _states(self) -> PageRuns:
+        known = pagescan.supported()
+        want = Category.NONE
+        for category, _ in _STATES:
+            want |= category & known
+        found = pagescan.scan(
+            self._pagemap,
+            [(0x10000, TASK_SIZE)],
+            anyof=(Category.PRESENT | Category.SWAPPED | Category.GUARD) & known,
+            ret=want,
+        )
+        state = np.zeros(len(found), np.uint32)
+        for category, bit in _STATES:
+            state |= np.where((found.categories & np.uint64(category)) != 0, np.uint32(bit), np.uint32(0))
+        guard = (state & np.uint32(PageState.GUARD)) != 0
+        state[guard] &= ~np.uint32(PageState.SWAPPED)
+        return PageRuns(found.start, (found.end - found.start) >> np.uint64(PAGE_SHIFT), state)
+
+    def close(self) -> None:
+        """Stop watching. Twice is harmless."""
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+        if self._mem is not None:
+            self._mem.__exit__()
+            self._mem = None
+        if self._pagemap >= 0:
+            import os
+
+            os.close(self._pagemap)
+            self._pagemap = -1
+        self.proc.close()
+
+    def __enter__(self) -> Watched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _rows(
+    writer: Writer, reuse: Reuse, plan: plans.Plan, read: tuple[Any, Any, Any, Any]
+) -> tuple[Rows, dict[str, int]]:
+    # Rows of the read pages (stored or found unchanged), of pages taken over from the parent, and the others.
+    start, count, data, bad = read
+    flat = per_page(plan.rows)
+    is_data = flat["kind"] == Kind.DATA
+    ends = start + (count << np.uint64(PAGE_SHIFT))
+    at = np.searchsorted(start, flat["start"], side="right").astype(np.int64) - 1
+    here = is_data & (at >= 0)
+    if len(start):
+        here &= flat["start"] < ends[np.maximum(at, 0)]
+    taken = flat[here].copy()
+    taken["first"] = np.arange(len(taken), dtype=np.uint32)
+    taken["block"] = -1
+    stored, counts = store_pages(
+        writer, reuse, plans.Plan(taken, start, count, plan.notes), slices(data, bad)
+    )
+    rest = flat[is_data & ~here].copy()
+    if len(rest):
+        if reuse.parent is None:
+            raise CannotTellError("pages were not read")
+        where = reuse.parent.locate(rest["start"])
+        if not np.isin(where.kind, (Kind.DATA, Kind.ZERO)).all():
+            raise CannotTellError("pages that nobody is known to have written are not in the parent")
+        rest["kind"] = where.kind
+        has = where.kind == Kind.DATA
+        rest["origin"][has] = reuse.translate(where.origin[has])
+        rest["block"][has], rest["first"][has] = where.block[has], where.first[has]
+        for name in ("origin", "block", "first"):
+            rest[name][~has] = 0
+    others = flat[~is_data].copy()
+    for name in ("origin", "block", "first"):
+        others[name] = 0
+    merged = np.concatenate((per_page(stored), rest, others))
+    return compress(merged[np.argsort(merged["start"], kind="stable")]), counts
