@@ -147,7 +147,7 @@ def _one(mm: Mm, area: Area, start: int, end: int, advice: int, event: int) -> i
     if advice == abi.MADV_WILLNEED:
         return 0
     if advice == abi.MADV_REMOVE:
-        return _remove(mm, area, start, end)
+        return _remove(area, start, end)
     if advice == abi.MADV_COLLAPSE:
         return EINVAL
     if advice == abi.MADV_GUARD_INSTALL:
@@ -239,12 +239,11 @@ def _pageout(mm: Mm, area: Area, start: int, end: int, event: int) -> None:
                 area.file.drop_page(area.pgoff_at((first + i) << SHIFT))
 
 
-def _remove(mm: Mm, area: Area, start: int, end: int) -> int:
+def _remove(area: Area, start: int, end: int) -> int:
     # madvise_remove.
     if area.flags & VM_LOCKED or area.file is None:
         return EINVAL
-    need = VM_SHARED | (VM_WRITE if mm.profile.remove_needs_write else VM_MAYWRITE)
-    if area.flags & need != need:
+    if area.flags & (VM_SHARED | VM_MAYWRITE) != VM_SHARED | VM_MAYWRITE:  # vma_is_shared_maywrite
         return EACCES
     offset = area.pgoff_at(start) << SHIFT
     return area.file.fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, end - start)

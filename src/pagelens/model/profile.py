@@ -61,8 +61,6 @@ class Profile:
     # madvise_populate goes area by area from the first in 6.1 and skips holes; later the first hole ends it
     # (faultin_page_range, 6.10).
     populate_stops_at_hole: bool = True
-    # madvise_remove asks VM_SHARED and VM_WRITE in 6.1, VM_MAYWRITE later (vma_is_shared_maywrite, 6.7).
-    remove_needs_write: bool = False
     # -- limits
     # do_brk_flags, do_mmap: map_count > max; split_vma: >= max: all profiles.
     # do_mremap checks everything before it unmaps the target (6.17); mremap_to unmapped first.
@@ -123,7 +121,6 @@ PROFILES: dict[str, Profile] = {
         merge_close_forbids_any=True,
         droppable=False,
         populate_stops_at_hole=False,
-        remove_needs_write=True,
         mremap_checks_first=False,
         mmap_merges_right_first=True,
         merge_unfaulted_target=False,
