@@ -74,8 +74,8 @@ VMFLAG_CODES: Final[tuple[tuple[int, str], ...]] = (
 )  # fmt: skip
 
 # x86 page-fault error code, arch/x86/include/asm/trap_pf.h.
-PF_PROT, PF_WRITE, PF_USER, PF_INSTR = 1, 2, 4, 16
-SEGV_MAPERR, SEGV_ACCERR, BUS_ADRERR = 1, 2, 2
+PF_PROT, PF_WRITE, PF_USER, PF_INSTR, PF_PK = 1, 2, 4, 16, 32
+SEGV_MAPERR, SEGV_ACCERR, SEGV_PKUERR, BUS_ADRERR = 1, 2, 4, 2
 
 # PTE bits of the model; the frame number stands above FRAME_SHIFT.
 P, W, A, D, SD = 1, 2, 4, 8, 16  # present, writable, accessed, dirty, soft-dirty

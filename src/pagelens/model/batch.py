@@ -31,7 +31,7 @@ from pagelens.model.abi import (
     W,
 )
 from pagelens.model.area import Area
-from pagelens.model.fault import AccessResult, FaultEvent, anon_prepare, touch
+from pagelens.model.fault import AccessResult, FaultEvent, anon_prepare, execute_only, touch
 from pagelens.model.frames import F_ANON, F_DIRTY
 from pagelens.model.space import Mm
 from pagelens.model.tables import Chunk
@@ -79,6 +79,7 @@ def _segment(mm: Mm, area: Area, first: int, last: int, kind: str, result: Acces
     # Pages [first, last) of one area; false after a signal.
     write = kind == "w"
     allowed = area.flags & VM_WRITE if write else area.flags & VM_EXEC if kind == "x" else area.accessible
+    allowed = allowed and (kind == "x" or not execute_only(mm, area))
     if not allowed or last - first < SMALL:
         return all(touch(mm, page << SHIFT, kind, result) for page in range(first, last))
     if not area.is_anon:

@@ -16,20 +16,22 @@ from pagelens.model.abi import (
     FRAME_SHIFT,
     GUARD,
     PF_INSTR,
+    PF_PK,
     PF_PROT,
     PF_USER,
     PF_WRITE,
     SD,
     SEGV_ACCERR,
     SEGV_MAPERR,
+    SEGV_PKUERR,
     SHIFT,
     SHMEM,
     SPECIAL,
+    VM_ACCESS,
     VM_EXEC,
     VM_GROWSDOWN,
     VM_LOCKED,
     VM_MAYSHARE,
-    VM_READ,
     VM_SHARED,
     VM_SOFTDIRTY,
     VM_WRITE,
@@ -81,6 +83,11 @@ class AccessResult:
         return sum(f.count for f in self.faults if not f.failed and f.major)
 
 
+def execute_only(mm: Mm, area: Area) -> bool:
+    """vma_is_pkey_exec_only: the processor refuses reads and writes."""
+    return mm.profile.pku and area.flags & VM_ACCESS == VM_EXEC
+
+
 def wants_writenotify(mm: Mm, area: Area) -> bool:
     """vma_wants_writenotify: first writes to a shared mapping must fault."""
     if area.flags & (VM_WRITE | VM_SHARED) != VM_WRITE | VM_SHARED:
@@ -118,7 +125,7 @@ def _reusable(area: Area) -> AnonVma | None:
 
 def _anon_compatible(mm: Mm, left: Area, right: Area) -> bool:
     # anon_vma_compatible: flags may differ in what mprotect changes.
-    mask = ~(VM_READ | VM_WRITE | VM_EXEC | ignored_flags(mm))
+    mask = ~(VM_ACCESS | ignored_flags(mm))
     return (
         left.end == right.start
         and left.file is right.file
@@ -165,27 +172,21 @@ def touch(mm: Mm, addr: int, kind: str, result: AccessResult) -> bool:
     while True:
         pte = tables.get(page)
         area = mm.areas.find(addr)
-        protected = False
-        if (
-            pte & P
-            and area is not None
-            and area.start <= addr
-            and area.flags & (VM_READ | VM_WRITE | VM_EXEC)
-        ):
+        protected = denied = False
+        if pte & P and area is not None and area.start <= addr and area.flags & VM_ACCESS:
             protected = True
+            denied = kind != "x" and execute_only(mm, area)
             if write:
                 allowed = bool(pte & W)
-            elif kind == "x":
-                allowed = bool(area.flags & VM_EXEC)
             else:
-                allowed = True
+                allowed = not denied and (kind == "r" or bool(area.flags & VM_EXEC))
             if allowed:
                 want = pte | (A | D if write else A)  # the processor knows nothing of soft-dirty
                 if want != pte:
                     chunk = tables.chunk(page >> 15)
                     chunk.pte[page & 32767] = want
                 return True
-        error_code = PF_USER | (PF_PROT if protected else 0)
+        error_code = PF_USER | (PF_PROT if protected else 0) | (PF_PK if denied else 0)
         if write:
             error_code |= PF_WRITE
         elif kind == "x":
@@ -202,14 +203,15 @@ def _user_fault(
     mm: Mm, area: Area | None, addr: int, error_code: int, event: int
 ) -> tuple[str | None, int, bool]:
     # do_user_addr_fault: (signal, si_code, major).
+    denied = not error_code & PF_INSTR and area is not None and execute_only(mm, area)
     if area is None or (area.start > addr and not grow_stack(mm, area, addr, event)):
         return "SEGV", SEGV_MAPERR, False
     if error_code & PF_WRITE:
         refused = not area.flags & VM_WRITE
     else:
         refused = bool(error_code & PF_PROT) or not area.accessible
-    if refused:
-        return "SEGV", SEGV_ACCERR, False
+    if refused or denied:
+        return "SEGV", SEGV_PKUERR if denied else SEGV_ACCERR, False
     outcome = handle(mm, area, addr >> SHIFT, bool(error_code & PF_WRITE), event)
     if outcome == "major":
         mm.machine.count_fault(True)

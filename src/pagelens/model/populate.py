@@ -28,7 +28,7 @@ from pagelens.model.abi import (
 )
 from pagelens.model.area import Area
 from pagelens.model.batch import anon_pages, first_guard
-from pagelens.model.fault import handle
+from pagelens.model.fault import execute_only, handle
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
 
@@ -41,10 +41,12 @@ def populate_area(mm: Mm, area: Area, start: int, end: int) -> int:
     return gup(mm, area, start, end, write=write, force=area.accessible)
 
 
-def gup(mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = False) -> int:
+def gup(
+    mm: Mm, area: Area, start: int, end: int, *, write: bool, force: bool = False, remote: bool = False
+) -> int:
     """__get_user_pages over one area: fault every page that is not there, or not writable."""
     flags = area.flags
-    if flags & (VM_IO | VM_PFNMAP):
+    if flags & (VM_IO | VM_PFNMAP) or (not remote and execute_only(mm, area)):
         return EFAULT
     if write:
         if not flags & VM_WRITE and not (force and flags & VM_MAYWRITE and not flags & VM_SHARED):
@@ -79,7 +81,7 @@ def remote_access(mm: Mm, addr: int, length: int, *, write: bool) -> int:
         if area is None:
             break
         page = at & ~(PAGE - 1)
-        if gup(mm, area, page, page + PAGE, write=write):
+        if gup(mm, area, page, page + PAGE, write=write, remote=True):
             break
         pte = mm.tables.get(page >> SHIFT)
         if write and not pte & (ZERO | SPECIAL):

@@ -93,6 +93,9 @@ class Profile:
     # -- configuration
     # CONFIG_MEM_SOFT_DIRTY: not a version but a choice; probe and set it. Off: VM_SOFTDIRTY is 0.
     soft_dirty: bool = True
+    # CPU with protection keys: PROT_EXEC alone becomes execute-only memory (execute_only_pkey,
+    # arch_override_mprotect_pkey); reads then end with SEGV_PKUERR, and the kernel itself is refused too.
+    pku: bool = False
     # CONFIG_KSM: MADV_MERGEABLE gives EINVAL without it (madvise_behavior_valid).
     ksm: bool = True
     # CONFIG_TRANSPARENT_HUGEPAGE: the same for MADV_HUGEPAGE, and nothing is aligned to 2 MiB.

@@ -58,8 +58,10 @@ class ModelWorld:
         if not self.setting.region_pages:
             return
         process = self.processes[proc]
+        counted = process.min_flt, process.maj_flt
         process.access(self.setting.region, self.setting.region_pages * PAGE_SIZE, "w")
         process.access(self.setting.text, self.setting.text_pages * PAGE_SIZE, "r")
+        process.min_flt, process.maj_flt = counted  # the harness's own, not the operation's
 
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""

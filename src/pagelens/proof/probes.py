@@ -67,7 +67,6 @@ PROBES: dict[str, str] = {
         mmap 1 at arena[2] rw private anon fixed
         madvise arena[0:3] populate_read
         """,
-    "remove_needs_write": "f = memfd 4\nmmap 4 at arena[0] r shared fixed file f\nmadvise arena[0] remove",
     "mremap_checks_first": """\
         mmap 2 at arena[0] rw private anon fixed
         mmap 4 at arena[8] rw private anon fixed
@@ -100,6 +99,7 @@ PROBES: dict[str, str] = {
         mremap arena[0:2] 2 maymove fixed dontunmap to arena[8]
         """,
     "heap_name_overlaps": "brk heap[1]\nmmap 1 at heap[1] r private anon fixed",
+    "pku": "mmap 2 at arena[0] x private anon fixed\nread arena[0]",
     "ksm": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] mergeable",
     "thp": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] hugepage",
 }
@@ -203,7 +203,7 @@ def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
     soft_dirty = has_soft_dirty(cpu)
     if base is not None:
         profile = _configured(_named(base), soft_dirty)
-        return Probed(*_turn(profile, base, ("ksm", "thp"), cpu))
+        return Probed(*_turn(profile, base, ("ksm", "thp", "pku"), cpu))
     programs = {rule: probe_program(rule) for rule in PROBES}
     names = sorted(name for name in PROFILES if name.startswith("linux-"))
     profiles = [_configured(PROFILES[name], soft_dirty) for name in names]
