@@ -60,16 +60,16 @@ def batched() -> None:
         targets[name] = target
 
     row("touch, model's own memory cold", lambda: p.access(a, GIB, "w"), 0)
+    family: list[Process] = []
     for _ in range(4):
         p.madvise(a, GIB, 4)
         row("touch", lambda: p.access(a, GIB, "w"))
-        child: list[Process] = []
-        row("fork", lambda: child.append(p.fork()))
+        row("fork", lambda: family.append(p.fork()))
         row("mprotect to read-only", lambda: p.mprotect(a, GIB, R))
         row("mprotect to writable", lambda: p.mprotect(a, GIB, RW))
-        row("copy-on-write in the child", lambda: child[0].access(a, GIB, "w"), 1e6)
+        row("copy-on-write in the child", lambda: family[0].access(a, GIB, "w"), 1e6)
         row("reuse in the parent", lambda: p.access(a, GIB, "w"), 1e6)
-        child[0].exit()
+        family.pop().exit()
         row("DONTNEED", lambda: p.madvise(a, GIB, 4))
         row("populate", lambda: p.madvise(a, GIB, 23))
         row("write again, no fault", lambda: p.access(a, GIB, "w"), 1e6)
