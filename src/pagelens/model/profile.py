@@ -90,6 +90,9 @@ class Profile:
     # show_smap: `KSM:` (6.7). smaps_account; "Pss_Dirty" (6.0): all.
     smaps_ksm: bool = True
     # show_smap_vma_flags prints no code for VM_UFFD_* without CONFIG; "gu" (7.0); "dp" (6.11); "sl" (6.18).
+    # sync_mm_rss, SPLIT_RSS_COUNTING: a task keeps up to 64 page events to itself before status sees them
+    # (to 6.1; percpu counters summed exactly later). Then the Rss lines cannot be compared, smaps can.
+    status_rss_lags: bool = False
     # -- configuration
     # CONFIG_MEM_SOFT_DIRTY: not a version but a choice; probe and set it. Off: VM_SOFTDIRTY is 0.
     soft_dirty: bool = True
@@ -141,6 +144,7 @@ PROFILES: dict[str, Profile] = {
         dontunmap_pre_split=True,
         dontunmap_resets_pgoff=True,
         smaps_ksm=False,
+        status_rss_lags=True,
     ),
     "linux-6.12": replace(
         _6_18,

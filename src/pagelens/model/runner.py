@@ -8,6 +8,7 @@ see them; `HARNESS` is what views leave out.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -173,8 +174,12 @@ class ModelWorld:
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """The vmas with VmFlags, harness included; smaps fields of each, and status."""
         snapshot = self.snapshot(proc)
-        assert snapshot.accounting is not None
-        return snapshot.vmas, snapshot.accounting
+        accounting = snapshot.accounting
+        assert accounting is not None
+        if self.machine.profile.status_rss_lags:
+            status = {k: v for k, v in accounting.status.items() if not k.startswith("Rss") and k != "VmRSS"}
+            accounting = replace(accounting, status=status)
+        return snapshot.vmas, accounting
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] as /proc/PID/pagemap, frame numbers left out."""
