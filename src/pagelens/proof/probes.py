@@ -106,7 +106,14 @@ PROBES: dict[str, str] = {
 # Rules that no operation of the oracle reaches: SysV shared memory, files of a disk, 65,530 vmas, the fields
 # of smaps (compared where both have them). soft_dirty is probed by itself.
 NOT_PROBED = frozenset(
-    {"merge_close_forbids_any", "thp_align_file_test", "mremap_counts_exactly", "smaps_ksm", "soft_dirty"}
+    {
+        "merge_close_forbids_any",
+        "thp_align_file_test",
+        "mremap_counts_exactly",
+        "smaps_ksm",
+        "soft_dirty",
+        "status_rss_lags",
+    }
 )
 
 
