@@ -81,13 +81,10 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _pid_of(args: argparse.Namespace) -> int | None:
-    # A number without `--` before it is a process.
-    argv = sys.argv[1:]
-    if "--" in argv or len(args.target) > 1 or not args.target[0].isdigit():
-        if len(args.target) == 1 and not args.target[0].isdigit() and "--" not in argv:
-            raise UsageError(f"not a process id: {args.target[0]!r} (a command goes behind --)")
-        return None
-    return int(args.target[0])
+    # One number is a process; anything else is a command (argparse has swallowed the `--`).
+    if len(args.target) == 1 and args.target[0].isdigit():
+        return int(args.target[0])
+    return None
 
 
 def parse_forecast(text: str) -> tuple[float, float]:

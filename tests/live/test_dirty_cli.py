@@ -1,0 +1,303 @@
+"""`pagelens dirty` as a script sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from pagelens.cli.main import main
+from support.puppet import MAP_PRIVATE, Puppet
+from support.subjects import Subjects
+
+ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PAGELENS_TRACEBACK": "1"}
+SCHEMA = json.loads((ROOT / "docs/schemas/dirty.json").read_text())
+
+
+def _dirty(*args: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pagelens.cli.main", "dirty", *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, check=False, timeout=60)
+    assert not check or done.returncode == 0, (done.stdout, done.stderr)
+    return done
+
+
+def _lines(text: str) -> list[dict[str, Any]]:
+    out = [json.loads(line) for line in text.splitlines()]
+    for row in out:
+        jsonschema.validate(row, SCHEMA)
+        assert sum(row["reasons"].values()) == row["dirty_pages"]
+    return out
+
+
+def _start(*args: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pagelens.cli.main", "dirty", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+
+
+pytestmark = pytest.mark.requires("uffd-wp-async")
+
+
+def test_a_process_that_does_nothing_has_no_dirty_pages(subjects: Subjects) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        rows = _lines(_dirty("--format", "json", "--interval", "0.05", "--count", "3", puppet.pid).stdout)
+    assert [(row["epoch"], row["dirty_pages"], row["complete"]) for row in rows] == [
+        # The kernel writes a thread's rseq area when it runs on after the remote call.
+        (0, min(1, rows[0]["dirty_pages"]), True),
+        (1, 0, True),
+        (2, 0, True),
+    ]
+
+
+def test_written_pages_with_ranges_and_content(subjects: Subjects) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(64)
+        puppet.write(at, 64, value=7)
+        child = _start(
+            "--format", "json", "--interval", "0.5", "--count", "3", "--ranges", "--content",
+            "--range", f"{at:x}+256k", puppet.pid,
+        )  # fmt: skip
+        assert child.stdout
+        before = child.stdout.readline()
+        puppet.write(at + 5 * 4096, 2, value=9)
+        puppet.write(at + 40 * 4096, 1, value=7)  # the same byte
+        out, err = child.communicate(timeout=30)
+    assert child.returncode == 0, err
+    rows = _lines(before + out)
+    ranges = [entry for row in rows for entry in row["ranges"]]
+    assert sorted(ranges) == [[f"{at + 5 * 4096:#x}", 2], [f"{at + 40 * 4096:#x}", 1]]
+    assert sum(row["same_content"] for row in rows) == 1
+
+
+def test_every_page_that_a_program_writes_during_its_run(subjects: Subjects) -> None:
+    """CASES 7, from outside: the program writes 37 pages of a mapping of its own, and says where."""
+    code = (
+        "import mmap,ctypes;m=mmap.mmap(-1,100*4096,mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS);"
+        "a=ctypes.addressof(ctypes.c_char.from_buffer(m));"
+        "[m.__setitem__(i*4096,1) for i in range(0,74,2)];print(hex(a),flush=True);"
+        "import os;os._exit(3)"
+    )
+    done = _dirty("--format", "json", "--ranges", "--", sys.executable, "-c", code, check=False)
+    assert done.returncode == 3
+    first, *rest = done.stdout.splitlines()
+    base = int(first, 16)
+    rows = _lines("\n".join(rest))
+    listed = {
+        int(start, 16) + i * 4096 for row in rows for start, pages in row["ranges"] for i in range(pages)
+    }
+    assert {p for p in listed if base <= p < base + 100 * 4096} == {base + i * 4096 for i in range(0, 74, 2)}
+
+
+def test_a_program_killed_by_a_signal_is_reported_as_such(subjects: Subjects) -> None:
+    assert _dirty("--", "sh", "-c", "kill -TERM $$", check=False).returncode == -signal.SIGTERM
+    assert _dirty("--", "/no/such/program", check=False).returncode == 127
+    assert _dirty("--", "/etc/passwd", check=False).returncode == 126
+
+
+def test_exec_into_another_image_is_said(subjects: Subjects) -> None:
+    rows = _lines(_dirty("--format", "json", "--", "sh", "-c", "exec sleep 0.05").stdout)
+    assert any("exec" in note for row in rows for note in row["notes"])
+    assert not rows[-1]["complete"]
+
+
+def test_follow_lists_what_a_new_child_holds(subjects: Subjects) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(64)
+        puppet.write(at, 64)
+        parent = puppet.pid
+        child = _start("--format", "json", "--interval", "0.3", "--count", "3", "--follow", parent)
+        time.sleep(0.5)
+        forked = puppet.fork()
+        puppet.write(at, 3, value=1)
+        out, err = child.communicate(timeout=30)
+        puppet.back()
+    assert child.returncode == 0, err
+    rows = _lines(out)
+    assert {row["pid"] for row in rows} == {parent, forked}
+    first = next(row for row in rows if row["pid"] == forked)
+    assert first["reasons"]["new"] == first["dirty_pages"] >= 64
+
+
+def test_forecast_heat_and_faces(subjects: Subjects, tmp_path: Path) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        args = ("--interval", "0.05", "--count", "2", puppet.pid)
+        text = _dirty("--forecast", "1G,10ms", "--heat", *args).stdout
+        assert "pre-copy converges" in text
+        assert "method: pagescan; complete: yes" in text
+        assert _dirty("--oneline", *args).stdout.count("|") == 4
+        assert _dirty("--format", "csv", *args).stdout.startswith("epoch,pid,time_ns")
+        out = tmp_path / "dirty.parquet"
+        _dirty("--format", "parquet", "-o", out, *args)
+        import pyarrow.parquet as pq
+
+        assert pq.read_table(out).num_rows == 2
+        assert _dirty("--format", "parquet", "-o", out, *args, check=False).returncode == 2
+
+
+def test_mapped_and_huge_and_locked(subjects: Subjects) -> None:
+    """States of a target: a mapping made between looks, locked pages, a huge page."""
+    from pagelens.dirty.track import track
+
+    with Puppet(subjects("puppet")) as puppet, track(pid=puppet.pid) as tracker:
+        tracker.epoch()
+        at = puppet.island(16)
+        puppet.write(at + 4096, 2)
+        epoch = tracker.epoch()
+        inside = [(a, n, int(w)) for a, n, w in zip(epoch.start, epoch.count, epoch.why, strict=True)
+                  if at <= a < at + 16 * 4096]  # fmt: skip
+        assert inside == [(at + 4096, 2, 3)]  # NEW
+        puppet.sys("mlock", at, 16 * 4096)  # writes every page for the program: zeros to the untouched
+        tracker.epoch()
+        puppet.write(at + 5 * 4096, 1)
+        epoch = tracker.epoch()
+        assert [(int(a), int(n)) for a, n in zip(epoch.start, epoch.count, strict=True)
+                if at <= a < at + 16 * 4096] == [(at + 5 * 4096, 1)]  # fmt: skip
+        area = puppet.mmap(1024, flags=MAP_PRIVATE | 0x20)
+        huge = (area + (2 << 20) - 1) & -(2 << 20)
+        puppet.madvise(huge, 512, "HUGEPAGE")
+        puppet.write(huge, 1)
+        epoch = tracker.epoch()
+        listed = [
+            int(n) for a, n in zip(epoch.start, epoch.count, strict=True) if huge <= a < huge + (2 << 20)
+        ]
+        assert listed in ([512], [1])  # NEW whole where huge pages are to be had
+        puppet.write(huge + 100 * 4096, 1)
+        epoch = tracker.epoch()
+        listed = [
+            int(n) for a, n in zip(epoch.start, epoch.count, strict=True) if huge <= a < huge + (2 << 20)
+        ]
+        assert listed == [1]  # an armed huge page is split by the write: exact from then on
+
+
+# -- who is refused: state -> exit code and what the message says -------------------------------------------
+
+
+def _refused(capsys: pytest.CaptureFixture[str], pid: int, code: int, text: str) -> None:
+    assert main(["dirty", "--count", "1", "--interval", "0.05", str(pid)]) == code
+    err = capsys.readouterr().err
+    assert text in err
+    assert err.count("\n") == 1
+
+
+def test_refused_no_such_process(capsys: pytest.CaptureFixture[str]) -> None:
+    _refused(capsys, 2**22 - 3, 4, "no process")
+
+
+def test_refused_kernel_thread(capsys: pytest.CaptureFixture[str]) -> None:
+    if Path("/proc/2/comm").read_text().strip() != "kthreadd":
+        pytest.skip("missing capability: kernel threads are not visible here")
+    _refused(capsys, 2, 2, "kernel thread")
+
+
+def test_refused_zombie(capsys: pytest.CaptureFixture[str]) -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    try:
+        _refused(capsys, child, 4, "zombie")
+    finally:
+        os.waitpid(child, 0)
+
+
+@pytest.mark.requires("ptrace")
+def test_refused_traced_already(subjects: Subjects, capsys: pytest.CaptureFixture[str]) -> None:
+    from pagelens.linux import ptrace
+
+    with Puppet(subjects("puppet")) as puppet:
+        ptrace.request(ptrace.PTRACE_SEIZE, puppet.pid)
+        _refused(capsys, puppet.pid, 3, "traced by")
+        ptrace.request(ptrace.PTRACE_INTERRUPT, puppet.pid)
+        os.waitid(os.P_PID, puppet.pid, os.WSTOPPED | ptrace.WALL)
+        ptrace.request(ptrace.PTRACE_DETACH, puppet.pid)
+
+
+def test_refused_seccomp(subjects: Subjects, capsys: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "import ctypes,time;l=ctypes.CDLL(None);l.prctl(38,1,0,0,0);"
+        # one instruction: BPF_RET ALLOW
+        "f=(ctypes.c_uint64*1)(0x7fff000000000006);"
+        "p=(ctypes.c_uint64*2)(1,ctypes.addressof(f));"
+        "assert l.prctl(22,2,ctypes.byref(p))==0;print('x',flush=True);time.sleep(30)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout
+        assert child.stdout.readline()
+        _refused(capsys, child.pid, 3, "seccomp")
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+@pytest.mark.requires("root")
+def test_refused_another_user(subjects: Subjects, capsys: pytest.CaptureFixture[str]) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        pid = os.fork()
+        if not pid:  # nobody, in a child: the tree may not be readable for it from the start
+            code = 70
+            try:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                code = main(["dirty", "--count", "1", "--interval", "0.05", str(puppet.pid)])
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+
+
+def test_a_stopped_process_is_watched_and_stays_stopped(subjects: Subjects) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        os.kill(puppet.pid, signal.SIGSTOP)
+        time.sleep(0.05)
+        rows = _lines(_dirty("--format", "json", "--interval", "0.05", "--count", "1", puppet.pid).stdout)
+        assert rows[0]["complete"]
+        state = Path(f"/proc/{puppet.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        assert state == "T"
+        os.kill(puppet.pid, signal.SIGCONT)
+
+
+def test_a_target_with_a_userfaultfd_of_its_own(subjects: Subjects) -> None:
+    """Its own range is left alone and said; the rest is watched."""
+    code = (
+        "import mmap,ctypes,fcntl,struct,time;l=ctypes.CDLL(None);fd=l.syscall(323,1);"
+        "fcntl.ioctl(fd,0xc018aa3f,struct.pack('QQQ',0xaa,0,0));"
+        "m=mmap.mmap(-1,16*4096,mmap.MAP_PRIVATE|mmap.MAP_ANONYMOUS);"
+        "a=ctypes.addressof(ctypes.c_char.from_buffer(m));"
+        "fcntl.ioctl(fd,0xc020aa00,struct.pack('QQQQ',a,16*4096,2,0));print(hex(a),flush=True);time.sleep(30)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout
+        assert child.stdout.readline()
+        rows = _lines(_dirty("--format", "json", "--interval", "0.05", "--count", "2", child.pid).stdout)
+        assert not rows[-1]["complete"]
+        assert any("userfaultfd" in note for note in rows[-1]["notes"])
+        assert "uw" in Path(f"/proc/{child.pid}/smaps").read_text().replace("VmFlags", "")
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+def test_usage_errors_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for args, text in [
+        ((), "name a process id"),
+        (("--interval", "0", "1"), "--interval must be positive"),
+        (("--count", "0", "1"), "--count must be positive"),
+        (("--forecast", "fast", "1"), "not a forecast"),
+        (("--backend", "magic", str(os.getppid())), "no backend"),
+        ((str(os.getpid()),), "pagelens itself"),
+        (("--range", "ffff800000000000-ffff800000001000", "1"), "kernel addresses"),
+    ]:
+        assert main(["dirty", *args]) == 2
+        assert text in capsys.readouterr().err
