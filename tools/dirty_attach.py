@@ -111,7 +111,7 @@ def run_steady(times: int, directory: Path) -> None:
         target.goes_on()
 
 
-def run_node(times: int, directory: Path) -> None:
+def run_node(times: int, directory: Path) -> None:  # noqa: ARG001 (one signature for all)
     with program(["node", "-e", NODE], 0.5) as child:
         series("node", child.pid, times, lives(child))
 
