@@ -118,3 +118,15 @@ def test_snapshots(run: Run, ranges: dict[str, int]) -> None:
     assert last.pages.clipped(ranges["plain"], ranges["plain"] + 300 * PAGE).pages == 300
     assert last.accounting.total["Rss"] > 300 * PAGE
     assert last.complete
+
+
+def test_page_cache_of_mapped_files(run: Run) -> None:
+    rows = run.capture.table("file_pages").to_pylist()
+    last = max(r["snapshot"] for r in rows)
+    libc = [r for r in rows if r["snapshot"] == last and r["path"].endswith("libc.so.6")]
+    status = Path("/usr/lib/x86_64-linux-gnu/libc.so.6").stat()
+    assert {r["inode"] for r in libc} == {status.st_ino}
+    cached = sum(r["count"] for r in libc)
+    assert 0 < cached <= -(-status.st_size // PAGE)
+    # Its first page (the ELF header) is mapped by everyone, so its folio is known.
+    assert next(r["order"] for r in libc if r["start"] == 0) is not None

@@ -179,7 +179,9 @@ class BpfObject:
         size = ctypes.c_size_t()
         address = self._lib.bpf_map__initial_value(self._map(map_name), ctypes.byref(size))
         if not address or size.value < ctypes.sizeof(kind):
-            raise RuntimeError(f"section {map_name} is smaller than {kind.__name__}")
+            raise CapabilityMissingError(
+                "the BPF object is of another version than this package", capability="bpf", fix="./dev build"
+            )
         return kind.from_address(address)
 
     def shared(self, map_name: str, kind: type[_S]) -> _S:
