@@ -111,11 +111,8 @@ def _evidence(state: PageState, kflags: int, vma: Vma) -> str:
     from pagelens.vm.names import page_flag_names
 
     flags = " ".join(page_flag_names(kflags)) or "none"
-    vm_flags = (
-        ""
-        if vma.vm_flags is None
-        else f"; VmFlags {' '.join(sorted(vma.vm_flags & {'pf', 'mm', 'io', 'de'}))}"
-    )
+    telling = sorted((vma.vm_flags or frozenset()) & {"pf", "mm", "io", "de"})
+    vm_flags = f"; VmFlags {' '.join(telling)}" if telling else ""
     huge = " huge" if state & PageState.HUGE else ""
     return f"frame flags {flags}{huge}{vm_flags}"
 
