@@ -61,7 +61,9 @@ def main() -> int:
             for name, ours in (("map", library_map), ("pages", library_pages)):
                 rows: dict[str, list[tuple[float, float, float]]] = {"CPU": [], "wall": []}
                 for _ in range(REPEAT):
-                    out = subprocess.run([str(peer), name, str(pid), "1"], capture_output=True, text=True, check=True)
+                    out = subprocess.run(
+                        [str(peer), name, str(pid), "1"], capture_output=True, text=True, check=True
+                    )
                     wall_c, cpu_c = (float(x) / 1e3 for x in out.stdout.split()[:2])
                     cpu, wall = time.process_time(), time.perf_counter()
                     ours(pid)
