@@ -88,10 +88,12 @@ def summary_lines(fields: dict[str, Any], most: int = 8) -> list[str]:
         lines.append(
             f"{rest:>10,} {sum(r['share'] for r in causes[most:]):>6.1%}  {len(causes) - most} other causes"
         )
-    lines.append(
-        f"unknown {fields['unknown_share']:.3%}, ambiguous {fields['ambiguous_share']:.3%}"
-        " (method: calls replayed, rules of docs/causes.md)"
-    )
+    gone = next((row["share"] for row in causes if row["cause"] == "sharers-gone"), 0.0)
+    open_ = min(gone, fields["ambiguous_share"])
+    lines.append(f"unknown {fields['unknown_share']:.3%}, ambiguous {fields['ambiguous_share'] - open_:.3%}")
+    if open_:
+        lines[-1] += f"; {open_:.1%} where only the outcome is open (sharers-gone: reused or copied)"
+    lines.append("method: calls replayed, each fault judged by the rules of docs/causes.md")
     return lines
 
 
