@@ -177,6 +177,27 @@ def test_mapped_and_huge_and_locked(subjects: Subjects) -> None:
         assert listed == [1]  # an armed huge page is split by the write: exact from then on
 
 
+def test_a_mapping_that_lost_its_registration_in_a_merge_is_watched_again(subjects: Subjects) -> None:
+    """mremap drops the registration of the vma that it merges into and leaves the entries' bits; a page written
+    in that state is writable and looks armed."""
+    from pagelens.dirty.track import track
+
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(64)
+        puppet.sys("munmap", at + 32 * 4096, 32 * 4096)
+        puppet.write(at, 32)
+        moved = puppet.island(16)
+        with track(pid=puppet.pid) as tracker:
+            tracker.epoch()
+            to = at + 32 * 4096
+            puppet.sys("mremap", moved, 16 * 4096, 16 * 4096, 3, to)  # MAYMOVE | FIXED: merges with the first
+            for _ in range(3):
+                puppet.write(at + 5 * 4096, 1)
+                epoch = tracker.epoch()
+                pages = {int(a) for a in epoch.addresses()}
+                assert at + 5 * 4096 in pages
+
+
 # -- who is refused: state -> exit code and what the message says -------------------------------------------
 
 

@@ -101,7 +101,7 @@ class Pagescan:
         self._read_maps()
         self._register(self._layout.watched)
         self._mark_shared(self._layout.kinds[SHARED])
-        self._content = self._contents(self._collect(self._places()))
+        self._content = self._contents(self._collect_unknown(self._places()))
         self._registered = self._layout.watched
 
     def forget(self) -> None:
@@ -181,7 +181,7 @@ class Pagescan:
         # next mremap over the seam would fail with EFAULT.
         self._register(self._layout.whole_vmas(fresh))
         self._mark_shared(spans.common(fresh, self._layout.kinds[SHARED]))
-        found = self._collect(fresh)
+        found = self._collect_unknown(fresh)
         held = self._contents(found)
         look.builder.add(held, Why.NEW)
         shared = spans.common(fresh, self._layout.kinds[SHARED])
@@ -265,6 +265,23 @@ class Pagescan:
         order = np.argsort(start, kind="stable")
         categories = np.concatenate((small.categories, huge.categories & ~np.uint64(Category.WRITTEN)))
         return Regions(start[order], np.concatenate((small.end, huge.end))[order], categories[order])
+
+    def _collect_unknown(self, where: Spans) -> Regions:
+        # Entries that were not armed by us, or not since they were. An entry may carry the uffd-wp bit of a
+        # registration that its vma has lost (mremap drops the one of the vma that it merges into, and leaves
+        # the entries), and after a write it carries it while writable: it would look armed for ever, and
+        # every later write to it would be missed. Such bits are cleared before the entry is armed.
+        found = self._collect(where)
+        skip = np.uint64(Category.WRITTEN | Category.HUGE)
+        private = spans.union(self._layout.kinds[ANON], self._layout.kinds[FILE])
+        kept = (found.categories & skip) == 0
+        stale = spans.common(spans.joined(found.start[kept], found.end[kept]), private)
+        for start, end in stale.pairs():
+            with contextlib.suppress(OSError):  # unmapped meanwhile
+                self._uffd.writeprotect(start, end, protect=False, wake=False)
+        if stale:
+            self._collect(stale)
+        return found
 
     def _strays(self) -> Spans:
         # Populated pages of vmas that we have not registered, the file's own pages left out.
