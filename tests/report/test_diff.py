@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -122,14 +122,33 @@ def test_fork_sides_by_address(puppet: Puppet) -> None:
     puppet.back()
 
 
+@pytest.mark.requires("root", "bpf", "libbpf", "perf-system")
 def test_process_now_and_later(puppet: Puppet) -> None:
     base = puppet.island(64)
-    threading.Timer(0.7, puppet.write, (base, 40)).start()
-    found = checked(puppet.pid, "--in", "1.5", "--range", f"{base:x}+256k")
+    threading.Timer(2.5, puppet.write, (base, 40)).start()
+    found = checked(puppet.pid, "--in", "5", "--range", f"{base:x}+256k")
     (change,) = found["pages"]
-    assert (change["start"], change["pages"]) == (hex(base), 40)
-    assert any("record" in note for note in found["notes"])
-    time.sleep(0.1)
+    assert (change["start"], change["pages"], change["faults"]) == (hex(base), 40, 40)
+    assert [(s["function"], s["faults"]) for s in change["stores"]] == [("main", 40)]
+    assert change["chain"][0]["cause"] == "first-write"
+
+
+def test_process_now_and_later_without_recording(subjects: Subjects) -> None:
+    program = subjects("puppet")
+    for parent in program.parents[:3]:
+        parent.chmod(0o755)
+    if os.geteuid():
+        pytest.skip("missing capability: root (to become nobody)")
+    with Puppet(program, "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups") as own:
+        base = own.island(64)
+        threading.Timer(2, own.write, (base, 40)).start()
+        done = pagelens(
+            "diff", own.pid, "--in", "4", "--range", f"{base:x}+256k", "--format", "json", nobody=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "stores stay unknown" in done.stderr
+        (change,) = json.loads(done.stdout)["pages"]
+        assert (change["pages"], change["stores"]) == (40, [])
 
 
 def test_two_programs_by_region(puppet: Puppet) -> None:

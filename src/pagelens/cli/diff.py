@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from pagelens.cli import target
@@ -45,34 +48,70 @@ class Command:
 
     def run(self, args: argparse.Namespace) -> int:
         """Take or load both sides, compare, print."""
-        from pagelens.report import difftext
-
         where = AddrRange.parse(args.range) if args.range else None
-        a, b, origin = _sides(args)
-        diff = compare(a, b, where=where, by=args.by)
-        if origin is not None:
-            from pagelens.capture.reader import Capture
-            from pagelens.report import stores
-
-            stores.attribute(diff, Capture(origin[0]), origin[1])
-        elif diff.pages:
-            diff.notes.append("stores are known within a capture: record with pagelens run or attach")
-        limit = args.pages if args.pages > 0 else len(diff.pages)
-        emit_object(
-            args,
-            difftext.as_json(diff, pages=args.pages if args.format == "json" and args.pages != 40 else 0),
-            difftext.as_text(diff, explain=args.explain, pages=limit),
-        )
+        if args.b is None and args.later is not None:
+            _now_and_later(args, where)
+        else:
+            a, b, origin = _sides(args)
+            _print(args, where, a, b, origin)
         return 0
+
+
+def _print(
+    args: argparse.Namespace, where: AddrRange | None, a: Moment, b: Moment, origin: tuple[Path, int] | None
+) -> None:
+    from pagelens.report import difftext
+
+    diff = compare(a, b, where=where, by=args.by)
+    if origin is not None:
+        from pagelens.capture.reader import Capture
+        from pagelens.report import stores
+
+        stores.attribute(diff, Capture(origin[0]), origin[1])
+    elif diff.pages:
+        diff.notes.append(
+            "stores are known within one recording: pagelens run or attach, then diff the capture"
+        )
+    limit = args.pages if args.pages > 0 else len(diff.pages)
+    value = difftext.as_json(diff, pages=args.pages if args.pages != 40 else 0)
+    emit_object(args, value, difftext.as_text(diff, explain=args.explain, pages=limit))
+
+
+def _now_and_later(args: argparse.Namespace, where: AddrRange | None) -> None:
+    # Recorded by attach, so that stores have names; without the privilege, two looks.
+    from pagelens.capture.attach import attach
+    from pagelens.capture.reader import Capture
+    from pagelens.capture.session import Settings
+    from pagelens.report import moments
+    from pagelens.vm.errors import CapabilityMissingError
+
+    pid = target.pid_only(args.a, "diff --in")
+    seconds = max(0.0, args.later)
+    if not args.frames:
+        with tempfile.TemporaryDirectory(prefix="pagelens-diff-") as directory:
+            path = Path(directory) / f"{pid}.plens"
+            try:
+                attach(path, Settings(), pid, duration=seconds)
+            except CapabilityMissingError as error:
+                sys.stderr.write(f"pagelens: not recorded, so stores stay unknown ({error})\n")
+            else:
+                capture = Capture(path)
+                mm = moments.main_mm(capture)
+                names = moments.ends(capture, mm)
+                sides = [_recorded(path, name, mm)[0] for name in names]
+                a, b = (
+                    replace(side, name=f"{name} ({side.shot.method})")
+                    for side, name in zip(sides, (f"process {pid} now", f"{seconds:g} s later"), strict=True)
+                )
+                _print(args, where, a, b, (path, mm))
+                return
+    before = _live(pid, f"process {pid} now", args.frames)
+    time.sleep(seconds)
+    _print(args, where, before, _live(pid, f"{seconds:g} s later", args.frames), None)
 
 
 def _sides(args: argparse.Namespace) -> tuple[Moment, Moment, tuple[Path, int] | None]:
     # Both moments; and (capture, mm) where both are of one address space of one capture.
-    if args.b is None and args.later is not None:
-        pid = target.pid_only(args.a, "diff --in")
-        before = _live(pid, "now", args.frames)
-        time.sleep(max(0.0, args.later))
-        return before, _live(pid, f"{args.later:g} s later", args.frames), None
     if args.later is not None:
         raise UsageError("--in compares one process with itself: leave out B")
     if args.b is None:
@@ -81,9 +120,13 @@ def _sides(args: argparse.Namespace) -> tuple[Moment, Moment, tuple[Path, int] |
             raise UsageError(
                 "diff of a process needs a second side: another process, a capture, or --in SECONDS"
             )
-        first, mm = _recorded(path, "exec", args.mm)
-        second, _ = _recorded(path, "exit", args.mm)
-        return first, second, (path, mm)
+        from pagelens.capture.reader import Capture
+        from pagelens.report import moments
+
+        capture = Capture(path)
+        mm = moments.main_mm(capture) if args.mm is None else args.mm
+        one_end, other_end = moments.ends(capture, mm)
+        return _recorded(path, one_end, mm)[0], _recorded(path, other_end, mm)[0], (path, mm)
     one, two = _side(args.a, args), _side(args.b, args)
     same = one[1] is not None and one[1] == two[1]
     return one[0], two[0], one[1] if same else None

@@ -40,7 +40,10 @@ def parse_moment(capture: Capture, text: str) -> tuple[int, int | None]:
 
 
 def main_mm(capture: Capture) -> int:
-    """The address space of the recorded program: the first that execve made, else the first of all."""
+    """The address space of the recorded program: the one attached to, else the first that execve made."""
+    attached = [r["mm"] for r in capture.snapshot_rows() if r["moment"] == "attach" and r["mm"] is not None]
+    if attached:
+        return int(attached[0])
     rows = sorted(capture.table("mms").to_pylist(), key=lambda r: r["time_ns"])
     if not rows:
         raise UsageError(f"{capture.path} has no address space")
@@ -59,10 +62,24 @@ def snapshot_of(capture: Capture, mm: int, moment: str | None = None) -> Snapsho
     return capture.snapshot(max(rows, key=lambda r: r["time_ns"])["snapshot"])
 
 
+MOMENTS = ("exec", "exit", "attach", "detach")
+
+
+def ends(capture: Capture, mm: int) -> tuple[str, str]:
+    """The first and the last recorded moment of an address space: ("exec", "exit"), ("attach", "detach"), …
+
+    UsageError where fewer than two snapshots of it are in the capture.
+    """
+    rows = sorted((r for r in capture.snapshot_rows() if r["mm"] == mm), key=lambda r: r["time_ns"])
+    if len(rows) < 2:
+        raise UsageError(f"the capture has {len(rows)} snapshot of mm {mm}: a diff needs two moments")
+    return rows[0]["moment"], rows[-1]["moment"]
+
+
 def look(capture: Capture, mm: int | None, at: str | None) -> tuple[Snapshot, list[Region], list[str]]:
     """Snapshot and regions of a capture: recorded (at None: the last; exec, exit, …) or replayed (time,
     event)."""
-    if at is None or at in ("exec", "exit", "attach", "detach"):
+    if at is None or at in MOMENTS:
         chosen = main_mm(capture) if mm is None else mm
         shot = snapshot_of(capture, chosen, at)
         # Contents are not in a capture, so stacks are known by the calls that mapped them.

@@ -9,7 +9,7 @@ import numpy as np
 
 from pagelens.capture.reader import Capture
 from pagelens.linux import elf
-from pagelens.linux.symbols import Symbolizer
+from pagelens.linux.symbols import Place, Symbolizer
 from pagelens.report import faults as report
 from pagelens.report import transitions
 from pagelens.report.diff import Diff
@@ -37,25 +37,22 @@ def attribute(diff: Diff, capture: Capture, mm: int) -> None:
     between = (time > low) & (time <= high)
     symbolizer = loaded.symbolizer
     unseen = 0
+    # Faults by address, and by time within a page: a change then looks at its own faults only.
+    by_page = np.lexsort((time, addr >> np.uint64(12)))
+    pages = addr[by_page] >> np.uint64(12)
     for number, change in enumerate(diff.pages):
-        end = change.start + change.pages * 4096
-        here = (addr >= np.uint64(change.start)) & (addr < np.uint64(end))
-        hits = np.flatnonzero(here & between)
+        page = change.start >> 12
+        edges = np.searchsorted(pages, np.array([page, page + 1, page + change.pages], np.uint64))
+        here = by_page[edges[0] : edges[2]]
+        hits = here[between[here]]
         change.faults = len(hits)
-        counts: dict[str, dict[str, Any]] = {}
-        for i in hits.tolist():
-            place = places[int(index[i])]
-            row = counts.setdefault(
-                str(place), {"function": place.function or None, "file": place.file or None, "line": place.line or None,
-                             "faults": 0}
-            )  # fmt: skip
-            row["faults"] += 1
-        change.stores = sorted(counts.values(), key=lambda r: -r["faults"])
+        which, count = np.unique(index[hits], return_counts=True)
+        change.stores = _stores([places[i] for i in which.tolist()], count.tolist())
         if not len(hits):
             unseen += change.pages
         if number >= _CHAINS:
             continue
-        first = np.flatnonzero((addr & ~np.uint64(0xFFF)) == np.uint64(change.start))
+        first = by_page[edges[0] : edges[1]]
         chain = first[time[first] <= high]
         change.chain = [
             {
@@ -82,6 +79,16 @@ def attribute(diff: Diff, capture: Capture, mm: int) -> None:
             f"{unseen:,} changed pages have no fault of their own between the two moments: mapped around another"
             " fault, by a huge page, by a call (populate, munmap, madvise, fork) or by the kernel's daemons"
         )
+
+
+def _stores(places: list[Place], counts: list[int]) -> list[dict[str, Any]]:
+    # One row a line of source, most faults first.
+    rows: dict[str, dict[str, Any]] = {}
+    for place, count in zip(places, counts, strict=True):
+        fresh = {"function": place.function or None, "file": place.file or None, "line": place.line or None}
+        row = rows.setdefault(str(place), {**fresh, "faults": 0})
+        row["faults"] += count
+    return sorted(rows.values(), key=lambda r: -int(r["faults"]))
 
 
 def _causes(capture: Capture) -> dict[int, str]:
