@@ -1,0 +1,128 @@
+"""`pagelens model` as a user runs it: output, exit codes, errors, without privilege."""
+
+import json
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+
+from pagelens.cli.model import nearest_profile
+from support.cli import ROOT, SCHEMAS, pagelens
+
+COW = ROOT / "tests/model/scenarios/cow-fork.plscn"
+
+
+def schema(name):
+    return json.loads((SCHEMAS / name).read_text())
+
+
+def piped(text, *args):
+    return subprocess.run(
+        [sys.executable, "-m", "pagelens.cli.main", "model", *args],
+        input=text, capture_output=True, text=True, check=False,
+        env={"PYTHONPATH": str(ROOT / "src"), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+
+
+def test_run_prints_each_step_and_what_is_asked_for():
+    done = pagelens("model", "run", COW, "--kernel", "linux-6.1", "--show", "maps", "--show", "tables")
+    assert done.returncode == 0, done.stderr
+    assert "model linux-6.1: Copy-on-write" in done.stdout
+    assert "expect faults 1" in done.stdout
+    assert "NO:" not in done.stdout
+    assert "-- maps" in done.stdout
+    assert "pgd[" in done.stdout
+
+
+def test_run_json():
+    done = pagelens("model", "run", COW, "--format", "json", "--show", "events")
+    value = json.loads(done.stdout)
+    jsonschema.validate(value, schema("model-run.json"))
+    assert value["failed"] == 0
+    assert value["steps"][1]["faults"] == 4
+
+
+def test_an_expectation_that_fails_is_shown_and_exits_1(tmp_path):
+    file = tmp_path / "bad.plscn"
+    file.write_text("a = mmap 2 rw private anon\nwrite a[0]\nexpect faults 7\n")
+    done = pagelens("model", "run", file)
+    assert done.returncode == 1
+    assert "NO: 1 faults" in done.stdout
+    done = pagelens("model", "verify", file)
+    assert done.returncode == 1
+    assert "line 3: expect faults 7: the kernel has 1 faults" in done.stdout
+
+
+def test_a_bad_scenario_names_line_and_cause(tmp_path):
+    file = tmp_path / "bad.plscn"
+    file.write_text("a = mmap 2 rw private anon\nwrit a[0]\n")
+    done = pagelens("model", "run", file)
+    assert done.returncode == 5
+    assert f"{file}, line 2: no operation 'writ', did you mean 'write'?" in done.stderr
+    assert pagelens("model", "run", tmp_path / "none").returncode == 2
+    assert pagelens("model", "run", COW, "--kernel", "linux-0.1").returncode == 2
+
+
+@pytest.mark.parametrize("nobody", [False, True])
+def test_verify_on_this_kernel(nobody):
+    done = pagelens("model", "verify", COW, "--format", "json", nobody=nobody)
+    assert done.returncode == 0, done.stdout + done.stderr
+    value = json.loads(done.stdout)
+    jsonschema.validate(value, schema("model-proof.json"))
+    assert (value["disagreements"], value["operations"]) == (0, 8)
+
+
+def test_fuzz_json_and_the_same_seed_twice():
+    args = ("model", "fuzz", "--seed", 11, "--ops", 300, "--processes", 2, "--format", "json")
+    one, two = pagelens(*args), pagelens(*args)
+    assert one.returncode == 0, one.stdout + one.stderr
+    value = json.loads(one.stdout)
+    jsonschema.validate(value, schema("model-proof.json"))
+    assert value == json.loads(two.stdout)
+    assert (value["seed"], value["disagreements"], value["scenario"]) == (11, 0, None)
+    assert value["operations"] >= 300
+
+
+def test_fuzz_against_a_wrong_profile_leaves_a_scenario_that_fails_again(tmp_path):
+    wrong = "linux-6.1" if nearest_profile_here() != "linux-6.1" else "linux-7.2"
+    kept = tmp_path / "kept.plscn"
+    done = pagelens("model", "fuzz", "--seed", 1, "--profile", wrong, "--save", kept, "--format", "json")
+    assert done.returncode == 1
+    value = json.loads(done.stdout)
+    assert value["scenario"] == kept.read_text()
+    assert pagelens("model", "verify", kept, "--profile", wrong).returncode == 1
+    assert pagelens("model", "verify", kept).returncode == 0
+    assert pagelens("model", "fuzz", "--seed", 1, "--profile", wrong, "--save", kept).returncode == 2
+
+
+def nearest_profile_here():
+    import platform
+
+    return nearest_profile(platform.release())
+
+
+def test_nearest_profile():
+    assert nearest_profile("6.18.44-fc") == "linux-6.18"
+    assert nearest_profile("6.15.1") == "linux-6.12"
+    assert nearest_profile("5.4.0") == "linux-6.1"
+    assert nearest_profile("9.0-rc1") == "linux-7.2"
+
+
+def test_step_tells_a_fault_in_stages():
+    done = piped("a = mmap 2 rw private anon\nread a[0]\nwrite a[0]\nwrite a[7]\nmaps\n", "step")
+    assert done.returncode == 0, done.stderr
+    stages = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
+    first = stages[stages.index("access") :][:8]
+    assert first == ["access", "walk", "error", "vma", "permission", "walk", "result", "changed"]
+    assert "zero page" in done.stdout
+    assert "0x7: write, user; page present" in done.stdout
+    assert "SEGV_MAPERR" in done.stdout
+
+
+def test_step_from_a_pipe_reports_nonsense_and_goes_on():
+    done = piped("nonsense\nwrite ghost[0]\na = mmap 1 rw private anon\n", "step", "--kernel", "linux-6.1")
+    assert done.returncode == 5
+    assert "? no operation 'nonsense'" in done.stdout
+    assert "names something that does not exist" in done.stdout
+    assert "rw-p" in done.stdout
