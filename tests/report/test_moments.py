@@ -49,3 +49,11 @@ def test_wrong_moments(capture: Path) -> None:
     assert "no address space 77" in refused(2, "map", capture, "--changes", "--mm", 77)
     assert "need a capture" in refused(2, "map", 1, "--at", "3")
     assert "needs a process id or a capture" in refused(2, "map")
+
+
+def test_pages_of_a_capture(capture: Path) -> None:
+    counts = rows("pages-by-region", "pages", capture, "--by", "region")
+    assert max(r["present"] for r in counts if r["kind"] == "anon") >= 2000
+    assert sum(r["pages"] for r in rows("pages", "pages", capture, "--at", "exec")) < 20
+    assert "snapshots only" in refused(2, "pages", capture, "--at", "20ms")
+    assert "no snapshot" in refused(2, "pages", capture, "--mm", 99)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,15 +51,21 @@ class Command:
       $ pagelens pages 4711 --by region
       $ pagelens pages 4711 7f0000000000-7f0000200000 --frames
       $ pagelens pages 4711 --state present,!file
+      $ pagelens pages out.plens --at exec
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Arguments."""
-        parser.add_argument("pid", metavar="PID")
+        target.add_target(parser, optional=True)
         parser.add_argument("range", nargs="?", metavar="START-END", help="only this range (also START+SIZE)")
         parser.add_argument(
             "--frames", action="store_true", help="frame number, map count, frame flags (root)"
         )
+        parser.add_argument("-c", "--capture", metavar="DIR", help="a capture")
+        parser.add_argument(
+            "--at", metavar="WHEN", help="capture: exec, exit, attach or detach (default: the last)"
+        )
+        parser.add_argument("--mm", type=int, metavar="N", help="capture: address space number")
         parser.add_argument("--mapcount", type=int, metavar="N", help="only frames mapped N times (--frames)")
         parser.add_argument(
             "--state", metavar="S,!S", help=f"only pages with these states: {', '.join(_STATES)}; ! excludes"
@@ -72,14 +80,19 @@ class Command:
         if args.frames and args.by == "region":
             raise UsageError("--frames lists runs of frames; leave out --by region")
         bits, without = parse_states(args.state)
+        what = target.chosen(args, "pages")
         where = AddrRange.parse(args.range) if args.range else None
-        with Process.open(target.pid_only(args.pid, "pages")) as proc:
-            # VmFlags (from smaps) tell why a frame has no count; without frames maps is enough.
-            shot = snapshot.take(proc, accounting=args.frames, frames=args.frames, within=where)
-            if where is not None and not shot.vmas.overlapping(where.start, where.end):
-                raise UsageError(f"nothing is mapped in {where}")
-            found, notes = regions.regions(proc, shot.vmas)
+        if isinstance(what, Path):
+            shot, found, notes = _recorded(what, args)
+        elif args.at is not None or args.mm is not None:
+            raise UsageError("--at and --mm need a capture: record one with pagelens run or attach")
+        else:
+            shot, found, notes = _live(what, args.frames, where)
+        if where is not None and not shot.vmas.overlapping(where.start, where.end):
+            raise UsageError(f"nothing is mapped in {where}")
         runs = shot.pages if shot.pages is not None else PageRuns.empty()
+        if where is not None:
+            runs = runs.clipped(where.start, where.end)
         if bits or without:
             runs = runs.where(bits, without)
         notes = (
@@ -95,6 +108,30 @@ class Command:
         else:
             emit(args, (*RUNS, *WHERE), run_rows(runs, found), notes=notes)
         return 0
+
+
+def _live(pid: int, frames: bool, where: AddrRange | None) -> tuple[Snapshot, list[Region], Sequence[str]]:
+    with Process.open(pid) as proc:
+        # VmFlags (from smaps) tell why a frame has no count; without frames maps is enough.
+        shot = snapshot.take(proc, accounting=frames, frames=frames, within=where)
+        found, notes = regions.regions(proc, shot.vmas)
+    return shot, found, notes
+
+
+def _recorded(path: Path, args: argparse.Namespace) -> tuple[Snapshot, list[Region], Sequence[str]]:
+    from pagelens.capture.reader import Capture
+    from pagelens.report import moments
+
+    if args.at is not None and args.at not in moments.MOMENTS:
+        raise UsageError(
+            f"pages are known at snapshots only: --at {', '.join(moments.MOMENTS)}, not {args.at!r}"
+        )
+    shot, found, _ = moments.look(Capture(path), args.mm, args.at)
+    if shot.pages is None:
+        raise UsageError("the capture has no page states (it was recorded with --snapshot none or maps)")
+    if args.frames and shot.pages.pfn is None:
+        raise UsageError("frame numbers are not recorded in a capture; ask a process (pages PID --frames)")
+    return shot, found, ()
 
 
 def parse_states(text: str | None) -> tuple[PageState, PageState]:
