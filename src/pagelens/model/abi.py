@@ -9,6 +9,7 @@ boolean array a bit (eight times the memory traffic).
 from __future__ import annotations
 
 import errno
+import functools
 from typing import Final
 
 PAGE: Final = 4096
@@ -103,6 +104,7 @@ def page_align(length: int) -> int:
     return (length + PAGE - 1) & MASK & U64_MAX
 
 
+@functools.lru_cache(4096)
 def flag_codes(vm_flags: int) -> frozenset[str]:
     """The two-letter codes of smaps' VmFlags line."""
     return frozenset(code for bit, code in VMFLAG_CODES if vm_flags & bit)

@@ -34,6 +34,7 @@ PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_SWAP, PM_PRESENT = (
     1 << bit for bit in (55, 56, 58, 61, 62, 63)
 )
 _FRAME = np.uint64(FRAME_SHIFT)
+_BIT = {flag: np.uint64(flag.bit_length() - 1) for flag in (SD, ANON, ZERO, GUARD, SPECIAL)}
 PSS_SHIFT = 12
 
 
@@ -81,37 +82,35 @@ def pagemap(mm: Mm, start: int, npages: int) -> U64:
     out = np.zeros(npages, np.uint64)
     end = start + (npages << SHIFT)
     profile = mm.profile
-    for area in mm.areas.overlapping(start, end):
-        lo, hi = max(area.start, start) >> SHIFT, min(area.end, end) >> SHIFT
-        soft = bool(profile.soft_dirty and area.flags & VM_SOFTDIRTY)
-        if soft:
-            out[lo - first : hi - first] = np.uint64(PM_SOFT_DIRTY)
-        for begin, chunk, part in mm.tables.spans(lo, hi):
-            pte = chunk.pte[part]
-            if not pte.any():
-                continue
-            view = out[begin - first : begin - first + len(pte)]
-            view |= _encode(mm, pte)
+    if profile.soft_dirty:
+        for area in mm.areas.overlapping(start, end):
+            if area.flags & VM_SOFTDIRTY:
+                lo, hi = max(area.start, start) >> SHIFT, min(area.end, end) >> SHIFT
+                out[lo - first : hi - first] = np.uint64(PM_SOFT_DIRTY)
+    for begin, chunk, part in mm.tables.spans(first, end >> SHIFT):
+        index = np.flatnonzero(chunk.pte[part])
+        if len(index):
+            out[index + (begin - first)] |= _encode(mm, chunk.pte[part][index])
     return out
 
 
 def _encode(mm: Mm, pte: U64) -> U64:
+    # By shifts: the bits of the model's entries move to where pagemap has them.
     profile = mm.profile
-    out = np.zeros(len(pte), np.uint64)
-    present = (pte & np.uint64(P)) != 0
-    frames = (pte >> _FRAME).astype(np.int64)
-    out[present] = np.uint64(PM_PRESENT)
-    out[present] |= frames[present].astype(np.uint64)
+    one = np.uint64(1)
+    frames = pte >> _FRAME
+    present = pte & one  # P is bit 0
+    plain = present & ~((pte >> _BIT[ZERO]) | (pte >> _BIT[SPECIAL]))
+    single = (mm.machine.frames.mapcount[frames.astype(np.int64)] == 1).astype(np.uint64)
+    out = (present << np.uint64(63)) | frames
+    out |= (plain & ~(pte >> _BIT[ANON])) << np.uint64(61)
+    out |= (plain & single) << np.uint64(56)
     if profile.soft_dirty:
-        out[(pte & np.uint64(P | SD)) == np.uint64(P | SD)] |= np.uint64(PM_SOFT_DIRTY)
-    plain = present & ((pte & np.uint64(ZERO | SPECIAL)) == 0)
-    out[plain & ((pte & np.uint64(ANON)) == 0)] |= np.uint64(PM_FILE)
-    single = plain & (mm.machine.frames.mapcount[frames] == 1)
-    out[single] |= np.uint64(PM_EXCLUSIVE)
-    out[(pte & np.uint64(ZERO)) != 0] |= np.uint64(mm.machine.zero_frame)
+        out |= (present & (pte >> _BIT[SD])) << np.uint64(55)
+    out |= ((pte >> _BIT[ZERO]) & one) * np.uint64(mm.machine.zero_frame)
     # pte_to_pagemap_entry: whatever is there and not present reads as swapped, guard markers too.
     guard = PM_SWAP | (PM_GUARD if profile.pagemap_guard_bit else 0)
-    out[(pte & np.uint64(GUARD)) != 0] |= np.uint64(guard)
+    out |= ((pte >> _BIT[GUARD]) & one) * np.uint64(guard)
     return out
 
 

@@ -34,6 +34,7 @@ class Setting:
     memlock: int = 8 << 20  # RLIMIT_MEMLOCK
     ipc_lock: bool = True  # CAP_IPC_LOCK: the limit does not hold
     max_map_count: int = 65530
+    rss_exact: bool = True  # status sums the counters exactly (6.2); before, each task keeps up to 64 back
 
     @property
     def harness(self) -> tuple[tuple[int, int], tuple[int, int]]:

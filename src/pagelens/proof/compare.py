@@ -222,6 +222,8 @@ class Comparison:
                     subject = f"VmFlags of {vma}"
                     found.append(self._differs("accounting", None, proc, subject, kernel or "-", text or "-"))
         for f in STATUS_FIELDS:
+            if f.startswith("Rss") and not self.kernel.setting.rss_exact:
+                continue
             if f in real.status and f in model.status:
                 compared += 1
                 if real.status[f] != model.status[f]:
@@ -247,7 +249,7 @@ def windows(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
     ones only the two ends."""
     spans: list[list[int]] = []
     for vma in sorted(vmas, key=lambda v: v.start):
-        if spans and vma.start <= spans[-1][1] + 64 * PAGE_SIZE:
+        if spans and vma.start <= spans[-1][1] + 512 * PAGE_SIZE:
             spans[-1][1] = max(spans[-1][1], vma.end)
         else:
             spans.append([vma.start, vma.end])
