@@ -35,3 +35,14 @@ def test_variants_and_errors() -> None:
         get_profile("linux-9")
     with pytest.raises(UsageError, match="no rule 'magic'"):
         variant.with_rules(magic=True)
+
+
+def test_the_table_of_rules_is_up_to_date() -> None:
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    tool = Path(__file__).resolve().parents[2] / "tools" / "model_rules.py"
+    assert subprocess.run([sys.executable, str(tool), "--check"], check=False).returncode == 0, (
+        "run python tools/model_rules.py"
+    )

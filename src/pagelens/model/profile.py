@@ -39,10 +39,8 @@ class Profile:
     # __get_unmapped_area: anonymous, no hint, length a multiple of 2 MiB: aligned to 2 MiB (6.7, and 6.13
     # for the multiple, backported to 6.12).
     thp_align_anon: bool = True
-    # the same rule asks !file (6.18); in 6.12 a file without get_unmapped_area is aligned as well.
+    # __get_unmapped_area: the same rule asks !file (6.18); in 6.12 a file without get_unmapped_area is aligned as well.
     thp_align_file_test: bool = True
-    # do_mmap: MAP_LOCKED and RLIMIT_MEMLOCK are tested after the address is chosen in all; the execute-only
-    # and flag computation moved before it in 6.12 (no visible effect but the MAP_GROWSDOWN shadow gap).
     # do_mmap: MAP_DROPPABLE (6.11).
     droppable: bool = True
     # -- advice
@@ -55,14 +53,12 @@ class Profile:
     # madvise_guard_install: VM_MAYBE_GUARD marks the vma, is ignored in merges and has page tables copied at
     # fork; before, an anon_vma did that (6.19, in 6.18 by stable).
     guard_vma_flag: bool = True
-    # madvise_walk_vmas etc. on MADV_DONTNEED_LOCKED (5.18) and MADV_COLLAPSE (6.1): all profiles.
     # zap_pte_range, try_get_and_clear_pmd: PT_RECLAIM frees empty PTE tables on DONTNEED (6.14).
     pt_reclaim: bool = True
     # madvise_populate goes area by area from the first in 6.1 and skips holes; later the first hole ends it
     # (faultin_page_range, 6.10).
     populate_stops_at_hole: bool = True
-    # -- limits
-    # do_brk_flags, do_mmap: map_count > max; split_vma: >= max: all profiles.
+    # -- mremap
     # do_mremap checks everything before it unmaps the target (6.17); mremap_to unmapped first.
     mremap_checks_first: bool = True
     # remap_move: MREMAP_FIXED without resize moves several areas at once (6.17).
@@ -81,15 +77,11 @@ class Profile:
     # move_vma: vrm_stat_account before dontunmap_complete clears VM_LOCKED counts locked_vm twice (6.17);
     # before 6.17 and from 7.0 not.
     dontunmap_locks_twice: bool = True
-    # -- faults
-    # lock_mm_and_find_vma: stack expansion under the write lock (6.5; fixed in 6.1.37 too).
-    # do_fault_around: see fault.py; finish_fault maps whole folios of shmem from 6.12 (order 0 here).
     # -- reporting
     # show_map_vma names [heap] what overlaps it (6.6); before, also what touches it.
     heap_name_overlaps: bool = True
-    # show_smap: `KSM:` (6.7). smaps_account; "Pss_Dirty" (6.0): all.
+    # show_smap prints `KSM:` (6.7).
     smaps_ksm: bool = True
-    # show_smap_vma_flags prints no code for VM_UFFD_* without CONFIG; "gu" (7.0); "dp" (6.11); "sl" (6.18).
     # sync_mm_rss, SPLIT_RSS_COUNTING: a task keeps up to 64 page events to itself before status sees them
     # (to 6.1; percpu counters summed exactly later). Then the Rss lines cannot be compared, smaps can.
     status_rss_lags: bool = False
