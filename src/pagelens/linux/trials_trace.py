@@ -22,7 +22,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYS_PERF_EVENT_OPEN, _SYS_BPF, _SYS_PIDFD_GETFD = 298, 321, 438
 _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT = 430, 431, 432
 _PTRACE_DETACH, _PTRACE_SEIZE = 17, 0x4206
-_PERF_FIX = "sudo sysctl kernel.perf_event_paranoid=1 (or CAP_PERFMON, or root)"
+_PERF_FIX = "sudo sysctl kernel.perf_event_paranoid={} (or CAP_PERFMON, or root)"
 _TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 
@@ -40,7 +40,9 @@ def _perf(pid: int, cpu: int, exclude_kernel: bool) -> Outcome:
     except OSError as exc:
         paranoid = Path("/proc/sys/kernel/perf_event_paranoid")
         level = paranoid.read_text().strip() if paranoid.exists() else "no perf in this kernel"
-        return Outcome(False, f"{exc.strerror} (perf_event_paranoid {level})", _PERF_FIX)
+        # perf_event_paranoid(2): 2 user mode of own processes, 1 kernel mode too, 0 whole CPUs.
+        wanted = 0 if cpu >= 0 else 2 if exclude_kernel else 1
+        return Outcome(False, f"{exc.strerror} (perf_event_paranoid {level})", _PERF_FIX.format(wanted))
     try:
         before = struct.unpack("Q", os.read(fd, 8))[0]
         with mmap.mmap(-1, 64 * 4096, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
