@@ -202,8 +202,13 @@ class BpfObject:
         self._keep(name, self._lib.bpf_program__attach(self.programs[name]))
 
     def attach_perf(self, name: str, fd: int) -> None:
-        """Attach a perf_event program to an open event (the link takes a reference, fd may be closed)."""
-        self._keep(name, self._lib.bpf_program__attach_perf_event(self.programs[name], fd))
+        """Attach a perf_event program to an open event. The descriptor is the link's from now on: libbpf closes
+        it with the link (bpf_link_perf_detach); closing it here too would later close somebody else's file."""
+        try:
+            self._keep(name, self._lib.bpf_program__attach_perf_event(self.programs[name], fd))
+        except BaseException:
+            os.close(fd)
+            raise
 
     def read_iterator(self, name: str) -> bytes:
         """Run an iterator program once and return what it wrote."""

@@ -137,11 +137,7 @@ class BpfRecording:
                     ("fault_minor", perf.PAGE_FAULTS_MIN),
                     ("fault_major", perf.PAGE_FAULTS_MAJ),
                 ):
-                    fd = perf.open_fault_event(config, cpu)
-                    try:
-                        obj.attach_perf(name, fd)
-                    finally:
-                        os.close(fd)
+                    obj.attach_perf(name, perf.open_fault_event(config, cpu))
             self._learn_clear_refs()
             self._drain.start()
         except BaseException:
