@@ -82,7 +82,7 @@ struct pl_fast {
     struct region *regions; /* scratch, n_regions */
     uint64_t n_regions;
     /* results */
-    uint64_t written, zeroed, hold_ns, stop_ns;
+    uint64_t written, zeroed, hold_ns, stop_ns, check_ns, scan_ns, write_ns, arm_ns;
     int32_t error, why; /* errno, and a PL_WHY */
 };
 enum { WHY_OK, WHY_THREADS, WHY_MAPS, WHY_HOLD, WHY_SCAN, WHY_WRITE, WHY_REGS, WHY_GONE };
@@ -210,7 +210,10 @@ static int wait_stop(pid_t tid, int64_t deadline, int *status) {
 struct writer {
     struct pl_fast *f;
     struct iovec local[BATCH], remote[BATCH];
-    size_t n;
+    size_t n, total;
+    struct {
+        uint64_t start, end;
+    } done[64]; /* the first places written, neighbours joined; total counts all */
     int failed;
 };
 
@@ -237,6 +240,16 @@ static void flush(struct writer *w) {
 }
 
 static void put(struct writer *w, uint64_t start, uint64_t end, const uint8_t *from) {
+    const size_t room = sizeof w->done / sizeof *w->done;
+    if (w->total && w->total <= room && w->done[w->total - 1].end == start) {
+        w->done[w->total - 1].end = end;
+    } else if (start < end) {
+        if (w->total < room) {
+            w->done[w->total].start = start;
+            w->done[w->total].end = end;
+        }
+        w->total++;
+    }
     while (start < end) {
         uint64_t len = end - start;
         if (!from && len > sizeof zeros)
@@ -267,64 +280,91 @@ static void restore(struct writer *w, const struct pl_saved *s, uint64_t from, u
     }
 }
 
-/* One span: walk what is populated and what was saved side by side. -1 with errno. */
-static int one_span(struct writer *w, const struct pl_span *span, uint64_t *row) {
-    struct pl_fast *f = w->f;
+/* All that is populated in the spans, into f->regions; where each span's begin goes to first[]. The number of guard
+ * pages, or ~0 with errno. */
+static uint64_t collect(struct pl_fast *f, uint64_t *first) {
     struct pm_arg arg;
-    memset(&arg, 0, sizeof arg);
-    arg.size = sizeof arg;
-    arg.vec = (uint64_t)(uintptr_t)f->regions;
-    arg.vec_len = f->n_regions;
-    arg.anyof = IS_PRESENT | IS_SWAPPED;
-    arg.ret = IS_WRITTEN | IS_PFNZERO | IS_FILE;
-    if (f->guard_known) /* their markers look like swap entries */
-        arg.mask = arg.inverted = IS_GUARD;
+    uint64_t n = 0, guards = 0;
+    for (uint64_t i = 0; i < f->n_spans; i++) {
+        first[i] = n;
+        memset(&arg, 0, sizeof arg);
+        arg.size = sizeof arg;
+        arg.anyof = IS_PRESENT | IS_SWAPPED;
+        arg.ret = IS_WRITTEN | IS_PFNZERO | (f->guard_known ? IS_GUARD : 0);
+        arg.end = f->spans[i].end;
+        for (arg.start = f->spans[i].start; arg.start < arg.end; arg.start = arg.walk_end) {
+            if (n == f->n_regions) {
+                errno = E2BIG;
+                return ~0ULL;
+            }
+            arg.vec = (uint64_t)(uintptr_t)(f->regions + n);
+            arg.vec_len = f->n_regions - n;
+            int got = ioctl(f->pagemap_fd, (unsigned long)PM_SCAN, &arg);
+            if (got < 0 || arg.walk_end <= arg.start) {
+                errno = got < 0 ? errno : EPROTO;
+                return ~0ULL;
+            }
+            /* Guard markers look like swap entries, and are no contents. */
+            uint64_t kept = n;
+            for (int r = 0; r < got; r++) {
+                struct region g = f->regions[n + (uint64_t)r];
+                if (g.categories & IS_GUARD)
+                    guards += (g.end - g.start) / PAGE;
+                else
+                    f->regions[kept++] = g;
+            }
+            n = kept;
+        }
+    }
+    first[f->n_spans] = n;
+    return guards;
+}
+
+PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f);
+PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f) {
+    uint64_t *first = calloc(f->n_spans + 1, sizeof *first);
+    uint64_t guards = first ? collect(f, first) : ~0ULL;
+    free(first);
+    return guards;
+}
+
+/* One span: walk what is populated and what was saved side by side. */
+static void one_span(struct writer *w, const struct pl_span *span, const struct region *from, const struct region *to,
+                     uint64_t *row) {
+    struct pl_fast *f = w->f;
     uint64_t i = *row, at = span->start; /* everything below `at` is settled */
     while (i < f->n_saved && f->saved[i].end <= span->start)
         i++;
-    for (uint64_t begin = span->start; begin < span->end;) {
-        arg.start = begin;
-        arg.end = span->end;
-        int got = ioctl(f->pagemap_fd, (unsigned long)PM_SCAN, &arg);
-        if (got < 0)
-            return -1;
-        for (int r = 0; r < got; r++) {
-            const struct region *g = &f->regions[r];
-            /* Saved contents where nothing is populated now: dropped since (MADV_DONTNEED). */
-            while (i < f->n_saved && f->saved[i].start < g->start) {
-                if (!span->shared && f->saved[i].offset != ~0ULL)
-                    restore(w, &f->saved[i], at, g->start);
-                if (f->saved[i].end > g->start)
-                    break;
-                i++;
-            }
-            int written = (g->categories & IS_WRITTEN) != 0, zero = (g->categories & IS_PFNZERO) != 0;
-            uint64_t clear = g->start; /* populated, not saved: was absent */
-            while (i < f->n_saved && f->saved[i].start < g->end) {
-                const struct pl_saved *s = &f->saved[i];
-                uint64_t a = s->start > g->start ? s->start : g->start;
-                if (written && !zero && clear < a) {
-                    put(w, clear, a, NULL);
-                    f->zeroed += (a - clear) / PAGE;
-                }
-                if (written && !(zero && s->offset == ~0ULL))
-                    restore(w, s, g->start, g->end);
-                clear = s->end < g->end ? s->end : g->end;
-                if (s->end > g->end)
-                    break;
-                i++;
-            }
-            if (written && !zero && clear < g->end) {
-                put(w, clear, g->end, NULL);
-                f->zeroed += (g->end - clear) / PAGE;
-            }
-            at = g->end;
+    for (const struct region *g = from; g < to; g++) {
+        /* Saved contents where nothing is populated now: dropped since (MADV_DONTNEED). */
+        while (i < f->n_saved && f->saved[i].start < g->start) {
+            if (!span->shared && f->saved[i].offset != ~0ULL)
+                restore(w, &f->saved[i], at, g->start);
+            if (f->saved[i].end > g->start)
+                break;
+            i++;
         }
-        if (arg.walk_end <= begin) {
-            errno = EPROTO;
-            return -1;
+        int written = (g->categories & IS_WRITTEN) != 0, zero = (g->categories & IS_PFNZERO) != 0;
+        uint64_t clear = g->start; /* populated, not saved: was absent */
+        while (i < f->n_saved && f->saved[i].start < g->end) {
+            const struct pl_saved *s = &f->saved[i];
+            uint64_t a = s->start > g->start ? s->start : g->start;
+            if (written && !zero && clear < a) {
+                put(w, clear, a, NULL);
+                f->zeroed += (a - clear) / PAGE;
+            }
+            if (written && !(zero && s->offset == ~0ULL))
+                restore(w, s, g->start, g->end);
+            clear = s->end < g->end ? s->end : g->end;
+            if (s->end > g->end)
+                break;
+            i++;
         }
-        begin = arg.walk_end;
+        if (written && !zero && clear < g->end) {
+            put(w, clear, g->end, NULL);
+            f->zeroed += (g->end - clear) / PAGE;
+        }
+        at = g->end;
     }
     while (i < f->n_saved && f->saved[i].start < span->end) {
         if (!span->shared && f->saved[i].offset != ~0ULL)
@@ -334,73 +374,69 @@ static int one_span(struct writer *w, const struct pl_span *span, uint64_t *row)
         i++;
     }
     *row = i;
-    return 0;
+}
+
+static int arm_range(struct pl_fast *f, uint64_t start, uint64_t end) {
+    struct pm_arg arg;
+    memset(&arg, 0, sizeof arg);
+    arg.size = sizeof arg;
+    arg.flags = 1; /* PM_SCAN_WP_MATCHING */
+    arg.start = start;
+    arg.end = end;
+    arg.mask = IS_WRITTEN;
+    arg.anyof = IS_PRESENT | IS_SWAPPED;
+    return ioctl(f->pagemap_fd, (unsigned long)PM_SCAN, &arg) < 0 ? -1 : 0;
 }
 
 static int arm(struct pl_fast *f) {
-    struct pm_arg arg;
-    for (uint64_t i = 0; i < f->n_spans; i++) {
-        memset(&arg, 0, sizeof arg);
-        arg.size = sizeof arg;
-        arg.flags = 1; /* PM_SCAN_WP_MATCHING */
-        arg.start = f->spans[i].start;
-        arg.end = f->spans[i].end;
-        arg.mask = IS_WRITTEN;
-        arg.anyof = IS_PRESENT | IS_SWAPPED;
-        if (ioctl(f->pagemap_fd, (unsigned long)PM_SCAN, &arg) < 0)
+    for (uint64_t i = 0; i < f->n_spans; i++)
+        if (arm_range(f, f->spans[i].start, f->spans[i].end))
             return -1;
-    }
+    return 0;
+}
+
+/* Only what was just written (few places: one call each beats a walk over everything). */
+static int arm_again(struct pl_fast *f, const struct writer *w) {
+    if (w->total > sizeof w->done / sizeof *w->done)
+        return arm(f);
+    for (size_t i = 0; i < w->total; i++)
+        if (arm_range(f, w->done[i].start, w->done[i].end))
+            return -1;
     return 0;
 }
 
 PL_EXPORT int pl_fast_arm(struct pl_fast *f);
 PL_EXPORT int pl_fast_arm(struct pl_fast *f) { return arm(f) ? -errno : 0; }
 
-/* Guard pages in all spans, or ~0. */
-static uint64_t count_guards(struct pl_fast *f) {
-    uint64_t n = 0;
-    struct pm_arg arg;
-    for (uint64_t i = 0; i < f->n_spans; i++) {
-        memset(&arg, 0, sizeof arg);
-        arg.size = sizeof arg;
-        arg.mask = arg.ret = IS_GUARD;
-        arg.vec = (uint64_t)(uintptr_t)f->regions;
-        arg.vec_len = f->n_regions;
-        for (arg.start = f->spans[i].start, arg.end = f->spans[i].end; arg.start < arg.end; arg.start = arg.walk_end) {
-            int got = ioctl(f->pagemap_fd, (unsigned long)PM_SCAN, &arg);
-            if (got < 0 || arg.walk_end <= arg.start)
-                return ~0ULL;
-            for (int r = 0; r < got; r++)
-                n += (f->regions[r].end - f->regions[r].start) / PAGE;
+static int restore_memory(struct pl_fast *f, int check_only) {
+    uint64_t row = 0, *first = calloc(f->n_spans + 1, sizeof *first);
+    struct writer *w = malloc(sizeof *w);
+    int why = WHY_OK;
+    int64_t begin = now_ns(), scanned, done;
+    uint64_t guards = first && w ? collect(f, first) : ~0ULL;
+    scanned = now_ns();
+    f->scan_ns = (uint64_t)(scanned - begin);
+    if (guards == ~0ULL || guards != f->guard_pages) {
+        f->error = guards == ~0ULL ? errno : 0;
+        why = guards == ~0ULL && errno != E2BIG ? WHY_SCAN : WHY_MAPS;
+    } else if (!check_only) {
+        w->f = f;
+        w->n = w->total = 0;
+        w->failed = 0;
+        for (uint64_t i = 0; i < f->n_spans; i++)
+            one_span(w, &f->spans[i], f->regions + first[i], f->regions + first[i + 1], &row);
+        flush(w);
+        done = now_ns();
+        f->write_ns = (uint64_t)(done - scanned);
+        if (w->failed || arm_again(f, w)) {
+            f->error = w->failed ? w->failed : errno;
+            why = WHY_WRITE;
         }
+        f->arm_ns = (uint64_t)(now_ns() - done);
     }
-    return n;
-}
-
-PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f);
-PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f) { return count_guards(f); }
-
-static int restore_memory(struct pl_fast *f) {
-    struct writer w;
-    w.f = f;
-    w.n = 0;
-    w.failed = 0;
-    uint64_t row = 0;
-    for (uint64_t i = 0; i < f->n_spans; i++)
-        if (one_span(&w, &f->spans[i], &row)) {
-            f->error = errno;
-            return WHY_SCAN;
-        }
-    flush(&w);
-    if (w.failed) {
-        f->error = w.failed;
-        return WHY_WRITE;
-    }
-    if (f->written + f->zeroed && arm(f)) {
-        f->error = errno;
-        return WHY_SCAN;
-    }
-    return WHY_OK;
+    free(first);
+    free(w);
+    return why;
 }
 
 static int restore_threads(struct pl_fast *f) {
@@ -445,11 +481,10 @@ PL_EXPORT int pl_fast_rollback(struct pl_fast *f, int check_only) {
     f->stop_ns = (uint64_t)(now_ns() - begin);
     if (ok) {
         f->why = !same_threads(f) ? WHY_THREADS : !same_maps(f) ? WHY_MAPS : WHY_OK;
-        if (f->why == WHY_OK && f->guard_known && count_guards(f) != f->guard_pages)
-            f->why = WHY_MAPS;
-        if (f->why == WHY_OK && !check_only) {
-            f->why = restore_memory(f);
-            if (f->why == WHY_OK)
+        f->check_ns = (uint64_t)(now_ns() - begin) - f->stop_ns;
+        if (f->why == WHY_OK) {
+            f->why = restore_memory(f, check_only);
+            if (f->why == WHY_OK && !check_only)
                 f->why = restore_threads(f);
         }
     }

@@ -45,7 +45,7 @@ from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGone
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Prot, Vma
 
-_REGIONS = 8192
+_REGIONS = 1 << 20  # 24 MiB of address space, touched as far as a scan needs it
 _WHY = ("", "threads", "maps", "hold", "scan", "write", "registers", "gone")
 _MAP = np.dtype([(n, np.uint64) for n in ("start", "end", "flags", "offset", "inode", "dev")])
 _SAVED = np.dtype([(n, np.uint64) for n in ("start", "end", "offset")])
@@ -74,7 +74,7 @@ class _Fast(ctypes.Structure):
             )
         ),
         ("n_regions", ctypes.c_uint64),
-        *((n, ctypes.c_uint64) for n in ("written", "zeroed", "hold_ns", "stop_ns")),
+        *((n, ctypes.c_uint64) for n in ("written", "zeroed", "hold_ns", "stop_ns", "check_ns", "scan_ns", "write_ns", "arm_ns")),
         ("error", ctypes.c_int32),
         ("why", ctypes.c_int32),
     )
