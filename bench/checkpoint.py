@@ -111,7 +111,16 @@ def rollbacks(subjects: Subjects, rounds: int) -> list[dict[str, object]]:
         memory = np.zeros((2 * most, PAGE), np.uint8)
         saved = np.random.default_rng(1).integers(0, 255, (2 * most, PAGE), np.uint8)
         with Checkpoint.take(puppet.pid, watch=False) as point:
-            for stride, pages in ((1, 0), (1, 1), (1, 16), (1, 256), (1, 4096), (1, most), (2, 256), (2, 4096)):
+            for stride, pages in (
+                (1, 0),
+                (1, 1),
+                (1, 16),
+                (1, 256),
+                (1, 4096),
+                (1, most),
+                (2, 256),
+                (2, 4096),
+            ):
                 copies, held, calls = [], [], []
                 for _ in range(rounds * (10 if pages <= 256 else 1)):
                     began = time.perf_counter()

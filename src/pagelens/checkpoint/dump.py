@@ -20,10 +20,11 @@ from pagelens.checkpoint.memory import InMemory
 from pagelens.checkpoint.reuse import Reuse
 from pagelens.checkpoint.state import identities, read_state
 from pagelens.checkpoint.store import Writer
-from pagelens.linux import pagecopy, pagemap, smaps
+from pagelens.linux import maps, pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.vm.units import PAGE_SIZE, AddrRange
+from pagelens.vm.vma import VmaList
 
 _CHUNK_PAGES = 4096
 
@@ -75,10 +76,13 @@ def dump(
         reuse.read_back = writer.read_back
         with Process.open(pid) as proc:
             held = Held(pid, timeout=timeout)
+            ahead, _ = smaps.read(proc)
+            room = _prepared(proc, within)
             with held:
-                state, plan, holes = _observe(proc, held, within, with_files)
+                state, plan, holes = _observe(proc, held, within, with_files, ahead)
                 if plan.pages * PAGE_SIZE <= memory_budget():
-                    data = pagecopy.buffer(plan.pages)
+                    fits = plan.pages * PAGE_SIZE <= len(room)
+                    data = room[: plan.pages * PAGE_SIZE] if fits else pagecopy.buffer(plan.pages)
                     with pagecopy.MemoryFile(pid) as mem:
                         bad = pagecopy.read(pid, mem, plan.capture_start, plan.capture_pages, data)
                     chunks: Iterator[tuple[pagecopy.U8, pagecopy.U8]] = slices(data, bad)
@@ -165,15 +169,33 @@ def result(
 
 
 def _observe(
-    proc: Process, held: Held, within: AddrRange | None, with_files: bool
+    proc: Process, held: Held, within: AddrRange | None, with_files: bool, ahead: VmaList
 ) -> tuple[ProcessState, plans.Plan, list[tuple[int, int]]]:
-    everything, _ = smaps.read(proc)
+    everything = with_flags(proc, ahead)
     vmas, holes = plans.clip(everything, within)
     span = None if within is None else (within.start, within.end)
     table = pagemap.read(proc, vmas, within=span)
     plan = plans.make(proc, vmas, table.runs, with_files=with_files)
     plan.notes.extend(table.notes)
     return read_state(proc, held, vmas, backing=False), plan, holes
+
+
+def with_flags(proc: Process, ahead: VmaList) -> VmaList:
+    """The vma list with flags. maps is quick and smaps walks every page: it is read again only where a vma is
+    not among those read `ahead`."""
+    plain = maps.read(proc)
+    known = {v.replaced(vm_flags=None): v for v in ahead}
+    return VmaList(known[v] for v in plain) if all(v in known for v in plain) else smaps.read(proc)[0]
+
+
+def _prepared(proc: Process, within: AddrRange | None) -> pagecopy.U8:
+    # Memory for what will be read, faulted in before the target is held: about its anonymous pages.
+    status = smaps.status(proc)
+    size = status.get("RssAnon", 0) + status.get("VmSwap", 0) + status.get("RssShmem", 0)
+    if within is not None:
+        size = min(size, within.end - within.start)
+    size += size // 32 + (1 << 20)
+    return pagecopy.buffer(size // PAGE_SIZE, ready=True) if size <= memory_budget() else pagecopy.buffer(0)
 
 
 def memory_budget() -> int:

@@ -74,7 +74,10 @@ class _Fast(ctypes.Structure):
             )
         ),
         ("n_regions", ctypes.c_uint64),
-        *((n, ctypes.c_uint64) for n in ("written", "zeroed", "hold_ns", "stop_ns", "check_ns", "scan_ns", "write_ns", "arm_ns")),
+        *(
+            (n, ctypes.c_uint64)
+            for n in ("written", "zeroed", "hold_ns", "stop_ns", "check_ns", "scan_ns", "write_ns", "arm_ns")
+        ),
         ("error", ctypes.c_int32),
         ("why", ctypes.c_int32),
     )

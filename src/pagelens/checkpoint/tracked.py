@@ -20,19 +20,20 @@ from typing import Any
 import numpy as np
 
 from pagelens.checkpoint import plan as plans
-from pagelens.checkpoint.dump import Result, memory_budget, result, slices, store_pages
+from pagelens.checkpoint.dump import Result, memory_budget, result, slices, store_pages, with_flags
 from pagelens.checkpoint.image import Kind, ProcessState, Rows, compress, per_page
 from pagelens.checkpoint.reuse import Reuse
 from pagelens.checkpoint.state import identities, read_state
 from pagelens.checkpoint.store import Writer
 from pagelens.checkpoint.stored import Stored
 from pagelens.dirty import spans
+from pagelens.dirty.epoch import Why
 from pagelens.dirty.pagescan import Pagescan
 from pagelens.dirty.spans import Spans
-from pagelens.linux import maps, pagecopy, pagescan, smaps
+from pagelens.linux import pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
-from pagelens.linux.pagescan import Category
+from pagelens.linux.pagescan import Category, Regions
 from pagelens.linux.procfs import Process
 from pagelens.vm.pages import PageRuns, PageState
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
@@ -53,6 +54,20 @@ class CannotTellError(Exception):
     """The increment cannot be made from what was watched; contents must be compared."""
 
 
+class _Recording(Pagescan):
+    """Keeps what its last walk of everything found, so that page states cost no second walk."""
+
+    last: Regions | None = None
+    covered = spans.EMPTY  # what that walk did not pass over
+
+    def _collect(self, where: Spans) -> Regions:
+        found = super()._collect(where)
+        if len(where.start) == 1 and int(where.end[0]) == TASK_SIZE:
+            self.last = found
+            self.covered = self._registered or self._layout.watched
+        return found
+
+
 class Watched:
     """One process, watched between checkpoints. Context manager; closing it leaves nothing in the process.
 
@@ -62,13 +77,13 @@ class Watched:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.proc = Process.open(pid)
-        self._backend: Pagescan | None = None
+        self._backend: _Recording | None = None
         self._mem: pagecopy.MemoryFile | None = None
         self._pagemap = -1
         self._vmas = VmaList()
         try:
             uffd, _ = take_userfaultfd(self.proc)
-            self._backend = Pagescan(self.proc, uffd)
+            self._backend = _Recording(self.proc, uffd)
             self._mem = pagecopy.MemoryFile(pid)
             self._pagemap = self.proc.fd("pagemap")
             self._armed = False
@@ -123,19 +138,27 @@ class Watched:
     ) -> tuple[ProcessState, plans.Plan, Any, Any]:
         # Everything that must be of one instant.
         assert self._backend is not None
-        notes: list[str] = []
         if self._armed:
             look = self._backend.look()
             written = look.builder.seen
+            begin, count, why = look.builder.columns()
+            gone = np.isin(why, (Why.NEW, Why.DISCARDED, Why.DROPPED))
+            emptied = spans.joined(begin[gone], (begin + (count << np.uint64(PAGE_SHIFT)))[gone])
             if not look.complete:
                 raise CannotTellError("; ".join(look.notes))
         else:
             self._backend.arm()
             self._armed = True
-            written = spans.of([(0, TASK_SIZE)])
+            written, emptied = spans.of([(0, TASK_SIZE)]), spans.EMPTY
+        before = self._vmas
         vmas = self._list_vmas()
-        plan = plans.make(self.proc, vmas, self._states(), with_files=with_files)
-        plan.notes.extend(notes)
+        known = {(v.start, v.end) for v in before}
+        fresh = spans.of([(v.start, v.end) for v in vmas if (v.start, v.end) not in known])
+        if parent is not None:
+            guards = parent.rows[parent.rows["kind"] == Kind.GUARD]
+            ends = guards["start"] + (guards["pages"] << np.uint64(PAGE_SHIFT))
+            fresh = spans.union(spans.union(fresh, emptied), Spans(guards["start"], ends))
+        plan = plans.make(self.proc, vmas, self._states(vmas, fresh, emptied), with_files=with_files)
         if parent is None:
             written = spans.of([(0, TASK_SIZE)])
         rows = plan.rows[plan.rows["kind"] == Kind.DATA]
@@ -148,30 +171,36 @@ class Watched:
         return state, plan, wanted.start, (wanted.end - wanted.start) >> np.uint64(PAGE_SHIFT)
 
     def _list_vmas(self) -> VmaList:
-        # maps is quick, smaps walks all pages: it is read only when there are vmas whose flags are not known.
-        plain = maps.read(self.proc)
-        known = {v.replaced(vm_flags=None): v for v in self._vmas}
-        if all(v in known for v in plain):
-            return VmaList(known[v] for v in plain)
-        return smaps.read(self.proc)[0]
+        return with_flags(self.proc, self._vmas)
 
-    def _states(self) -> PageRuns:
-        known = pagescan.supported()
-        want = Category.NONE
-        for category, _ in _STATES:
-            want |= category & known
-        found = pagescan.scan(
-            self._pagemap,
-            [(0x10000, TASK_SIZE)],
-            anyof=(Category.PRESENT | Category.SWAPPED | Category.GUARD) & known,
-            ret=want,
-        )
-        state = np.zeros(len(found), np.uint32)
+    def _states(self, vmas: VmaList, guards_in: Spans, unsure: Spans) -> PageRuns:
+        # From the walk that found what was written; guard pages, which it leaves out, only where there can be
+        # any: in new mappings, where contents went away, and where there were some.
+        assert self._backend is not None
+        found = self._backend.last
+        assert found is not None
+        has_guards = Category.GUARD & pagescan.supported()
+        # That walk passes over what is not watched (read-only mappings of files, the vDSO) or was not yet.
+        mapped = spans.joined(vmas.starts, vmas.ends)
+        others = spans.union(spans.minus(mapped, self._backend.covered), unsure)
+        rest = spans.minus(spans.of([(0, TASK_SIZE)]), others)
+        part, index, _ = spans.overlaps(Spans(found.start, found.end), rest)
+        parts = [Regions(part.start, part.end, found.categories[index])]
+        if has_guards and guards_in:
+            where = spans.minus(guards_in, others)
+            parts.append(pagescan.scan(self._pagemap, where.pairs(), mask=has_guards, ret=has_guards))
+        populated = Category.PRESENT | Category.SWAPPED
+        want = populated | Category.FILE | Category.PFNZERO | Category.HUGE | has_guards
+        parts.append(pagescan.scan(self._pagemap, others.pairs(), anyof=populated | has_guards, ret=want))
+        start = np.concatenate([p.start for p in parts])
+        order = np.argsort(start, kind="stable")
+        start, end = start[order], np.concatenate([p.end for p in parts])[order]
+        categories = np.concatenate([p.categories for p in parts])[order]
+        state = np.zeros(len(start), np.uint32)
         for category, bit in _STATES:
-            state |= np.where((found.categories & np.uint64(category)) != 0, np.uint32(bit), np.uint32(0))
-        guard = (state & np.uint32(PageState.GUARD)) != 0
-        state[guard] &= ~np.uint32(PageState.SWAPPED)
-        return PageRuns(found.start, (found.end - found.start) >> np.uint64(PAGE_SHIFT), state)
+            state |= np.where((categories & np.uint64(category)) != 0, np.uint32(bit), np.uint32(0))
+        state[(state & np.uint32(PageState.GUARD)) != 0] &= ~np.uint32(PageState.SWAPPED)
+        return PageRuns(start, (end - start) >> np.uint64(PAGE_SHIFT), state)
 
     def close(self) -> None:
         """Stop watching. Twice is harmless."""
