@@ -113,6 +113,25 @@ def test_a_stack_that_shares_its_vma(puppet: Puppet) -> None:
     assert at(found, above).kind is Kind.ANON
 
 
+def test_a_stack_below_a_big_chunk(puppet: Puppet) -> None:
+    """Case 1: 100 MB of malloc, then a thread. On 6.1 both lie in one vma (asserted by its flags); named
+    anyhow."""
+    big, _ = puppet.tell("malloc", 100 * MB)
+    puppet.write(big, 100)
+    tid, local = puppet.tell("thread")
+    found = named(puppet.pid)
+    chunk, stack = at(found, big), at(found, local)
+    assert (chunk.kind, stack.kind) == (Kind.CHUNK, Kind.THREAD_STACK)
+    assert (chunk.start, chunk.end) == (big - 16, big - 16 + 100 * MB + PAGE)
+    assert (stack.end - stack.start, stack.label) == (8 * MB, f"stack of thread {tid} (sleeper)")
+    with Process.open(puppet.pid) as proc:
+        vmas = snapshot.take(proc).vmas
+    flags = vmas[stack.vma].vm_flags or frozenset()
+    if stack.end == chunk.start:
+        # Side by side. One vma exactly where MAP_STACK leaves the stack the same flags (before 6.7).
+        assert (stack.vma == chunk.vma) is ("nh" not in flags)
+
+
 def test_library_and_program(puppet: Puppet) -> None:
     found = named(puppet.pid)
     libc = [r.kind for r in found if r.label.startswith("libc.so.6 ")]

@@ -108,3 +108,11 @@ def test_error_codes() -> None:
     assert report.describe_error(0x15) == "exec, page present"
     assert report.describe_error(2, True, 59) == "write, no page, by the kernel in execve, major"
     assert report.describe_error(3, call=-1) == "write, page present, by the kernel"
+
+
+def test_jit_code_keeps_its_names(subjects: Subjects, tmp_path: Path) -> None:
+    capture = record(tmp_path, subjects("jit"))
+    (kept,) = capture.glob("perf-*.map")
+    Path(f"/tmp/{kept.name}").unlink()  # gone, as the process is
+    by = {r["function"]: r["faults"] for r in rows("faults", "faults", capture, "--top", 0)}
+    assert by["Jitted::touch"] == 64

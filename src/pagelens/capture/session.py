@@ -1,12 +1,13 @@
 """One recording, whatever starts it: the capture, the live recording, the thread that writes parts, the end.
 
-`recorder` (a program from its execve on) and `attach` (processes that run already) drive it. The drain is C; one
-Python thread turns finished spool segments into Parquet every few seconds. A failure of ours (a full disk) stops
-the recording, never the program.
+`recorder` (a program from its execve on) and `attach` (processes that run already) drive it. The drain is C;
+one Python thread turns finished spool segments into Parquet every few seconds. A failure of ours (a full
+disk) stops the recording, never the program.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from pagelens import __version__
-from pagelens.capture import convert, records, snapshots
+from pagelens.capture import convert, jitmaps, records, snapshots
 from pagelens.capture.balance import Ended, balance, losses
 from pagelens.capture.store import CaptureWriter
 from pagelens.linux import residency
@@ -193,6 +194,8 @@ class Session:
                 writer.write("tasks", rows, part=_ALIVE_PART)
             for what, count, note in lost:
                 writer.lose(what, count, note)
+            with contextlib.suppress(PagelensError):  # names only: never a reason to lose the recording
+                jitmaps.keep(writer.path)
             writer.finish(
                 status=summary["status"],
                 summary=summary,
