@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,10 @@ def summary(outcomes: list[Outcome], began: float) -> int:
         )
         for complaint in outcome.complaints:
             print(f"  {outcome.kernel}: {complaint}")
-    print(f"kernels: {len(outcomes)} guests in {time.monotonic() - began:.0f} s")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(
+        f"kernels: {len(outcomes)} guests in {time.monotonic() - began:.0f} s "
+        f"({used.ru_utime + used.ru_stime:.0f} s of CPU time)"
+    )
     print(f"{total['passed']} passed, {total['failed']} failed, {total['skipped']} skipped")
     return 1 if total["failed"] or not total["passed"] else 0

@@ -36,7 +36,8 @@ def _left_out() -> list[tuple[str, str]]:
 class Outcomes:
     """Collects the phases of each test into one outcome."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
         self._worst: dict[str, tuple[str, str]] = {}
         self._time: dict[str, float] = {}
         self._budget = float(os.environ.get("VMTEST_BUDGET", "inf"))
@@ -71,6 +72,8 @@ class Outcomes:
         outcome, why = "passed", ""
         if report.failed:
             outcome, why = "failed", f"{report.when}: {report.longreprtext[-2000:]}"
+            # At once: a guest that panics later would take pytest's own report with it.
+            self._say(report.longreprtext)
         elif report.skipped:
             outcome = "skipped"
             why = (
@@ -94,6 +97,16 @@ class Outcomes:
                 }
             )
 
+    def _say(self, text: str) -> None:
+        terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line(f"\n{text}")
+
+    @pytest.hookimpl
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """The failures were printed as they came."""
+        session.config.option.tbstyle = "no"
+
     @pytest.hookimpl
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         """A module that cannot be imported is a failure, not fewer tests; a module skipped whole is a
@@ -108,4 +121,4 @@ class Outcomes:
 def pytest_configure(config: pytest.Config) -> None:
     """Registers itself where there is a place for results."""
     if os.environ.get("VMTEST_RESULTS"):
-        config.pluginmanager.register(Outcomes(), "vmtest-outcomes")
+        config.pluginmanager.register(Outcomes(config), "vmtest-outcomes")
