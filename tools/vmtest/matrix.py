@@ -36,7 +36,7 @@ class Plan:
     tests: list[str]
     marks: str = "not slow"
     jobs: int = 2
-    budget: float = 300.0
+    budget: float = 420.0
     memory: int = 3072
     environment: dict[str, str] = field(default_factory=dict)
     results: Path | None = None
@@ -95,7 +95,7 @@ def run(plan: Plan) -> list[Outcome]:
 def _one(plan: Plan, kernel: fetch.Kernel, allowed: list[skips.Allowed], lock: threading.Lock) -> Outcome:
     tests = [t for t in plan.tests if (plan.root / t.partition("::")[0]).exists()]
     command = ["python", "-m", "pytest", "-p", "vmtest.plugin", "-p", "no:cacheprovider", "-v", "--tb=short"]
-    command += ["-o", "timeout=240", "-o", "console_output_style=classic", "-m", plan.marks, *tests]
+    command += ["-o", "timeout=300", "-o", "console_output_style=classic", "-m", plan.marks, *tests]
     machine = qemu.Machine(
         kernel,
         command,
