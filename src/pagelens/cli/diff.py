@@ -9,7 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from pagelens.cli import target
+from pagelens.cli import checkpoint_view, target
 from pagelens.cli.output import add_output_arguments, emit_object
 from pagelens.report.diff import Moment, compare
 from pagelens.vm.errors import UsageError
@@ -27,6 +27,7 @@ class Command:
       $ pagelens diff out.plens --explain
       $ pagelens diff 4711 --in 2
       $ pagelens diff 4711 4712
+      $ pagelens diff CHECKPOINT CHECKPOINT     contents, byte by byte; also CHECKPOINT PID
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
@@ -49,7 +50,9 @@ class Command:
     def run(self, args: argparse.Namespace) -> int:
         """Take or load both sides, compare, print."""
         where = AddrRange.parse(args.range) if args.range else None
-        if args.b is None and args.later is not None:
+        if any(checkpoint_view.is_checkpoint(text) for text in (args.a, args.b or "")):
+            checkpoint_view.diff(args)
+        elif args.b is None and args.later is not None:
             _now_and_later(args, where)
         else:
             a, b, origin = _sides(args)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pagelens.cli import target
+from pagelens.cli import checkpoint_view, target
 from pagelens.cli.output import Col, add_output_arguments, emit
 from pagelens.vm.errors import UsageError
 from pagelens.vm.regions import Region
@@ -56,6 +56,7 @@ class Command:
       $ pagelens map 4711 --evidence --format json
       $ pagelens map out.plens --at 20ms
       $ pagelens map out.plens --changes
+      $ pagelens map CHECKPOINT
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
@@ -76,7 +77,11 @@ class Command:
         """Read, name, print."""
         what = target.chosen(args, "map")
         where = AddrRange.parse(args.range) if args.range else None
-        if isinstance(what, Path):
+        if isinstance(what, Path) and checkpoint_view.is_checkpoint(what):
+            if args.changes or args.at is not None or args.mm is not None:
+                raise UsageError("--at, --changes and --mm are for captures; a checkpoint is one moment")
+            shot, found, notes = checkpoint_view.look(what)
+        elif isinstance(what, Path):
             from pagelens.capture.reader import Capture
             from pagelens.report import moments
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pagelens.cli import target
+from pagelens.cli import checkpoint_view, target
 from pagelens.cli.output import Col, add_output_arguments, emit
 from pagelens.inspect import uncounted
 from pagelens.linux import regions, snapshot
@@ -52,6 +52,7 @@ class Command:
       $ pagelens pages 4711 7f0000000000-7f0000200000 --frames
       $ pagelens pages 4711 --state present,!file
       $ pagelens pages out.plens --at exec
+      $ pagelens pages CHECKPOINT --by region
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
@@ -80,9 +81,14 @@ class Command:
         if args.frames and args.by == "region":
             raise UsageError("--frames lists runs of frames; leave out --by region")
         bits, without = parse_states(args.state)
+        notes: Sequence[str] = ()
         what = target.chosen(args, "pages")
         where = AddrRange.parse(args.range) if args.range else None
-        if isinstance(what, Path):
+        if isinstance(what, Path) and checkpoint_view.is_checkpoint(what):
+            if args.frames or args.at is not None or args.mm is not None:
+                raise UsageError("a checkpoint is one moment without frames: leave out --frames, --at, --mm")
+            shot, found, _ = checkpoint_view.look(what)
+        elif isinstance(what, Path):
             shot, found, notes = _recorded(what, args)
         elif args.at is not None or args.mm is not None:
             raise UsageError("--at and --mm need a capture: record one with pagelens run or attach")
