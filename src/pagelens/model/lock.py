@@ -20,6 +20,7 @@ from pagelens.model.abi import (
     PAGE,
     SHIFT,
     U64_MAX,
+    VM_DROPPABLE,
     VM_LOCKED,
     VM_LOCKED_MASK,
     VM_LOCKONFAULT,
@@ -36,7 +37,7 @@ from pagelens.model.space import Mm
 def _fixup(mm: Mm, area: Area, start: int, end: int, flags: int, event: int) -> int:
     # mlock_fixup.
     old = area.flags
-    if flags == old or old & VM_SPECIAL:
+    if flags == old or old & (VM_SPECIAL | VM_DROPPABLE):
         return 0
     changed, flags = modify(mm, area, start, end, flags, event)
     if changed is None:

@@ -188,7 +188,7 @@ def mmap_region(mm: Mm, file: File | None, addr: int, length: int, vm: int, pgof
         mm.areas.insert(area)
     mm.stat_account(vm, pages)
     if vm & VM_LOCKED:
-        if vm & VM_SPECIAL:
+        if vm & (VM_SPECIAL | VM_DROPPABLE):  # vma_supports_mlock
             area.flags &= ~VM_LOCKED_MASK
         else:
             mm.locked_vm += pages

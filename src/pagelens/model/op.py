@@ -21,6 +21,7 @@ MAP_WORDS = {
     "shared": 0x01,
     "private": 0x02,
     "shared_validate": 0x03,
+    "droppable": 0x08,
     "fixed": 0x10,
     "anon": 0x20,
     "growsdown": 0x100,

@@ -100,17 +100,17 @@ PROBES: dict[str, str] = {
         """,
     "heap_name_overlaps": "brk heap[1]\nmmap 1 at heap[1] r private anon fixed",
     "pku": "mmap 2 at arena[0] x private anon fixed\nread arena[0]",
+    "smaps_ksm": "mmap 1 at arena[0] rw private anon fixed",
     "ksm": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] mergeable",
     "thp": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] hugepage",
 }
-# Rules that no operation of the oracle reaches: SysV shared memory, files of a disk, 65,530 vmas, the fields
-# of smaps (compared where both have them). soft_dirty is probed by itself.
+# Rules that no operation of the oracle reaches: SysV shared memory, files of a disk, 65,530 vmas.
+# soft_dirty is probed by itself.
 NOT_PROBED = frozenset(
     {
         "merge_close_forbids_any",
         "thp_align_file_test",
         "mremap_counts_exactly",
-        "smaps_ksm",
         "soft_dirty",
         "status_rss_lags",
     }

@@ -284,6 +284,8 @@ class Generator:
         ):  # fmt: skip
             if r.random() < chance:
                 flags |= ops.MAP_WORDS[word]
+        if r.random() < 0.01 and not file:
+            flags = (flags & ~3) | ops.MAP_WORDS["droppable"] | ops.ANONYMOUS
         place: Place | None = None
         where = r.random()
         if where < 0.72:
