@@ -222,3 +222,17 @@ def test_file_object_options() -> None:
     a = p.mmap(0, PAGE, R, 1, f)
     assert p.mprotect(a, PAGE, RW) == -13
     assert p.mmap(0, PAGE, R, 4, f) == -22
+
+
+def test_vdso_and_vvar_fault_in_without_a_file() -> None:
+    areas = [
+        InitialArea(BASE, BASE + 4 * PAGE, 0x1404_4411 & ~0x1000_0000, 0, None, "[vvar]"),
+        InitialArea(BASE + 4 * PAGE, BASE + 6 * PAGE, 0x4_0075, 0, None, "[vdso]"),
+    ]
+    p = Machine("linux-6.18").spawn(Layout(areas=areas))
+    assert p.access(BASE, 6 * PAGE, "r").minor == 6
+    assert (p.mm.rss_file, smaps(p, BASE)["Rss"], smaps(p, BASE + 4 * PAGE)["Rss"]) == (2, 0, 8)
+    child = p.fork()
+    assert child.access(BASE + 4 * PAGE, 1, "x").minor == 1
+    assert smaps(p, BASE + 4 * PAGE)["Shared_Clean"] == 4
+    p.machine.check()

@@ -1,5 +1,6 @@
 """The executable model of Linux paging: pure, without I/O, clock or randomness."""
 
+from pagelens.model.adopt import Adopted, adopt
 from pagelens.model.events import Entry, EventLog
 from pagelens.model.fault import AccessResult, FaultEvent
 from pagelens.model.files import File
@@ -11,6 +12,7 @@ from pagelens.model.space import InitialArea, Layout, Limits
 __all__ = [
     "PROFILES",
     "AccessResult",
+    "Adopted",
     "Entry",
     "EventLog",
     "FaultEvent",
@@ -21,5 +23,6 @@ __all__ = [
     "Machine",
     "Process",
     "Profile",
+    "adopt",
     "get_profile",
 ]

@@ -13,6 +13,7 @@ from pagelens.model.abi import (
     SHIFT,
     SPECIAL,
     VM_LOCKED,
+    VM_LOCKONFAULT,
     VM_MAYSHARE,
     VM_SOFTDIRTY,
     ZERO,
@@ -54,6 +55,13 @@ def area_name(mm: Mm, area: Area) -> str:
     return ""
 
 
+def _codes(mm: Mm, flags: int) -> frozenset[str]:
+    codes = flag_codes(flags)
+    if flags & VM_LOCKONFAULT and not mm.profile.smaps_lockonfault:
+        codes = codes - {"lf"} | {"??"}
+    return codes
+
+
 def vma_list(mm: Mm) -> VmaList:
     """All areas as vm.Vma. Offsets are those that maps prints: 0 without a file."""
     out = []
@@ -70,7 +78,7 @@ def vma_list(mm: Mm) -> VmaList:
                 file.dev if file is not None else "00:00",
                 file.inode if file is not None else 0,
                 area_name(mm, area),
-                flag_codes(flags),
+                _codes(mm, flags),
             )
         )
     return VmaList(out)

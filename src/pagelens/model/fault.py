@@ -32,6 +32,7 @@ from pagelens.model.abi import (
     VM_GROWSDOWN,
     VM_LOCKED,
     VM_MAYSHARE,
+    VM_PFNMAP,
     VM_SHARED,
     VM_SOFTDIRTY,
     VM_WRITE,
@@ -267,7 +268,7 @@ def _file_fault(mm: Mm, area: Area, page: int, write: bool, event: int) -> str:
     # do_fault: do_read_fault, do_cow_fault or do_shared_fault.
     file = area.file
     if file is None:
-        return "bus"
+        return _special_fault(mm, area, page, event)
     index = area.pgoff_at(page << SHIFT)
     if not write and fault_around(mm, area, page, index, event):
         return "minor"
@@ -288,6 +289,17 @@ def _file_fault(mm: Mm, area: Area, page: int, write: bool, event: int) -> str:
     if write:
         mm.machine.frames.flags[frame] |= F_DIRTY  # fault_dirty_shared_page
     return "major" if major else "minor"
+
+
+def _special_fault(mm: Mm, area: Area, page: int, event: int) -> str:
+    # special_mapping_fault: vvar maps frame numbers (no struct page), the vdso maps pages that all share.
+    mm.tables.ensure(page)
+    if area.flags & VM_PFNMAP:
+        mm.tables.put(page, P | A | SPECIAL, event)
+        return "minor"
+    frame, _ = mm.machine.kernel_file(area.name).get_page(area.pgoff_at(page << SHIFT))
+    map_file_page(mm, area, page, frame, write=False, event=event)
+    return "minor"
 
 
 def map_file_page(mm: Mm, area: Area, page: int, frame: int, *, write: bool, event: int) -> None:

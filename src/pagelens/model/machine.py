@@ -55,6 +55,7 @@ class Machine:
         self.user_reserve_pages = 32768
         self.zero_frame = 1
         self.processes: list[Process] = []
+        self.foreign: dict[int, int] = {}  # frame -> mappings by processes that are not modelled
         self.parents: dict[int, tuple[int, int] | None] = {}  # mm -> (parent's mm, fork event)
         self._inode = 1024
         self._mm = 0
@@ -88,6 +89,12 @@ class Machine:
         if found is None:
             found = self.files[name] = File(self, name, size, shmem=shmem, cached=cached and not shmem)
         return found
+
+    def kernel_file(self, name: str) -> File:
+        """The kernel's own pages that a special area ([vdso]) maps in every process."""
+        if name not in self.files:
+            self.files[name] = File(self, name, 1 << 20)
+        return self.files[name]
 
     def count_fault(self, major: bool, *, gup: bool = False) -> None:
         """mm_account_fault: the counters of the process that runs."""
@@ -174,4 +181,6 @@ class Machine:
             assert (anon, file, shmem) == (mm.rss_anon, mm.rss_file, mm.rss_shmem), (
                 "rss differs from present pages"
             )
+        for frame, users in self.foreign.items():
+            count[frame] += users
         assert (count == self.frames.mapcount).all(), "map counts differ from PTEs"

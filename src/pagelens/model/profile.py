@@ -80,6 +80,8 @@ class Profile:
     # -- reporting
     # show_map_vma names [heap] what overlaps it (6.6); before, also what touches it.
     heap_name_overlaps: bool = True
+    # show_smap_vma_flags names VM_LOCKONFAULT "lf" (after 6.1, which prints "??").
+    smaps_lockonfault: bool = True
     # show_smap prints `KSM:` (6.7).
     smaps_ksm: bool = True
     # sync_mm_rss, SPLIT_RSS_COUNTING: a task keeps up to 64 page events to itself before status sees them
@@ -136,6 +138,7 @@ PROFILES: dict[str, Profile] = {
         dontunmap_pre_split=True,
         dontunmap_resets_pgoff=True,
         smaps_ksm=False,
+        smaps_lockonfault=False,
         status_rss_lags=True,
     ),
     "linux-6.12": replace(

@@ -113,6 +113,7 @@ NOT_PROBED = frozenset(
         "mremap_counts_exactly",
         "soft_dirty",
         "status_rss_lags",
+        "smaps_lockonfault",
     }
 )
 
