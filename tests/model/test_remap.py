@@ -137,3 +137,15 @@ def test_locked_growth_is_populated() -> None:
     assert (p.mm.rss, p.mm.locked_vm) == (5, 5)
     assert p.mremap(a, 5 * PAGE, 5 * PAGE, MAYMOVE | FIXED, BASE + 64 * PAGE) > 0
     assert (p.mm.rss, p.mm.locked_vm, p.mm.total_vm) == (5, 5, 5)
+
+
+def test_a_move_that_keeps_its_place_in_the_table_moves_tables_whole_from_6_7() -> None:
+    for profile, marked in (("linux-6.1", 412 + 100), ("linux-6.12", 100)):
+        p = process(profile)
+        a = anon(p, 1024, page=100)
+        p.access(a, 1024 * PAGE, "w")
+        p.clear_refs(4)
+        b = BASE + (4 * 512 + 100) * PAGE
+        assert p.mremap(a, 1024 * PAGE, 1024 * PAGE, MAYMOVE | FIXED, b) == b
+        assert (bits(p, b, 1024, PRESENT), bits(p, b, 1024, SOFT)) == (1024, marked), profile
+        p.machine.check()

@@ -63,6 +63,9 @@ class Profile:
     mremap_checks_first: bool = True
     # remap_move: MREMAP_FIXED without resize moves several areas at once (6.17).
     mremap_multi_vma: bool = True
+    # try_realign_addr: a move whose ends are alike in their table starts at the table's edge, so that the table
+    # moves whole, without soft-dirty marks (6.7).
+    mremap_realigns: bool = True
     # __check_map_count_against_split (7.1); before, map_count >= max - 3 refused a move (move_vma).
     mremap_counts_exactly: bool = False
     # copy_vma, keep_source: MREMAP_DONTUNMAP of an unfaulted vma must not merge the copy with its source
@@ -133,6 +136,7 @@ PROFILES: dict[str, Profile] = {
         guard_file=False,
         pt_reclaim=False,
         mremap_multi_vma=False,
+        mremap_realigns=False,
         dontunmap_self_merge=False,
         dontunmap_locks_twice=False,
         dontunmap_pre_split=True,

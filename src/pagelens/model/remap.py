@@ -295,8 +295,9 @@ def _move(r: _Remap, area: Area) -> int:
         return ENOMEM
     flags = area.flags
     new = _copy_area(r, area, keep)
-    move_tables(mm, r.addr, r.new_addr, r.old_len, r.event)
     source = mm.areas.at(r.addr) if r.old_len else area
+    back = _realignment(r, source, new)
+    move_tables(mm, r.addr - back, r.new_addr - back, r.old_len + back, r.event)
     if keep and source is not None:
         source.flags &= ~VM_LOCKED_MASK
         if source.start == r.addr and source.end == end:
@@ -316,6 +317,19 @@ def _move(r: _Remap, area: Area) -> int:
         do_munmap_range(mm, r.addr, end, r.event, uncharge=False)
         mm.hiwater_vm = hiwater
     return r.new_addr
+
+
+def _realignment(r: _Remap, source: Area | None, new: Area) -> int:
+    # try_realign_addr: bytes by which both ends may start earlier, so that a whole table moves at once.
+    offset = r.addr & _PMD_MASK
+    if not r.mm.profile.mremap_realigns or not offset or offset != r.new_addr & _PMD_MASK:
+        return 0
+    if r.old_len < PMD_SIZE - offset or source is None:
+        return 0
+    for area, addr in ((source, r.addr), (new, r.new_addr)):
+        if area.start != addr or r.mm.areas.overlapping(addr - offset, addr):
+            return 0
+    return offset
 
 
 def _copy_area(r: _Remap, area: Area, keep: bool) -> Area:

@@ -77,6 +77,11 @@ PROBES: dict[str, str] = {
         mmap 2 at arena[2] r private anon fixed
         mremap arena[0:4] 4 maymove fixed to arena[8]
         """,
+    "mremap_realigns": """\
+        mmap 500 at arena[100] rw private anon fixed
+        write arena[100]
+        mremap arena[100:600] 500 maymove fixed dontunmap to 0x200000064000
+        """,
     "dontunmap_self_merge": """\
         mmap 4 at arena[1] rw private anon fixed
         mremap arena[2:4] 2 maymove fixed dontunmap to arena[5]
