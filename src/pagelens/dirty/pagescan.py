@@ -47,6 +47,7 @@ _RETURN = (
     Category.WPALLOWED | Category.WRITTEN | Category.FILE | _POPULATED | Category.PFNZERO | Category.HUGE
 )  # fmt: skip
 _LOW = 0x10000
+_MOST = 1 << 15  # regions a call: 768 KiB
 
 
 class Pagescan:
@@ -92,6 +93,8 @@ class Pagescan:
         self._failed: dict[int, int] = {}
         self._foreign = spans.EMPTY
         self._uncertain = spans.EMPTY
+        self._plain = False
+        self._room = 256  # regions asked for in one call; grows with what is found
 
     # -- the interface -------------------------------------------------------------------------------------
 
@@ -160,7 +163,12 @@ class Pagescan:
         of_file = (categories & np.uint64(Category.FILE)) != 0
         huge = (categories & np.uint64(Category.HUGE)) != 0
         for kind, where in self._layout.kinds.items():
-            part, index, _ = spans.overlaps(dirt, where)
+            if not where:
+                continue
+            if self._plain:
+                part, index = dirt, np.arange(len(dirt.start))
+            else:
+                part, index, _ = spans.overlaps(dirt, where)
             if not part:
                 continue
             keep = np.ones(len(index), bool)
@@ -251,9 +259,19 @@ class Pagescan:
     ) -> Regions:
         if Category.GUARD in self._known:  # MADV_GUARD_INSTALL's markers look like swap, and are no contents
             mask, inverted = mask | Category.GUARD, inverted | Category.GUARD
-        return pagescan.scan(
-            self._fd, where.pairs(), flags=flags, mask=mask, inverted=inverted, anyof=anyof, ret=ret
+        found = pagescan.scan(
+            self._fd,
+            where.pairs(),
+            flags=flags,
+            mask=mask,
+            inverted=inverted,
+            anyof=anyof,
+            ret=ret,
+            vec_len=self._room,
         )
+        if len(found) > self._room // 2:
+            self._room = min(_MOST, 2 * len(found))
+        return found
 
     def _collect(self, where: Spans) -> Regions:
         # Get and protect in one step.
@@ -293,6 +311,8 @@ class Pagescan:
         # Pages with private contents: populated, no zero page, no page of the mapped file.
         populated = (regions.categories & np.uint64(Category.PFNZERO)) == 0
         held = spans.joined(regions.start[populated], regions.end[populated])
+        if self._plain:
+            return held
         out = spans.common(held, self._layout.kinds[ANON])
         if self._layout.kinds[FILE]:
             own = populated & ((regions.categories & np.uint64(Category.FILE)) == 0)
@@ -333,6 +353,9 @@ class Pagescan:
         if not self._layout.read(self._registered):
             return False
         self._foreign, self._failed = spans.EMPTY, {}
+        kinds = self._layout.kinds
+        # Named ranges, all of them private anonymous memory: nothing has to be cut to anything.
+        self._plain = self._ranges is not None and spans.same(kinds[ANON], self._ranges)
         return True
 
     def _register(self, where: Spans) -> None:
@@ -359,6 +382,7 @@ class Pagescan:
     def _give_up(self, where: Spans) -> None:
         self._foreign = spans.union(self._foreign, where)
         self._layout.leave_out(where)
+        self._plain = False
 
     def _gone(self, exc: OSError) -> None:
         if exc.errno == errno.ESRCH or not self._uffd.mm_alive():
