@@ -163,11 +163,15 @@ class Builder:
         """(start, count, why), ascending."""
         if not self._parts:
             return np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint8)
+        shift = np.uint64(PAGE_SHIFT)
+        if len(self._parts) == 1:
+            only, reason = self._parts[0]
+            return only.start, (only.end - only.start) >> shift, np.full(len(only.start), reason, np.uint8)
         start = np.concatenate([p.start for p, _ in self._parts])
         end = np.concatenate([p.end for p, _ in self._parts])
         why = np.concatenate([np.full(len(p.start), w, np.uint8) for p, w in self._parts])
         order = np.argsort(start, kind="stable")
-        return start[order], (end[order] - start[order]) >> np.uint64(PAGE_SHIFT), why[order]
+        return start[order], (end[order] - start[order]) >> shift, why[order]
 
 
 @dataclass(slots=True)

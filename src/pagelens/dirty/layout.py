@@ -11,10 +11,12 @@ from pagelens.dirty import spans
 from pagelens.dirty.spans import Spans
 from pagelens.linux import maps
 from pagelens.linux.procfs import Process
+from pagelens.vm.units import TASK_SIZE
 from pagelens.vm.vma import Prot, Vma, VmaList
 
 ANON, FILE, SHARED = 1, 2, 3
 KINDS = (ANON, FILE, SHARED)
+LOW = 0x10000  # below vm.mmap_min_addr nothing is mapped
 _NEVER = frozenset(("[vdso]", "[vsyscall]"))
 
 
@@ -32,7 +34,8 @@ def kind_of(vma: Vma) -> int:
 
 
 class Layout:
-    """The watched part of an address space. `kinds`: spans by kind; `watched`: all of them; `vmas`: the maps.
+    """The watched part of an address space. `kinds`: spans by kind; `watched`: all of them; `vmas`: the maps;
+    `walk`: the address space without the vmas that are not watched (few long spans: holes cost nothing).
 
     ranges: only these bytes; None: all. limit: shared mappings larger than this (bytes) are in `large`.
     """
@@ -46,6 +49,7 @@ class Layout:
         self.kinds: dict[int, Spans] = dict.fromkeys(KINDS, spans.EMPTY)
         self.large = spans.EMPTY
         self.watched = spans.EMPTY
+        self.walk = spans.EMPTY
 
     @property
     def is_read(self) -> bool:
@@ -81,6 +85,9 @@ class Layout:
             everything = spans.union(everything, where)
         self.large = spans.of(large)
         self.watched = everything
+        self.walk = spans.minus(
+            spans.of([(LOW, TASK_SIZE)]), spans.minus(Spans(self.vmas.starts, self.vmas.ends), everything)
+        )
         return True
 
     def leave_out(self, where: Spans) -> None:

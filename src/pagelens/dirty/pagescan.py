@@ -32,7 +32,7 @@ import numpy as np
 
 from pagelens.dirty import spans
 from pagelens.dirty.epoch import Builder, Look, Semantics, Why
-from pagelens.dirty.layout import ANON, FILE, SHARED, Layout
+from pagelens.dirty.layout import ANON, FILE, LOW, SHARED, Layout
 from pagelens.dirty.spans import Spans
 from pagelens.linux import maps, pagemap, pagescan
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
@@ -44,9 +44,8 @@ from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
 MARKER_LIMIT = 16 << 30  # bytes of one shared mapping: markers cost 1/512 of it in page tables
 _POPULATED = Category.PRESENT | Category.SWAPPED
 _RETURN = (
-    Category.WPALLOWED | Category.WRITTEN | Category.FILE | _POPULATED | Category.PFNZERO | Category.HUGE
+    Category.WPALLOWED | Category.WRITTEN | _POPULATED | Category.PFNZERO | Category.HUGE
 )  # fmt: skip
-_LOW = 0x10000
 _MOST = 1 << 15  # regions a call: 768 KiB
 
 
@@ -122,9 +121,15 @@ class Pagescan:
             raise TargetGoneError(f"the address space of process {self._proc.pid} is gone")
         builder = Builder()
         look = Look(builder, self._layout.vmas)
+        if self._ranges is None:
+            self._read_maps()
         stray = self._strays()
         content = self._contents(regions)
-        if (self._ranges is None or stray or not spans.same(self._content, content)) and self._read_maps():
+        if (
+            self._ranges is not None
+            and (stray or not spans.same(self._content, content))
+            and self._read_maps()
+        ):
             content = self._contents(regions)
         fresh = spans.union(
             spans.minus(self._layout.watched, self._registered), self._layout.whole_vmas(stray)
@@ -220,7 +225,7 @@ class Pagescan:
             self._mark_shared(empty)
 
     def _huge(self) -> Spans:
-        found = self._scan(self._places(), mask=Category.HUGE, ret=Category.HUGE, anyof=_POPULATED)
+        found = self._scan(self._places(), mask=Category.HUGE, ret=Category.HUGE)
         return spans.common(spans.joined(found.start, found.end), self._layout.watched)
 
     def _complaints(self, look: Look) -> None:
@@ -245,7 +250,7 @@ class Pagescan:
             return self._ranges
         if self._foreign:
             return self._layout.watched
-        return spans.of([(_LOW, TASK_SIZE)])
+        return spans.of([(LOW, TASK_SIZE)])
 
     def _scan(
         self,
@@ -274,11 +279,28 @@ class Pagescan:
         return found
 
     def _collect(self, where: Spans) -> Regions:
-        # Get and protect in one step.
+        # Get and protect in one step. FILE is asked for only where it matters: for it the kernel looks at
+        # each page's struct page (vm_normal_page), which costs ten times the walk.
+        of_file = self._layout.kinds[FILE]
+        if not of_file:
+            return self._collect_kind(where, _RETURN)
+        other = self._collect_kind(spans.minus(where, of_file), _RETURN)
+        mine = self._collect_kind(spans.common(where, of_file), _RETURN | Category.FILE)
+        start = np.concatenate((other.start, mine.start))
+        order = np.argsort(start, kind="stable")
+        end, categories = (
+            np.concatenate((other.end, mine.end)),
+            np.concatenate((other.categories, mine.categories)),
+        )
+        return Regions(start[order], end[order], categories[order])
+
+    def _collect_kind(self, where: Spans, ret: Category) -> Regions:
         if not self._keep_huge:
-            return self._scan(where, flags=ScanFlag.WP_MATCHING)
-        small = self._scan(where, mask=Category.HUGE, inverted=Category.HUGE, flags=ScanFlag.WP_MATCHING)
-        huge = self._scan(where, mask=Category.HUGE)
+            return self._scan(where, flags=ScanFlag.WP_MATCHING, ret=ret)
+        small = self._scan(
+            where, mask=Category.HUGE, inverted=Category.HUGE, flags=ScanFlag.WP_MATCHING, ret=ret
+        )
+        huge = self._scan(where, mask=Category.HUGE, ret=ret)
         start = np.concatenate((small.start, huge.start))
         order = np.argsort(start, kind="stable")
         categories = np.concatenate((small.categories, huge.categories & ~np.uint64(Category.WRITTEN)))
@@ -303,9 +325,17 @@ class Pagescan:
 
     def _strays(self) -> Spans:
         # Populated pages of vmas that we have not registered, the file's own pages left out.
-        skip = Category.WPALLOWED | Category.FILE
-        found = self._scan(self._places(), mask=skip, inverted=skip, ret=Category.PRESENT)
-        return spans.minus(spans.joined(found.start, found.end), self._foreign)
+        where = self._layout.walk if self._ranges is None else self._ranges
+        of_file = self._layout.kinds[FILE]
+        out = spans.EMPTY
+        for part, skip in (
+            (spans.minus(where, of_file), Category.WPALLOWED),
+            (of_file, Category.WPALLOWED | Category.FILE),
+        ):
+            if part:
+                found = self._scan(part, mask=skip, inverted=skip, ret=Category.PRESENT)
+                out = spans.union(out, spans.joined(found.start, found.end))
+        return spans.minus(out, self._foreign)
 
     def _contents(self, regions: Regions) -> Spans:
         # Pages with private contents: populated, no zero page, no page of the mapped file.

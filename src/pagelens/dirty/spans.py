@@ -44,7 +44,7 @@ EMPTY = Spans(np.empty(0, np.uint64), np.empty(0, np.uint64))
 def of(pairs: Iterable[tuple[int, int]]) -> Spans:
     """From pairs in any order; overlapping and touching ones become one."""
     rows = np.array(sorted(pairs), dtype=np.uint64).reshape(-1, 2)
-    return union(Spans(rows[:, 0].copy(), rows[:, 1].copy()), EMPTY)
+    return _merged(rows[:, 0].copy(), rows[:, 1].copy())
 
 
 def joined(start: U64, end: U64) -> Spans:
@@ -90,13 +90,21 @@ def minus(a: Spans, b: Spans) -> Spans:
 
 
 def union(a: Spans, b: Spans) -> Spans:
-    """What is in either, joined."""
+    """What is in either, joined (an operand is returned as it is where the other is empty)."""
+    if not a:
+        return b
+    if not b:
+        return a
     start = np.concatenate((a.start, b.start))
+    order = np.argsort(start, kind="stable")
+    return _merged(start[order], np.concatenate((a.end, b.end))[order])
+
+
+def _merged(start: U64, end: U64) -> Spans:
+    # Ascending by start, possibly overlapping: one span for each island.
     if not len(start):
         return EMPTY
-    order = np.argsort(start, kind="stable")
-    start = start[order]
-    end = np.maximum.accumulate(np.concatenate((a.end, b.end))[order])
+    end = np.maximum.accumulate(end)
     gap = start[1:] > end[:-1]
     return Spans(start[np.concatenate(([True], gap))], end[np.concatenate((gap, [True]))])
 

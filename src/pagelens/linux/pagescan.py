@@ -13,6 +13,7 @@ from __future__ import annotations
 import enum
 import errno
 import fcntl
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -106,7 +107,7 @@ def scan(
     know), CapabilityMissingError where the kernel has no PAGEMAP_SCAN, TargetGoneError where the address
     space is gone.
     """
-    vec = np.zeros(vec_len, dtype=_REGION)
+    vec = _scratch(vec_len)
     arg = np.zeros(1, dtype=_ARG)
     arg["size"] = _ARG.itemsize
     arg["flags"] = int(flags)
@@ -139,8 +140,23 @@ def scan(
     return _joined(parts)
 
 
+_LOCAL = threading.local()
+
+
+def _scratch(length: int) -> npt.NDArray[np.void]:
+    # One buffer a thread, kept: a fresh one is a mapping that faults page by page at every scan.
+    held = getattr(_LOCAL, "vec", None)
+    if held is None or len(held) < length:
+        held = _LOCAL.vec = np.empty(length, dtype=_REGION)
+    kept: npt.NDArray[np.void] = held[:length]
+    return kept
+
+
 def _joined(parts: list[npt.NDArray[np.void]]) -> Regions:
-    rows = np.concatenate(parts) if parts else np.empty(0, dtype=_REGION)
+    if len(parts) == 1:
+        rows = parts[0]
+    else:
+        rows = np.concatenate(parts) if parts else np.empty(0, dtype=_REGION)
     return Regions(rows["start"].copy(), rows["end"].copy(), rows["categories"].copy())
 
 

@@ -1,0 +1,259 @@
+"""Dirty tracking: a look at 1 GiB against the same ioctl loop in C; attach; cost of a first write by backend; a
+program's slowdown; the pre-copy forecast against an actual pre-copy.
+
+Peer and pagelens run in turn in one go, fastest of N each, in CPU time of this process (on a busy machine the
+wall clock measures others).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "tests"))
+
+from pagelens.dirty import forecast, spans  # noqa: E402 (the path comes first)
+from pagelens.dirty.track import Tracker, track  # noqa: E402
+from pagelens.linux.memory import read_into  # noqa: E402
+from support.subjects import Subjects  # noqa: E402
+
+PAGE = 4096
+GIB = 1 << 30
+
+
+def anonymous(size: int) -> np.ndarray:
+    """A mapping of its own without huge pages, all of it written."""
+    area = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(15)  # MADV_NOHUGEPAGE
+    array = np.frombuffer(area, np.uint8)
+    array[::PAGE] = 1
+    return array
+
+
+def best(repeat: int, prepare: Callable[[], None], *timed: Callable[[], object]) -> list[float]:
+    """Fastest CPU seconds of each of `timed`, in turn, each after `prepare`."""
+    out = [float("inf")] * len(timed)
+    for _ in range(repeat):
+        for i, what in enumerate(timed):
+            prepare()
+            begin = time.process_time()
+            what()
+            out[i] = min(out[i], time.process_time() - begin)
+    return out
+
+
+def looks(directory: Path) -> None:
+    """A look at 1 GiB: clean, 1 % dirty at random, all dirty."""
+    library = directory / "peer.so"
+    subprocess.run(
+        ["gcc", "-O2", "-shared", "-fPIC", "-o", str(library), str(HERE / "dirty_peer.c")], check=True
+    )
+    peer = ctypes.CDLL(str(library)).peer_epoch
+    peer.argtypes = (ctypes.c_int, ctypes.c_uint64, ctypes.c_uint64)
+    peer.restype = ctypes.c_long
+    array = anonymous(GIB)
+    start, rng = array.ctypes.data, np.random.default_rng(1)
+    few = rng.choice(GIB // PAGE, GIB // PAGE // 100, replace=False) * PAGE
+
+    def write_few() -> None:
+        array[few] += 1
+
+    def write_all() -> None:
+        array[::PAGE] += 1
+
+    print("| 1 GiB | C loop | pagelens | ratio (limit 1.2) |\n|---|---|---|---|")
+    with track(a=array) as tracker, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        for name, prepare, repeat in (
+            ("clean", lambda: None, 40),
+            ("1 % dirty", write_few, 25),
+            ("all dirty", write_all, 5),
+        ):
+            tracker.epoch()
+            c, python = best(
+                repeat,
+                prepare,
+                lambda: peer(pagemap.fileno(), start, start + GIB),
+                tracker.epoch,
+            )
+            print(f"| {name} | {c * 1e3:.2f} ms | {python * 1e3:.2f} ms | {python / c:.2f} |")
+
+
+def small() -> None:
+    """A look at 1 MiB, for callers at 1 kHz."""
+    array = anonymous(1 << 20)
+    with track(a=array) as tracker:
+
+        def one() -> None:
+            for i in range(200):
+                array[i * PAGE] += 1
+                tracker.epoch()
+
+        (cost,) = best(5, lambda: None, one)
+    print(f"\nOne page written and one look at 1 MiB: {cost / 200 * 1e6:.0f} µs of CPU time.")
+
+
+def attach(directory: Path) -> None:
+    """Attach to a small program and to one of 1 GiB."""
+    puppet = str(Subjects(directory)("puppet"))
+    code = "import time\nb=bytearray(1<<30)\nb[::4096]=b'1'*(1<<18)\nprint('x',flush=True)\ntime.sleep(99)"
+    print("\n| attach to | fastest | median |\n|---|---|---|")
+    for name, command in (
+        ("a small C program", [puppet]),
+        ("Python with 1 GiB", [sys.executable, "-c", code]),
+    ):
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            times = []
+            for _ in range(25):
+                begin = time.perf_counter()
+                tracker = track(pid=child.pid)
+                times.append(time.perf_counter() - begin)
+                tracker.close()
+            times.sort()
+            print(f"| {name} | {times[0] * 1e3:.2f} ms | {times[12] * 1e3:.2f} ms |")
+        finally:
+            child.kill()
+            child.wait()
+
+
+def first_write() -> None:
+    """Cost of the first write to a page in an epoch, and of the look, by backend."""
+    print("\n| backend | first write to a page | look, 16,384 pages all dirty |\n|---|---|---|")
+    for backend in ("none", "pagescan", "mprotect", "uffd-sync"):
+        array = anonymous(64 << 20)
+        tracker = None if backend == "none" else track(backend=backend, a=array)
+        times, costs = [], []
+        for _ in range(7):
+            begin = time.perf_counter()
+            array[::PAGE] += 1
+            times.append(time.perf_counter() - begin)
+            if tracker is not None:
+                costs.append(tracker.epoch().cost_ns / 1e6)
+        if tracker is not None:
+            tracker.close()
+        look = f"{min(costs):.2f} ms" if costs else "-"
+        print(f"| {backend} | {min(times) / (array.nbytes // PAGE) * 1e6:.2f} µs | {look} |")
+
+
+WRITER = """
+import sys, time, mmap, numpy as np
+m = mmap.mmap(-1, 64 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(15)
+a = np.frombuffer(m, np.uint8); a[::4096] = 1
+rng = np.random.default_rng(2); at = rng.integers(0, 64 << 20, 1 << 20)
+print("x", flush=True)
+for line in sys.stdin:
+    begin = time.process_time()
+    for i in range(12): a[at] += 1
+    print(time.process_time() - begin, flush=True)
+"""
+
+
+def slowdown() -> None:
+    """A program that writes at random all over 64 MiB, without tracking and with 10 looks a second."""
+    child = subprocess.Popen([sys.executable, "-c", WRITER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin
+    assert child.stdout
+    child.stdout.readline()
+
+    def job(tracker: Tracker | None) -> float:
+        assert child.stdin
+        assert child.stdout
+        child.stdin.write(b"go\n")
+        child.stdin.flush()
+        import select
+
+        while not select.select([child.stdout], [], [], 0.1)[0]:
+            if tracker is not None:
+                tracker.epoch()
+        return float(child.stdout.readline())
+
+    plain, watched = [], []
+    for _ in range(4):
+        plain.append(job(None))
+        with track(pid=child.pid) as tracker:
+            watched.append(job(tracker))
+    child.kill()
+    child.wait()
+    print(
+        f"\nA program that writes at random over 64 MiB: {min(plain):.2f} s of its CPU time alone,"
+        f" {min(watched):.2f} s with 10 looks a second: {min(watched) / min(plain):.2f} times."
+    )
+
+
+HOT = """
+import sys, time, mmap, numpy as np
+m = mmap.mmap(-1, 128 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(15)
+a = np.frombuffer(m, np.uint8); a[::4096] = 1
+rng = np.random.default_rng(4); print("x", flush=True)
+while True:
+    a[rng.integers(0, 300, 40) * 4096] += 1            # hot
+    a[rng.integers(0, 128 << 8, 25) * 4096] += 1       # all over
+    time.sleep(0.002)
+"""
+
+
+def precopy(bandwidth: float = 200e6, pause: float = 0.01) -> None:
+    """Forecast from 40 looks of 20 ms, then an actual pre-copy at that bandwidth."""
+    child = subprocess.Popen([sys.executable, "-c", HOT], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout
+        child.stdout.readline()
+        with track(pid=child.pid) as tracker:
+            epochs = list(tracker.epochs(0.02, 40))
+            span = sorted(e.span_ns for e in epochs)[20] / 1e9
+            curve = forecast.curve([e.spans for e in epochs], span, tracker.contents().pages)
+            told = forecast.forecast(curve, bandwidth, pause)
+            tracker.epoch()
+            rounds, pages = [], tracker.contents()
+            while True:
+                seconds = pages.pages * PAGE / bandwidth
+                if (rounds and seconds <= pause) or len(rounds) >= forecast.MAX_ROUNDS:
+                    break
+                rounds.append(pages.pages)
+                begin = time.monotonic()
+                send(child.pid, pages)
+                time.sleep(max(0.0, begin + seconds - time.monotonic()))
+                pages = tracker.epoch().spans
+    finally:
+        child.kill()
+        child.wait()
+    sent = sum(rounds) + pages.pages
+    print(
+        f"\nPre-copy at {bandwidth / 1e6:.0f} MB/s, pause {pause * 1e3:.0f} ms: forecast"
+        f" {len(told.rounds)} rounds, {told.total_bytes / 2**20:.1f} MiB, downtime {told.downtime_s * 1e3:.2f} ms;"
+        f" actual {len(rounds)} rounds, {sent * PAGE / 2**20:.1f} MiB,"
+        f" downtime {pages.pages * PAGE / bandwidth * 1e3:.2f} ms."
+    )
+
+
+def send(pid: int, pages: spans.Spans) -> None:
+    """Read the pages, as a migration would."""
+    buffer = np.empty(1 << 20, np.uint8)
+    for start, end in pages.pairs():
+        for at in range(start, end, len(buffer)):
+            read_into(pid, at, buffer[: min(len(buffer), end - at)])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        looks(Path(directory))
+        small()
+        attach(Path(directory))
+    first_write()
+    slowdown()
+    precopy()
+
+
+if __name__ == "__main__":
+    main()
