@@ -83,6 +83,7 @@ class Pagescan:
         self._ranges = ranges
         self._keep_huge = keep_huge
         self._fd = -1
+        self._own = os.getpid()
         if handshake:
             uffd.handshake(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
         self._known = pagescan.supported()
@@ -117,7 +118,7 @@ class Pagescan:
     def look(self) -> Look:
         """See the module."""
         regions = self._collect(self._places())
-        if not self._uffd.mm_alive():
+        if self._proc.pid != self._own and not self._uffd.mm_alive():
             raise TargetGoneError(f"the address space of process {self._proc.pid} is gone")
         builder = Builder()
         look = Look(builder, self._layout.vmas)
@@ -164,6 +165,9 @@ class Pagescan:
     def _written(self, regions: Regions, written: np.ndarray, look: Look) -> None:
         categories = regions.categories[written]
         dirt = Spans(regions.start[written], regions.end[written])
+        if self._plain and not (categories & np.uint64(Category.PFNZERO | Category.HUGE)).any():
+            look.builder.add(spans.joined(*dirt), Why.WRITTEN)
+            return
         zero = (categories & np.uint64(Category.PFNZERO)) != 0
         of_file = (categories & np.uint64(Category.FILE)) != 0
         huge = (categories & np.uint64(Category.HUGE)) != 0
