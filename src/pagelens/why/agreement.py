@@ -24,8 +24,8 @@ from pagelens.why.space import FORK_LINK, UNSEEN_KEY, Space
 I64 = npt.NDArray[np.int64]
 
 
-def agreement(result: Classified) -> dict[str, float | None]:
-    """{"vmas", "pages", "faults", "accounting"}, shares from 0 to 1 or None."""
+def agreement(result: Classified, unknown: float | None = None) -> dict[str, float | None]:
+    """{"vmas", "pages", "faults", "accounting"}, shares from 0 to 1 or None. unknown: the share, if at hand."""
     right = total = page_both = page_any = 0
     for mm, snapshot in result.facts.last.items():
         space = result.run.spaces.get(mm)
@@ -36,7 +36,8 @@ def agreement(result: Classified) -> dict[str, float | None]:
         if snapshot.pages is not None:
             both, either = _pages(result, space, snapshot)
             page_both, page_any = page_both + both, page_any + either
-    unknown, _ = result.shares()
+    if unknown is None:
+        unknown, _ = result.shares()
     return {
         "vmas": _floor(right, total),
         "pages": _floor(page_both, page_any),

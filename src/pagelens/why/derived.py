@@ -64,13 +64,14 @@ def table(result: Classified) -> Any:
 
 def summary_fields(result: Classified) -> dict[str, Any]:
     """What `--summary-json` takes from here: causes, unknown_share, ambiguous_share, agreement."""
-    unknown, ambiguous = result.shares()
+    rows = result.counts()
+    unknown, ambiguous = result.shares(rows)
     keys = ("cause", "faults", "pages", "share", "time_ns")
     return {
-        "causes": [{k: row[k] for k in keys} for row in result.counts()],
+        "causes": [{k: row[k] for k in keys} for row in rows],
         "unknown_share": unknown,
         "ambiguous_share": ambiguous,
-        "agreement": agreement(result),
+        "agreement": agreement(result, unknown),
     }
 
 
