@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from model.support import BASE, PAGE, RW, anon, process
+from pagelens.model import Machine
 from pagelens.model.provenance import last_event
 from pagelens.vm.events import EVENTS
 
@@ -48,3 +49,12 @@ def test_untouched_page_is_explained_by_its_area() -> None:
     entry = p.machine.events.find(last_event(p.mm, a))
     assert entry is not None and entry.name == "mprotect"
     assert last_event(p.mm, 0x1000) == 0
+
+
+def test_a_machine_that_keeps_no_events_still_numbers_them() -> None:
+    p = Machine("linux-6.18", keep_events=False).spawn()
+    a = anon(p, 4)
+    p.access(a, 4 * PAGE, "w")
+    assert (len(p.machine.events.entries), p.min_flt) == (0, 4)
+    assert last_event(p.mm, a + PAGE) == last_event(p.mm, a) + 1
+    assert p.provenance(a) == []

@@ -34,16 +34,19 @@ class Entry:
 
 
 class EventLog:
-    """Entries in order. `current` is the id of the event in progress."""
+    """Entries in order. `current` is the id of the event in progress. keep: false counts ids only, for a
+    replay whose events are known already."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
         self.entries: list[Entry] = []
         self.seq = 0
         self.current = 0
 
     def add(self, entry: Entry) -> None:
         """Append; the entry's id is entry.seq."""
-        self.entries.append(entry)
+        if self.keep:
+            self.entries.append(entry)
 
     def next_id(self, count: int = 1) -> int:
         """The id of the next event; makes it the current one."""

@@ -29,7 +29,7 @@ class Machine:
     """A kernel of a profile with its memory.
 
     memory_pages: frames that exist (overcommit tests against it). page_cache: files known from the start,
-    by name. overcommit: vm.overcommit_memory.
+    by name. overcommit: vm.overcommit_memory. keep_events: false keeps no event log (pages keep their ids).
     """
 
     def __init__(
@@ -41,11 +41,12 @@ class Machine:
         overcommit: int = 0,
         overcommit_ratio: int = 50,
         max_map_count: int = 65530,
+        keep_events: bool = True,
     ) -> None:
         self.profile = get_profile(profile)
         self.memory_pages = memory_pages
         self.frames = Frames()
-        self.events = EventLog()
+        self.events = EventLog(keep_events)
         self.files: dict[str, File] = dict(page_cache or {})
         self.overcommit = overcommit
         self.overcommit_ratio = overcommit_ratio

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from pagelens.model.abi import (
     EAGAIN,
     EFAULT,
@@ -18,7 +16,6 @@ from pagelens.model.abi import (
     MREMAP_MAYMOVE,
     PAGE,
     PMD_SIZE,
-    SD,
     SHIFT,
     VM_ACCOUNT,
     VM_DONTEXPAND,
@@ -27,12 +24,12 @@ from pagelens.model.abi import (
     VM_MAYSHARE,
     VM_PFNMAP,
     VM_SHARED,
-    P,
     page_align,
 )
 from pagelens.model.area import Area, clone_chain, unlink_chain
 from pagelens.model.mapping import do_munmap, do_munmap_range
 from pagelens.model.merge import merge_new, split
+from pagelens.model.movetables import move_tables
 from pagelens.model.placement import get_unmapped_area
 from pagelens.model.populate import populate_range
 from pagelens.model.space import Mm
@@ -354,49 +351,3 @@ def _copy_area(r: _Remap, area: Area, keep: bool) -> Area:
         clone_chain(new, area)
     mm.areas.insert(new)
     return new
-
-
-def move_tables(mm: Mm, old: int, new: int, length: int, event: int) -> None:
-    """move_page_tables: entries move and become soft-dirty; a whole aligned table moves as it is."""
-    tables = mm.tables
-    at, end = old, old + length
-    while at < end:
-        to = new + (at - old)
-        extent = min((at | _PMD_MASK) + 1 - at, end - at, (to | _PMD_MASK) + 1 - to)
-        if at >> 39 in tables.pud_tables:
-            # get_old_pud, alloc_new_pud: a table above for the target, even where nothing is moved under it.
-            tables.pud_tables.add(to >> 39)
-            if tables.levels == 5:
-                tables.p4d_tables.add(to >> 48)
-        number = at >> 21
-        if at >> 30 in tables.pmd_tables:
-            tables.pud_tables.add(to >> 39)  # alloc_new_pud, whatever lies below
-        if number in tables.pte_tables:
-            target = to >> 21
-            whole = extent == PMD_SIZE and target not in tables.pte_tables
-            tables.ensure(to >> SHIFT)
-            _move_entries(mm, at >> SHIFT, to >> SHIFT, extent >> SHIFT, event, whole)
-            if whole:
-                tables.pte_tables.discard(number)
-        at += extent
-    tables.flush(old, end, "mremap")
-
-
-def _move_entries(mm: Mm, source: int, target: int, count: int, event: int, whole: bool) -> None:
-    chunk = mm.tables.chunks.get(source >> 15)
-    if chunk is None:
-        return
-    base = source & 32767
-    pte = chunk.pte[base : base + count]
-    if not pte.any():
-        return
-    moved = pte.copy()
-    if not whole and mm.profile.soft_dirty:
-        moved[(moved & np.uint64(P)) != 0] |= np.uint64(SD)
-    events = np.where(moved != 0, event, 0)
-    chunk.event[base : base + count][pte != 0] = event
-    pte[:] = 0
-    into = mm.tables.chunk(target >> 15)
-    base = target & 32767
-    into.pte[base : base + count] = moved
-    into.event[base : base + count] = events
