@@ -19,7 +19,7 @@ from pagelens.vm.units import HPAGE_SIZE
 from pagelens.why.calls import area_of
 from pagelens.why.classified import Classified
 from pagelens.why.evidence import Area
-from pagelens.why.space import FORK_LINK, UNSEEN_KEY, Space
+from pagelens.why.space import FORK_LINK, Space
 
 I64 = npt.NDArray[np.int64]
 
@@ -95,12 +95,13 @@ def _pages(result: Classified, space: Space, snapshot: Snapshot) -> tuple[int, i
     shown = pages.where(PageState.PRESENT).addresses().astype(np.int64)
     shown = shown[_inside(shown, start, end)]
     run = result.run
-    mine = (run.faults.mm == space.mm) & ~run.faults.failed & (run.key < UNSEEN_KEY)
-    held: list[I64] = []
-    live = np.sort(np.unique(run.key[mine]))
-    for a, b, k in zip(start.tolist(), end.tolist(), key.tolist(), strict=True):
-        keys = live[np.searchsorted(live, k) : np.searchsorted(live, k + ((b - a) >> 12))]
-        held.append(a + ((keys - k) << 12))
+    lo, hi = np.searchsorted(run.faults.mm, [space.mm, space.mm + 1])
+    mine = run.key[lo:hi][~run.faults.failed[lo:hi]]
+    by_key = np.argsort(key)
+    at = by_key[np.maximum(np.searchsorted(key[by_key], mine, side="right") - 1, 0)]
+    step = mine - key[at]
+    now = (step >= 0) & (step < (end[at] - start[at]) >> 12)  # lives that have not ended
+    held: list[I64] = [np.unique(start[at[now]] + (step[now] << 12))]
     first = result.facts.first.get(space.mm)
     for seg in segs:
         state = lives.states[seg.state]

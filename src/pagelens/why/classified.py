@@ -39,6 +39,7 @@ class Classified:
     verdict: I64
     judgements: list[Judgement]
     calls: list[tuple[Call, str]]
+    _counts: list[dict[str, object]] | None = None
 
     def of(self, row: int) -> Verdict:
         """The verdict on row `row` of `run.faults`."""
@@ -46,6 +47,8 @@ class Classified:
 
     def counts(self) -> list[dict[str, object]]:
         """One row a cause, most faults first: cause, faults, pages (distinct), share, time_ns, ambiguous."""
+        if self._counts is not None:
+            return self._counts
         faults, out = self.run.faults, []
         by_cause: dict[str, list[int]] = {}
         for number, judgement in enumerate(self.judgements):
@@ -70,7 +73,8 @@ class Classified:
                     "ambiguous": int(unsure[self.verdict[mask]].sum()),
                 }
             )
-        return sorted(out, key=lambda row: (-int(str(row["faults"])), str(row["cause"])))
+        self._counts = sorted(out, key=lambda row: (-int(str(row["faults"])), str(row["cause"])))
+        return self._counts
 
     def shares(self, rows: list[dict[str, object]] | None = None) -> tuple[float, float]:
         """(unknown, ambiguous) as shares of all faults. rows: of `counts`, where they are at hand."""

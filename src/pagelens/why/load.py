@@ -6,6 +6,7 @@ Only the columns that are used are read, and only memory calls and calls that to
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma, VmaList
 from pagelens.why.facts import I64, Call, Facts, Faults, Task
+from pagelens.why.replay import in_order, with_new_mm
 
 _FAULT_COLUMNS = [
     "seq",
@@ -58,35 +60,44 @@ def load(capture: Capture) -> Facts:
     tasks: list[Task] = []
     ran: list[I64] = []
     for path in capture.parts("events"):
-        columns = list(dict.fromkeys([*_FAULT_COLUMNS, *_CALL_COLUMNS, "kind"]))
-        table = pq.read_table(path, columns=columns)
+        # Faults are most rows and need few columns; what the rest needs (arguments, names) is read for it
+        # alone.
+        table = pq.read_table(path, columns=[*_FAULT_COLUMNS, "kind"])
         kinds = table.column("kind").combine_chunks()
         names = kinds.dictionary.to_pylist()
         kind = kinds.indices.to_numpy(zero_copy_only=False)
         fault = np.flatnonzero(kind == names.index("fault")) if "fault" in names else np.empty(0, int)
         if len(fault):
             faults.append(_faults(table.select(_FAULT_COLUMNS).take(fault)))
-        if "switch" in names:
-            ran.append(_switches_in(table.select(["name", "mm", "time_ns"]), kind == names.index("switch")))
-        others = [n for n in ("syscall", "task") if n in names]
-        rest = np.flatnonzero(np.isin(kind, [names.index(n) for n in others]))
-        if len(rest):
-            picked = table.select([*_CALL_COLUMNS, "kind"]).take(rest)
-            for row in picked.to_pylist():
-                (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
+        del table, kinds
+        others = [n for n in ("syscall", "task", "switch") if n in names]
+        if not others:
+            continue
+        table = pq.read_table(path, columns=[*_CALL_COLUMNS, "kind"], filters=[("kind", "in", others)])
+        kind_of = np.array(table.column("kind").to_pylist(), object)
+        onto = kind_of == "switch"
+        if onto.any():
+            ran.append(_switches_in(table.select(["name", "mm", "time_ns"]), onto))
+        for row in table.take(np.flatnonzero(~onto)).to_pylist():
+            (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
+        del table
     first, last = _snapshots(capture)
     settings = dict(capture.meta.get("settings") or {})
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
-    return Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings, onto)
+    facts = Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings, onto)
+    return replace(facts, faults=_sorted(with_new_mm(facts)))
+
+
+def _sorted(faults: Faults) -> Faults:
+    # By (mm, time, seq), as the replay wants them.
+    if in_order(faults):
+        return faults
+    return faults.take(np.lexsort((faults.seq, faults.time, faults.mm)))
 
 
 def _switches_in(table: Any, wanted: npt.NDArray[np.bool_]) -> I64:
-    names = table.column("name").combine_chunks()
-    words = names.dictionary.to_pylist()
-    if "in" not in words:
-        return np.empty((0, 2), np.int64)
-    codes = names.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    rows = np.flatnonzero(wanted & (codes == words.index("in")))
+    name = np.array(table.column("name").to_pylist(), object)
+    rows = np.flatnonzero(wanted & (name == "in"))
     both = (_column(table, "mm", -1)[rows], _column(table, "time_ns", -1)[rows])
     return np.stack(both, axis=1)
 
@@ -125,10 +136,10 @@ def _faults(table: Any) -> dict[str, Any]:
 
 def _joined(parts: list[dict[str, Any]]) -> Faults:
     kinds = {"addr": np.uint64, "ip": np.uint64, "user": bool, "major": bool, "failed": bool}
-    columns = {
-        name: np.concatenate([p[name] for p in parts]) if parts else np.empty(0, kinds.get(name, np.int64))
-        for name in Faults.__dataclass_fields__
-    }
+    columns = {}
+    for name in Faults.__dataclass_fields__:
+        pieces = [part.pop(name) for part in parts]  # given back as soon as they are joined
+        columns[name] = np.concatenate(pieces) if pieces else np.empty(0, kinds.get(name, np.int64))
     return Faults(**columns)
 
 

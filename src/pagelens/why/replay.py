@@ -71,9 +71,10 @@ class Replay:
         self.family = Family()
         self.first_keys: dict[int, tuple[list[int], list[Seg]]] = {}
         self._users: dict[int, int] = defaultdict(int)
-        faults = _with_new_mm(facts)
-        order = np.lexsort((faults.seq, faults.time, faults.mm))
-        self.faults = faults.take(order)
+        faults = with_new_mm(facts)
+        if not in_order(faults):  # `load` has sorted them, at no cost of a second copy
+            faults = faults.take(np.lexsort((faults.seq, faults.time, faults.mm)))
+        self.faults = faults
         n = len(self.faults)
         self.key = np.full(n, -1, np.int64)
         self.state = np.full(n, -1, np.int64)
@@ -228,7 +229,7 @@ class Replay:
         self.state[i] = seg.state
 
 
-def _with_new_mm(facts: Facts) -> Faults:
+def with_new_mm(facts: Facts) -> Faults:
     """execve works on the new address space before the recorder gives it its number: those faults move."""
     faults = facts.faults
     execs = [t for t in facts.tasks if t.name == "exec"]
@@ -236,18 +237,28 @@ def _with_new_mm(facts: Facts) -> Faults:
     if not execs or not len(in_exec):
         return faults
     mm = faults.mm.copy()
+    moved = False
     by_tid: dict[int, list[Task]] = defaultdict(list)
     for task in sorted(execs, key=lambda t: t.time):
         by_tid[int(task.args[2]) if len(task.args) > 2 and task.args[2] else task.tid].append(task)
     for i in in_exec.tolist():
         after = by_tid.get(int(faults.tid[i]), [])
         at = bisect.bisect_left([t.time for t in after], int(faults.time[i]))
-        if at < len(after) and int(after[at].args[0]) == int(mm[i]):
+        if at < len(after) and int(after[at].args[0]) == int(mm[i]) != int(after[at].args[1]):
             new = int(after[at].args[1])
             if _holds(facts.first, new, int(faults.addr[i])):
                 mm[i] = new
+                moved = True
+    if not moved:
+        return faults
     columns = {name: getattr(faults, name) for name in faults.__dataclass_fields__}
     return Faults(**(columns | {"mm": mm}))
+
+
+def in_order(faults: Faults) -> bool:
+    """Whether faults ascend by (mm, time)."""
+    mm, time = faults.mm, faults.time
+    return bool(np.all((mm[1:] > mm[:-1]) | ((mm[1:] == mm[:-1]) & (time[1:] >= time[:-1]))))
 
 
 def _holds(first: Mapping[int, Snapshot], mm: int, addr: int) -> bool:
