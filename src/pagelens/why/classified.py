@@ -57,7 +57,7 @@ class Classified:
         for call, cause in self.calls:
             gup[cause] = gup.get(cause, 0) + call.gup
         total = len(faults) + sum(gup.values())
-        page = (faults.addr >> np.uint64(12)).astype(np.int64) | (faults.mm << 40)
+        page = (faults.addr >> np.uint64(12)).astype(np.int64) | (faults.mm.astype(np.int64) << 40)
         unsure = np.array([j.verdict.confidence == AMBIGUOUS for j in self.judgements] + [False], bool)
         for cause in {*by_cause, *gup}:
             mask = np.isin(self.verdict, by_cause.get(cause, []))

@@ -22,6 +22,7 @@ Bool = npt.NDArray[np.bool_]
 @dataclass(frozen=True, slots=True)
 class Faults:
     """Fault events, any order. time: ns, done (entered, for a failed one). latency: ns, -1 unknown.
+    Numbers that fit are int32 or int16 in practice (a million rows are 60 MB so).
     error: x86 error code, -1 unknown. call: system call number, -1 outside of one."""
 
     seq: I64

@@ -7,6 +7,7 @@ is columns; the only loops run over links between lives (fork of fork of …), w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from pagelens.why.facts import Facts
 from pagelens.why.replay import Replayed, state_column
 from pagelens.why.space import DROP_LINK, FORK_LINK, UNSEEN_KEY
 
-I64 = npt.NDArray[np.int64]
+I64 = npt.NDArray[np.signedinteger[Any]]
 Bool = npt.NDArray[np.bool_]
 
 # Kinds of rows.
@@ -55,11 +56,12 @@ def trace(facts: Facts, run: Replayed) -> History:
     snap_key, snap_time, snap_kind = _snapshot_rows(facts, run)
     rows_key = np.concatenate((run.key[done], snap_key))
     rows_time = np.concatenate((faults.time[done], snap_time))
-    rows_kind = np.concatenate((np.where(write[done], WRITE, READ), snap_kind))
-    rows_fault = np.concatenate((done, np.full(len(snap_key), -1, np.int64)))
-    order = np.lexsort((rows_fault, rows_time, rows_key))
+    rows_kind = np.concatenate((np.where(write[done], WRITE, READ), snap_kind)).astype(np.int8)
+    rows_fault = np.concatenate((done, np.full(len(snap_key), -1, np.int64))).astype(np.int32)
+    order = np.lexsort((rows_fault, rows_time, rows_key)).astype(np.int32)
     key, time, kind, fault = rows_key[order], rows_time[order], rows_kind[order], rows_fault[order]
-    index = np.arange(len(key))
+    del rows_key, rows_time, rows_kind, rows_fault, order, done, write  # memory: a million rows each
+    index = np.arange(len(key), dtype=np.int32)
     new = np.ones(len(key), bool)
     new[1:] = key[1:] != key[:-1]
     group = np.maximum.accumulate(np.where(new, index, 0)) if len(key) else index
@@ -67,8 +69,8 @@ def trace(facts: Facts, run: Replayed) -> History:
     last_own = np.maximum.accumulate(np.where(owned, index, -1)) if len(key) else index
 
     # In the same life: the row just before.
-    prior = np.full(n, int(Prior.NONE), np.int64)
-    before = np.full(n, -1, np.int64)
+    prior = np.full(n, int(Prior.NONE), np.int8)
+    before = np.full(n, -1, np.int32)
     touch = np.full(n, -1, np.int64)
     own = np.full(n, -1, np.int64)
     at = index[fault >= 0]
@@ -81,6 +83,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     own[who[mine]] = time[last_own[prev[mine]]]
     prior[who] = _state(kind[prev], mine, area[who])
 
+    del at, earlier, who, prev, mine, has
     # In earlier lives, through links. Failed faults and first faults of a life get here.
     life = np.searchsorted(np.array(run.lives.key, np.int64), run.key, side="right") - 1
     life[(run.key < 0) | (run.key >= UNSEEN_KEY)] = -1
@@ -144,7 +147,7 @@ def _state(kind: I64, owned: Bool, area: I64) -> I64:
         [shared, kind == SNAP_SWAP, owned, kind == SNAP_FILE, kind == SNAP_ZERO],
         [read, int(Prior.SWAPPED), int(Prior.ANON), int(Prior.FILE), int(Prior.ZERO)],
         read,
-    ).astype(np.int64)
+    ).astype(np.int8)
 
 
 def _last(key: I64, time: I64, want: I64, cut: I64) -> I64:

@@ -68,7 +68,9 @@ def load(capture: Capture) -> Facts:
         kind = kinds.indices.to_numpy(zero_copy_only=False)
         fault = np.flatnonzero(kind == names.index("fault")) if "fault" in names else np.empty(0, int)
         if len(fault):
-            faults.append(_faults(table.select(_FAULT_COLUMNS).take(fault)))
+            chosen = table.select(_FAULT_COLUMNS)
+            faults.append(_faults(chosen if len(fault) == table.num_rows else chosen.take(fault)))
+            del chosen
         del table, kinds
         others = [n for n in ("syscall", "task", "switch") if n in names]
         if not others:
@@ -122,12 +124,12 @@ def _faults(table: Any) -> dict[str, Any]:
         "seq": _column(table, "seq", -1),
         "time": _column(table, "time_ns", -1),
         "latency": _column(table, "latency_ns", -1),
-        "mm": _column(table, "mm", -1),
-        "tid": _column(table, "tid", -1),
+        "mm": _column(table, "mm", -1).astype(np.int32),
+        "tid": _column(table, "tid", -1).astype(np.int32),
         "addr": table.column("addr").to_numpy().astype(np.uint64),
         "ip": _column(table, "ip", 0).astype(np.uint64),
-        "error": _column(table, "error_code", -1),
-        "call": _column(table, "in_syscall", -1),
+        "error": _column(table, "error_code", -1).astype(np.int32),
+        "call": _column(table, "in_syscall", -1).astype(np.int16),
         "user": flag("user_mode"),
         "major": flag("major"),
         "failed": flag("failed"),
