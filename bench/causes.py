@@ -58,10 +58,8 @@ def main() -> None:
         seconds, cpu, peak, out = run("summary", str(capture))
         print(out)
         again, _, _, _ = run("summary", str(capture))
-        print(
-            f"1,048,576 faults to the printed summary: {seconds:.2f} s (CPU {cpu:.2f} s), peak {peak / "
-            f"1024:.0f} MiB"
-        )
+        mib = peak // 1024
+        print(f"1,048,576 faults to the printed summary: {seconds:.2f} s (CPU {cpu:.2f} s), peak {mib} MiB")
         print(f"the same again, causes derived already: {again:.2f} s")
 
 
