@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 
 # name -> module; filled in as each capability lands.
 _API: dict[str, str] = {
+    "Capture": "pagelens.capture.reader",
+    "snapshot": "pagelens.linux.snapshot",
     "track": "pagelens.dirty.track",
     "Tracker": "pagelens.dirty.track",
     "Checkpoint": "pagelens.checkpoint.fast",

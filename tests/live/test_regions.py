@@ -110,7 +110,8 @@ def test_a_stack_that_shares_its_vma(puppet: Puppet) -> None:
     assert at(found, local).vma == at(found, above).vma
     assert at(found, local).end == above == at(found, above).start
     assert at(found, local).kind is Kind.THREAD_STACK
-    assert at(found, above).kind is Kind.ANON
+    # On 6.1 it may merge with the TLS above it as well; what lies below that cannot be told apart.
+    assert at(found, above).kind in (Kind.ANON, Kind.TLS)
 
 
 def test_a_stack_below_a_big_chunk(puppet: Puppet) -> None:

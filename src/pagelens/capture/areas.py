@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagelens.capture.reader import Capture
 from pagelens.vm.vma import Vma, VmaList
 
 # VmFlags that calls set; all others follow from rights and file. "ac" (VM_ACCOUNT) comes with a private
@@ -43,8 +44,11 @@ class Space:
         kept = []
         for area in self.areas:
             flags = area.vma.vm_flags or frozenset()
-            if "dc" not in flags:
-                kept.append(replace(area, vma=area.vma.replaced(vm_flags=flags - {"lo", "lf"})))
+            if "dc" in flags:
+                continue
+            if flags & {"lo", "lf"}:
+                area = replace(area, vma=area.vma.replaced(vm_flags=flags - {"lo", "lf"}))  # noqa: PLW2901 (the copy)
+            kept.append(area)
         out = Space(kept)
         out.brk = self.brk
         return out
@@ -141,3 +145,39 @@ def space_of(vmas: VmaList) -> Space:
     heap = next((v for v in vmas if v.name == "[heap]"), None)
     space.brk = heap.end if heap else 0
     return space
+
+
+class RecordedVmas:
+    """The table `vmas`, read once; lists by snapshot are made when asked for.
+
+    paths: (dev, inode) -> path of every mapped file. segments: SysV segment id -> bytes.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        table = capture.table("vmas")
+        self._table = table
+        snapshot = table.column("snapshot").to_numpy()
+        self._rows = np.argsort(snapshot, kind="stable")
+        self._snapshot = snapshot[self._rows]
+        named = table.select(["dev", "inode", "name"]).group_by(["dev", "inode", "name"], use_threads=False)
+        files = named.aggregate([]).to_pylist()
+        self.paths = {(r["dev"], r["inode"]): r["name"] for r in files if r["inode"]}
+        self.segments: dict[int, int] = {}  # SysV segment -> bytes
+        sysv = pc.starts_with(pc.cast(table.column("name"), pa.string()), "/SYSV")
+        for row in table.filter(sysv).select(["inode", "start", "end"]).to_pylist():
+            self.segments[row["inode"]] = row["end"] - row["start"]
+
+    def of(self, snapshot: int) -> VmaList:
+        """The list of one snapshot; empty for a number that is not there."""
+        low, high = np.searchsorted(self._snapshot, [snapshot, snapshot + 1])
+        out = []
+        for v in self._table.take(self._rows[low:high]).to_pylist():
+            prot, shared = Vma.parse_perms(v["perms"])
+            flags = None if v["vm_flags"] is None else frozenset(v["vm_flags"].split())
+            out.append(
+                Vma(v["start"], v["end"], prot, shared, v["offset"], v["dev"], v["inode"], v["name"], flags)
+            )
+        return VmaList(out)

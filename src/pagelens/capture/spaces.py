@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.capture.areas import Area, Space, find, shifted, space_of
+from pagelens.capture.areas import Area, RecordedVmas, Space, find, shifted, space_of
 from pagelens.capture.reader import Capture
 from pagelens.linux import elf
 from pagelens.linux.regions import image_tenants
@@ -62,26 +62,21 @@ class Spaces:
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.notes: list[str] = []
+        self._children: dict[int, dict[int, Space]] = {}
         self.labels: dict[Area, Region] = {}
         self._mms = {r["mm"]: r for r in capture.table("mms").to_pylist()}
-        self._snapshots = capture.snapshot_rows()
-        self._paths: dict[tuple[str, int], str] = {}
-        self._base: dict[int, tuple[int, VmaList]] = {}  # mm -> (time, list) it starts from
-        self._last: dict[int, tuple[int, VmaList]] = {}
-        for row in self._snapshots:
-            vmas = capture.snapshot(row["snapshot"]).vmas
-            for vma in vmas:
-                if vma.inode:
-                    self._paths[vma.dev, vma.inode] = vma.name
+        self._vmas = RecordedVmas(capture)
+        self._paths = self._vmas.paths
+        self._base: dict[int, dict[str, Any]] = {}  # mm -> row of `snapshots` that it starts from
+        self._last: dict[int, dict[str, Any]] = {}
+        for row in sorted(capture.snapshot_rows(), key=lambda r: r["time_ns"]):
             if row["moment"] in ("exec", "attach", "start") and row["mm"] not in self._base:
-                self._base[row["mm"]] = (row["time_ns"], vmas)
+                self._base[row["mm"]] = row
             else:
-                self._last[row["mm"]] = (row["time_ns"], vmas)
+                self._last[row["mm"]] = row
         self._events = self._read_events()
         self._stack_nh = _release(capture.meta.get("kernel", "")) >= (6, 7)
-        self._shm_size: dict[int, int] = {}
-        for _, vmas in self._last.values():
-            self._shm_size.update({v.inode: v.size for v in vmas if v.name.startswith("/SYSV")})
+        self._shm_size = self._vmas.segments
 
     def _read_events(self) -> dict[int, list[dict[str, Any]]]:
         # mm -> its calls, in order.
@@ -118,16 +113,28 @@ class Spaces:
 
     def _start(self, mm: int) -> tuple[int, Space]:
         if mm in self._base:
-            time, vmas = self._base[mm]
-            return time, space_of(vmas)
+            base = self._base[mm]
+            return base["time_ns"], space_of(self._vmas.of(base["snapshot"]))
         row = self._mms.get(mm)
         if row is not None and row["origin"] == "fork" and row["parent_mm"] in self._mms:
-            space = Space()
-            for _, state, _ in self._walk(row["parent_mm"], until=row["time_ns"]):
-                space = state
-            return row["time_ns"], space.copy()
+            return row["time_ns"], self._forked(row["parent_mm"])[mm].copy()
         self.notes.append(f"mm {mm}: no snapshot at its start, so only what calls mapped is known")
         return 0 if row is None else row["time_ns"], Space()
+
+    def _forked(self, parent: int) -> dict[int, Space]:
+        # child mm -> what it got; one walk over the parent serves all of its children.
+        if parent not in self._children:
+            forks = [r for r in self._mms.values() if r["origin"] == "fork" and r["parent_mm"] == parent]
+            began, space = self._start(parent)
+            calls = [c for c in self._events.get(parent, []) if c["time_ns"] >= began]
+            done = 0
+            self._children[parent] = found = {}
+            for fork in sorted(forks, key=lambda r: r["time_ns"]):
+                while done < len(calls) and calls[done]["time_ns"] <= fork["time_ns"]:
+                    self._apply(space, calls[done])
+                    done += 1
+                found[fork["mm"]] = space.copy()
+        return self._children[parent]
 
     def _walk(self, mm: int, until: int | None = None) -> Iterator[tuple[int, Space, dict[str, Any] | None]]:
         # (time, space after it, call) for the start (call None) and each call.
@@ -324,10 +331,11 @@ class Spaces:
         """(vmas that the replay and the last snapshots share, vmas in those snapshots): start, end and
         rights."""
         same = total = 0
-        for mm, (time, vmas) in self._last.items():
+        for mm, row in self._last.items():
             if mm not in self._base:
                 continue
-            replayed = {(a.vma.start, a.vma.end, a.vma.prot) for a in self.at(mm, time)}
+            replayed = {(a.vma.start, a.vma.end, a.vma.prot) for a in self.at(mm, row["time_ns"])}
+            vmas = self._vmas.of(row["snapshot"])
             total += len(vmas)
             same += sum((v.start, v.end, v.prot) in replayed for v in vmas)
         return same, total

@@ -39,6 +39,9 @@ def take(
         return _take(proc, pages, accounting, frames, within)
 
 
+snapshot = take  # its name in the Python API: pagelens.snapshot(pid)
+
+
 def _take(proc: Process, pages: bool, accounting: bool, frames: bool, within: AddrRange | None) -> Snapshot:
     began = time.monotonic_ns()
     before = _run_time(proc)
