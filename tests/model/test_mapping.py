@@ -212,3 +212,12 @@ def test_65_000_areas_are_placed_and_found() -> None:
     assert p.mm.areas.find(0).start == TOP - 65_000 * PAGE  # type: ignore[union-attr]
     p.munmap(TOP - 40_000 * PAGE, PAGE)
     assert p.mmap(0, PAGE, NONE, PRIV) == TOP - 40_000 * PAGE
+
+
+def test_when_nothing_is_left_below_the_base_placement_goes_upwards() -> None:
+    p = Machine("linux-6.18").spawn(Layout(mmap_base=0x2_0000, mmap_legacy_base=0x3_0000))
+    assert anon(p, 16, R) == 0x1_0000
+    assert anon(p, 2) == 0x3_0000
+    assert p.mmap(0x3_4000, PAGE, RW, PRIV | 0x110) == 0x3_4000  # a stack: 256 pages below it stay free
+    assert anon(p, 1, R) == 0x3_5000
+    assert p.mmap(0, PAGE, RW, PRIV | 0x40) == 0x4000_0000  # MAP_32BIT

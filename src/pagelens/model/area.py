@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from pagelens.model.abi import SHIFT, VM_ACCESS, VM_GROWSDOWN, VM_SHARED
+from pagelens.model.abi import SHIFT, VM_ACCESS, VM_GROWSDOWN
 from pagelens.model.files import File
 
 STACK_GUARD_GAP = 256 << SHIFT
@@ -331,8 +331,3 @@ class AreaTree:
 
     def __len__(self) -> int:
         return self.count
-
-
-def is_shared(area: Area) -> bool:
-    """VM_SHARED: a shared mapping that may be or become writable."""
-    return bool(area.flags & VM_SHARED)

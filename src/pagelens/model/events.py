@@ -1,7 +1,7 @@
 """The model's event log: what each system call and fault did, in the columns of `vm.events`.
 
 Provenance rests on it: every page keeps the id of the event that last changed it, every area likewise, and
-`history` walks back through the rows that touched an address. Time is the sequence number (the model has no
+`provenance` walks back through the entries that touched an address. Time is the sequence number (the model has no
 clock). A batch of faults over a range is one entry, expanded when rows are asked for.
 """
 
@@ -69,14 +69,6 @@ class EventLog:
         ):
             return self.entries[low - 1]
         return None
-
-    def history(self, mm: int, addr: int) -> list[Entry]:
-        """The entries that touched an address of an address space, newest first."""
-        out = []
-        for entry in reversed(self.entries):
-            if entry.mm == mm and any(start <= addr < end for start, end in entry.ranges):
-                out.append(entry)
-        return out
 
     def rows(self) -> list[dict[str, object]]:
         """Rows with the columns of vm.events.EVENTS; what the model cannot know is None."""

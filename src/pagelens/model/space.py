@@ -20,7 +20,7 @@ from pagelens.model.abi import (
     VM_SHARED,
     VM_WRITE,
 )
-from pagelens.model.area import Area, AreaTree
+from pagelens.model.area import AreaTree
 from pagelens.model.files import File
 from pagelens.model.tables import PageTables
 
@@ -166,10 +166,6 @@ class Mm:
         above = self.areas.find(end)
         floor = before.end if before is not None else 0
         return floor, (above.start if above is not None else self.layout.task_size + PAGE)
-
-    def accessible_area(self, addr: int) -> Area | None:
-        """The area that holds addr, or None."""
-        return self.areas.at(addr)
 
 
 def is_exec_mapping(flags: int) -> bool:

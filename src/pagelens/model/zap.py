@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagelens.model.abi import ANON, FRAME_SHIFT, GUARD, PAGE, SHIFT, SHMEM, SPECIAL, ZERO, D, P
+from pagelens.model.abi import ANON, FRAME_SHIFT, GUARD, SHIFT, SHMEM, SPECIAL, ZERO, D, P
 from pagelens.model.area import Area
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
@@ -72,8 +72,3 @@ def unmap_areas(mm: Mm, areas: list[Area], start: int, end: int, event: int) -> 
         zap_range(mm, area.start, area.end, event=event, guards=True)
     floor, ceiling = mm.next_floor_ceiling(start, end)
     mm.tables.free_tables(areas[0].start, areas[-1].end, floor, ceiling)
-
-
-def user_top(mm: Mm) -> int:
-    """First address above user space."""
-    return mm.layout.task_size + PAGE
