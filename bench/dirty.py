@@ -211,7 +211,7 @@ def precopy(bandwidth: float = 200e6, pause: float = 0.01) -> None:
         child.stdout.readline()
         with track(pid=child.pid) as tracker:
             epochs = list(tracker.epochs(0.02, 40))
-            span = sorted(e.span_ns for e in epochs)[20] / 1e9
+            span = sum(e.span_ns for e in epochs) / len(epochs) / 1e9
             curve = forecast.curve([e.spans for e in epochs], span, tracker.contents().pages)
             told = forecast.forecast(curve, bandwidth, pause)
             tracker.epoch()

@@ -276,6 +276,61 @@ def test_refused_another_user(subjects: Subjects, capsys: pytest.CaptureFixture[
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
 
 
+def test_refused_32bit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.c").write_text('int main(void) { for (;;) __asm__ volatile("pause"); }')
+    command = ["gcc", "-m32", "-nostdlib", "-static", "-Wl,-e,main", "-o", tmp_path / "a", tmp_path / "a.c"]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("missing capability: gcc -m32")
+    child = subprocess.Popen([str(tmp_path / "a")], preexec_fn=lambda: os.nice(10))
+    try:
+        _refused(capsys, child.pid, 3, "32-bit")
+    finally:
+        child.kill()
+        child.wait()
+
+
+@pytest.mark.requires("root")
+def test_refused_frozen(subjects: Subjects, capsys: pytest.CaptureFixture[str]) -> None:
+    group = Path(f"/sys/fs/cgroup/freezer/pagelens-test-{os.getpid()}")
+    if not group.parent.is_dir():
+        pytest.skip("missing capability: the freezer of cgroup v1")
+    group.mkdir()
+    try:
+        with Puppet(subjects("puppet")) as puppet:
+            (group / "cgroup.procs").write_text(str(puppet.pid))
+            (group / "freezer.state").write_text("FROZEN")
+            try:
+                _refused(capsys, puppet.pid, 3, "frozen")
+            finally:
+                (group / "freezer.state").write_text("THAWED")
+    finally:
+        for _ in range(50):
+            try:
+                group.rmdir()
+                break
+            except OSError:
+                time.sleep(0.05)
+
+
+@pytest.mark.requires("root")
+def test_a_process_in_a_pid_namespace_below_ours_is_watched(capsys: pytest.CaptureFixture[str]) -> None:
+    child = subprocess.Popen(["unshare", "-pf", "sh", "-c", "echo x; sleep 30; :"], stdout=subprocess.PIPE)
+    try:
+        assert child.stdout
+        if not child.stdout.readline():
+            pytest.skip("missing capability: pid namespaces")
+        inside = int(Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()[0])
+        assert main(["dirty", "--count", "1", "--interval", "0.05", "--format", "json", str(inside)]) == 0
+        (row,) = _lines(capsys.readouterr().out)
+        assert (row["pid"], row["complete"]) == (inside, True)
+        os.kill(inside, signal.SIGKILL)
+    finally:
+        child.kill()
+        child.wait()
+        assert child.stdout
+        child.stdout.close()
+
+
 def test_a_stopped_process_is_watched_and_stays_stopped(subjects: Subjects) -> None:
     with Puppet(subjects("puppet")) as puppet:
         os.kill(puppet.pid, signal.SIGSTOP)

@@ -248,10 +248,11 @@ class _Session:
         from pagelens.dirty import forecast, spans
 
         assert self.plan is not None
-        span = sorted(e.span_ns for e in self.epochs)[len(self.epochs) // 2] / 1e9
-        writable = spans.of((v.start, v.end) for v in self.epochs[-1].vmas if "w" in v.perms)
-        total = self.epochs[-1].details.get("content_pages", writable.pages)
-        curve = forecast.curve([e.spans for e in self.epochs], span, int(total))
+        epochs = [e for e in self.epochs if e.pid == self.epochs[0].pid]
+        span = sum(e.span_ns for e in epochs) / len(epochs) / 1e9
+        writable = spans.of((v.start, v.end) for v in epochs[-1].vmas if "w" in v.perms)
+        total = epochs[-1].details.get("content_pages", writable.pages)
+        curve = forecast.curve([e.spans for e in epochs], span, int(total))
         made = forecast.forecast(curve, *self.plan)
         return {
             "converges": made.converges,
@@ -272,7 +273,7 @@ class _Session:
         if self.args.heat:
             from pagelens.dirty.heat import table
 
-            out += table(self.epochs)
+            out += table([e for e in self.epochs if e.pid == self.epochs[0].pid])
         if self.plan:
             out.append(self._forecast()["text"])
         return out
@@ -280,20 +281,28 @@ class _Session:
     def _totals(self) -> list[str]:
         from pagelens.dirty import spans
 
-        union = spans.EMPTY
+        each: dict[int, list[Epoch]] = {}
         for epoch in self.epochs:
-            union = spans.union(union, epoch.spans)
-        span = sum(e.span_ns for e in self.epochs) / 1e9
+            each.setdefault(epoch.pid, []).append(epoch)
+        pages, rows = 0, []
+        for pid, epochs in each.items():  # one address space each
+            union = spans.EMPTY
+            for epoch in epochs:
+                union = spans.union(union, epoch.spans)
+            pages += union.pages
+            rows += [
+                {"pid": pid, "start": r.start, "end": r.end, "perms": r.perms, "name": r.name or "anonymous",
+                 "pages": r.pages, "dirty": r.dirty_pages, "share": r.dirty_pages / r.pages}
+                for r in hottest(epochs)[:12]
+            ]  # fmt: skip
+        rows = sorted(rows, key=lambda row: -int(str(row["dirty"])))[:12]
+        first = each[self.epochs[0].pid]
+        span = sum(e.span_ns for e in first) / 1e9
         cost = sum(e.cost_ns for e in self.epochs) / 1e9
         text = (
-            f"working set: {union.pages:,} pages ({format_size(union.pages * PAGE_SIZE)}) written in"
+            f"working set: {pages:,} pages ({format_size(pages * PAGE_SIZE)}) written in"
             f" {span:.3g} s over {len(self.epochs)} epochs; looking took {cost * 1e3:.3g} ms"
         )
-        rows = [
-            {"start": r.start, "end": r.end, "perms": r.perms, "name": r.name or "anonymous",
-             "pages": r.pages, "dirty": r.dirty_pages, "share": r.dirty_pages / r.pages}
-            for r in hottest(self.epochs)[:12]
-        ]  # fmt: skip
         shown = render_table(_REGIONS, rows, title="Hottest regions", color=use_color(self.args))
         complete = all(e.complete for e in self.epochs)
         notes = list(dict.fromkeys(n for e in self.epochs for n in e.notes))[:8]
@@ -302,6 +311,7 @@ class _Session:
 
 
 _REGIONS = [
+    Col("pid", kind="str"),
     Col("start", kind="addr"),
     Col("end", kind="addr"),
     Col("perms"),

@@ -3,7 +3,7 @@
 Order of `auto`: pagescan (exact, cheap, any process), then soft-dirty (any process, needs the kernel option,
 resets the whole process), then for named ranges of this process the mprotect barrier (works everywhere).
 uffd-sync is never chosen: it makes each first write wait for a thread, and is for who wants address, thread
-and time of each.
+and time of each. A backend's module is imported when it is asked for (start-up time).
 """
 
 from __future__ import annotations
@@ -11,13 +11,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from pagelens.dirty.compare import All
 from pagelens.dirty.epoch import Backend, Semantics
-from pagelens.dirty.mprotect import Mprotect
-from pagelens.dirty.pagescan import Pagescan
-from pagelens.dirty.soft_dirty import SoftDirty, require_soft_dirty
 from pagelens.dirty.spans import Spans
-from pagelens.dirty.uffd_sync import UffdSync
 from pagelens.linux import inject, pagescan
 from pagelens.linux.pagescan import Category
 from pagelens.linux.procfs import Process
@@ -28,6 +23,8 @@ Maker = Callable[[Process, Spans | None, bool, bool], Backend]
 
 
 def _pagescan(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:
+    from pagelens.dirty.pagescan import Pagescan
+
     why = pagescan_missing()
     if why:
         raise CapabilityMissingError(why, capability="uffd-wp-async", fix="boot Linux 6.7 or later")
@@ -53,6 +50,8 @@ def pagescan_missing() -> str:
 
 
 def _soft_dirty(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:  # noqa: ARG001 (one signature for all)
+    from pagelens.dirty.soft_dirty import SoftDirty, require_soft_dirty
+
     require_soft_dirty()
     return SoftDirty(proc, ranges=ranges, hold=not traced)
 
@@ -60,6 +59,10 @@ def _soft_dirty(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bo
 def _all(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:
     if proc.pid == os.getpid():
         raise UsageError("--backend all holds the target still, which a process cannot do to itself")
+    from pagelens.dirty.compare import All
+    from pagelens.dirty.pagescan import Pagescan
+    from pagelens.dirty.soft_dirty import SoftDirty, require_soft_dirty
+
     require_soft_dirty()
     scan = _pagescan(proc, ranges, keep_huge, traced)
     assert isinstance(scan, Pagescan)
@@ -67,10 +70,14 @@ def _all(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> 
 
 
 def _mprotect(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:  # noqa: ARG001 (one signature for all)
+    from pagelens.dirty.mprotect import Mprotect
+
     return Mprotect(proc, ranges=ranges)
 
 
 def _uffd_sync(proc: Process, ranges: Spans | None, keep_huge: bool, traced: bool) -> Backend:  # noqa: ARG001 (one signature for all)
+    from pagelens.dirty.uffd_sync import UffdSync
+
     return UffdSync(proc, ranges=ranges)
 
 
@@ -86,6 +93,12 @@ BACKENDS = ("auto", *_MAKERS)
 
 def semantics() -> dict[str, Semantics]:
     """What each backend promises."""
+    from pagelens.dirty.compare import All
+    from pagelens.dirty.mprotect import Mprotect
+    from pagelens.dirty.pagescan import Pagescan
+    from pagelens.dirty.soft_dirty import SoftDirty
+    from pagelens.dirty.uffd_sync import UffdSync
+
     kinds = (Pagescan, SoftDirty, Mprotect, UffdSync, All)
     return {kind.semantics.name: kind.semantics for kind in kinds}
 
@@ -96,6 +109,8 @@ def auto(*, own_ranges: bool = False) -> str:
     missing = pagescan_missing()
     if not missing:
         return "pagescan"
+    from pagelens.dirty.soft_dirty import require_soft_dirty
+
     try:
         require_soft_dirty()
     except CapabilityMissingError as error:
