@@ -69,7 +69,6 @@ class Capture:
         DamagedInputError where a part cannot be read.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         if name not in TABLES:
             raise UsageError(f"no table {name!r} (there are: {', '.join(TABLES)})")
@@ -78,11 +77,7 @@ class Capture:
             wanted = pa.schema([wanted.field(c) for c in columns])
         tables = []
         for path in self.parts(name):
-            try:
-                tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
-            except (OSError, pa.ArrowInvalid) as error:
-                first = str(error).splitlines()[0]
-                raise DamagedInputError(f"{path} is damaged or cannot be read: {first}") from None
+            tables.append(read_part(path, columns))
         if not tables:
             return wanted.empty_table()
         return pa.concat_tables(tables, promote_options="default").unify_dictionaries()
@@ -132,6 +127,18 @@ class Capture:
             complete=row["complete"],
             notes=tuple((row["notes"] or "").splitlines()),
         )
+
+
+def read_part(path: Path, columns: Sequence[str] | None = None, *, filters: Any = None) -> Any:
+    """One part as pyarrow.Table. filters: as of pyarrow. DamagedInputError where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path, columns=None if columns is None else list(columns), filters=filters)
+    except (OSError, pa.ArrowInvalid) as error:
+        first = str(error).splitlines()[0]
+        raise DamagedInputError(f"{path} is damaged or cannot be read: {first}") from None
 
 
 def _pages(table: Any) -> PageRuns | None:

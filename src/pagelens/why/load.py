@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.capture.reader import Capture
+from pagelens.capture.reader import Capture, read_part
 from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma, VmaList
@@ -53,8 +53,6 @@ _CALL_COLUMNS = [
 
 def load(capture: Capture) -> Facts:
     """The facts of a capture. DamagedInputError where a part cannot be read."""
-    import pyarrow.parquet as pq
-
     faults: list[dict[str, Any]] = []
     calls: list[Call] = []
     tasks: list[Task] = []
@@ -62,7 +60,7 @@ def load(capture: Capture) -> Facts:
     for path in capture.parts("events"):
         # Faults are most rows and need few columns; what the rest needs (arguments, names) is read for it
         # alone.
-        table = pq.read_table(path, columns=[*_FAULT_COLUMNS, "kind"])
+        table = read_part(path, [*_FAULT_COLUMNS, "kind"])
         kinds = table.column("kind").combine_chunks()
         names = kinds.dictionary.to_pylist()
         kind = kinds.indices.to_numpy(zero_copy_only=False)
@@ -75,7 +73,7 @@ def load(capture: Capture) -> Facts:
         others = [n for n in ("syscall", "task", "switch") if n in names]
         if not others:
             continue
-        table = pq.read_table(path, columns=[*_CALL_COLUMNS, "kind"], filters=[("kind", "in", others)])
+        table = read_part(path, [*_CALL_COLUMNS, "kind"], filters=[("kind", "in", others)])
         kind_of = np.array(table.column("kind").to_pylist(), object)
         onto = kind_of == "switch"
         if onto.any():
