@@ -28,7 +28,7 @@ from pagelens.linux import residency
 from pagelens.linux import snapshot as live
 from pagelens.linux.perf_recording import PerfRecording
 from pagelens.linux.procfs import Process
-from pagelens.linux.recording import DEFAULT_RING, BpfRecording, Options
+from pagelens.linux.recording import BpfRecording, Options
 from pagelens.linux.residency import FilePages
 from pagelens.linux.settings import memory_settings
 from pagelens.vm.errors import CapabilityMissingError, PagelensError
@@ -45,7 +45,7 @@ class Settings:
 
     detail: str = "normal"
     snapshot: str = "full"
-    ring_size: int = DEFAULT_RING
+    ring_size: int = 0  # bytes per CPU; 0: by the number of CPUs
     max_size: int = 0
     until: str = "tree"
     switches: bool | None = None  # None: with normal and full
@@ -139,7 +139,7 @@ class Session:
             shutil.rmtree(path, ignore_errors=True)
             raise
         self.recording: BpfRecording | PerfRecording = recording
-        self.writer.write_meta(method=method, absent=options.absent)
+        self.writer.write_meta(method=method, absent=options.absent, ring_size=options.ring_size)
         part_bytes = min(PART_BYTES, settings.max_size or PART_BYTES)
         self._spooler = _Spooler(self.recording, self.writer, part_bytes)
 

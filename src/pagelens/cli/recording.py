@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pagelens.vm.errors import UsageError
+from pagelens.vm.units import parse_size
 
 if TYPE_CHECKING:
     from pagelens.capture.session import Settings
@@ -33,7 +34,9 @@ def add_recording_arguments(parser: argparse.ArgumentParser, moments: str) -> No
         default="full",
         help=f"{moments}: maps, page states and smaps; only maps; nothing, and no ptrace",
     )
-    parser.add_argument("--ring-size", metavar="BYTES", default="8M", help="per CPU (default: 8M)")
+    parser.add_argument(
+        "--ring-size", metavar="BYTES", default="0", help="per CPU (default: 128M for all, at most 32M each)"
+    )
     parser.add_argument("--max-size", metavar="BYTES", default="0", help="keep only the newest events")
     parser.add_argument("--no-switches", action="store_true", help="no context switches")
     parser.add_argument("--summary-json", metavar="FILE", help="write the summary as JSON")
@@ -45,7 +48,7 @@ def recording_settings(args: argparse.Namespace) -> Settings:
     from pagelens.capture.session import Settings
 
     ring = parse_size(args.ring_size)
-    if ring < 4096 or ring & (ring - 1):
+    if ring and (ring < 4096 or ring & (ring - 1)):
         raise UsageError("--ring-size must be a power of two, at least 4096")
     return Settings(
         detail=args.detail,
@@ -54,19 +57,6 @@ def recording_settings(args: argparse.Namespace) -> Settings:
         max_size=parse_size(args.max_size),
         switches=False if args.no_switches else None,
     )
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "64K", "8M", "1G" or a plain number. UsageError otherwise."""
-    units = {"K": 10, "M": 20, "G": 30, "T": 40}
-    number, shift = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 0)
-    try:
-        value = int(float(number) * (1 << shift))
-    except ValueError:
-        raise UsageError(f"{text!r} is no size (examples: 64K, 8M, 1G)") from None
-    if value < 0:
-        raise UsageError(f"{text!r} is no size")
-    return value
 
 
 def default_capture(name: str) -> Path:

@@ -35,12 +35,15 @@ class PerfRecording:
         self._started = False
         self._base = (0, 0)
         self.drain = Drain([], 4096, spool)
+        # Without privilege the kernel limits what is mapped; with it, a few MiB a CPU are enough for a busy drain.
+        most = 8 << 20 if self.kernel else DEFAULT_RING
+        options.ring_size = options.ring_size or most
         try:
             self._perf = PerfTasks(
                 self.drain,
                 kernel=self.kernel,
                 stacks=options.stacks and options.detail != "lean",
-                ring_bytes=min(options.ring_size, DEFAULT_RING) if not self.kernel else options.ring_size,
+                ring_bytes=min(options.ring_size, most),
             )
         except BaseException:
             self.drain.free()

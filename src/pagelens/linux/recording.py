@@ -24,7 +24,7 @@ _ALWAYS = (*_LEAN, "adopt", "collect")
 _ENTRIES = ("entry_user", "entry_kernel")
 _DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
 DETAILS = ("lean", "normal", "full")
-DEFAULT_RING = 8 << 20
+_RINGS = 128 << 20  # bytes for the rings of all CPUs together: the drain may be kept from a CPU for a while
 MAX_FRAMES = 64
 
 
@@ -88,12 +88,20 @@ class _Task(ctypes.Structure):
 _ARMED = 1
 
 
+def default_ring(cpus: int) -> int:
+    """Bytes of the ring of each CPU: 128 MiB for all together, 32 MiB at most and 4 MiB at least for each.
+
+    A thread that does nothing but fault fills 30 to 60 MB a second.
+    """
+    return max(4 << 20, min(32 << 20, 1 << (_RINGS // max(1, cpus)).bit_length() - 1))
+
+
 @dataclass
 class Options:
-    """What to record. ring_size: bytes per CPU, a power of two. frames: of user stacks, 0 for none."""
+    """What to record. ring_size: bytes per CPU, a power of two; 0: `default_ring`."""
 
     detail: str = "normal"
-    ring_size: int = DEFAULT_RING
+    ring_size: int = 0
     stacks: bool = True
     switches: bool = False
     absent: list[str] = field(default_factory=list)
@@ -107,6 +115,7 @@ class BpfRecording:
         self.options = options
         lean = options.detail == "lean"
         cpus = perf.online_cpus()
+        options.ring_size = options.ring_size or default_ring(len(cpus))
         self._rings = [-1] * (max(cpus) + 1)
         self._object = bpf.BpfObject()
         self._drain: Drain | None = None
