@@ -163,6 +163,48 @@ static void task_gone(struct pl_perf *p, const struct trailer *t, uint32_t pid, 
 		*task = (struct slot){.key = tid};
 }
 
+/* What stands behind a PERF_RECORD_MMAP2: the vma as it is after an mmap, an mprotect or a growing brk. */
+struct mmap2 {
+	uint32_t pid, tid;
+	uint64_t addr, len, pgoff;
+	uint32_t maj, min;
+	uint64_t ino, ino_generation;
+	uint32_t prot, flags;
+	char name[];
+};
+
+/* As the mmap that makes it so: perf does not tell which call it was. */
+static void mapped(struct pl_perf *p, const struct perf_event_header *h, const struct trailer *t)
+{
+	const struct mmap2 *m = (const void *)(h + 1);
+	struct pl_rec_call r = {0};
+	char path[PL_MAX_TEXT] = {0};
+	size_t n = strnlen(m->name, PL_MAX_TEXT - 8);
+
+	r.h.kind = PL_SYSCALL;
+	r.h.nr = 9;
+	r.h.cpu = (unsigned short)t->cpu;
+	r.h.pid = m->pid;
+	r.h.tid = m->tid;
+	r.h.mm = pl_perf_mm_of(p, m->pid, 0);
+	r.h.time_ns = t->time;
+	r.args[0] = m->addr;
+	r.args[1] = m->len;
+	r.args[2] = m->prot;
+	r.args[3] = m->flags | 0x10 /* MAP_FIXED */ | (m->ino ? 0 : 0x20 /* MAP_ANONYMOUS */);
+	r.args[4] = m->ino ? 0 : (uint64_t)-1;
+	r.args[5] = m->ino ? m->pgoff : 0;
+	r.result = (int64_t)m->addr;
+	if (m->ino) {
+		r.h.flags |= PL_F_FILE;
+		r.dev = (uint64_t)m->maj << 20 | m->min;
+		r.ino = m->ino;
+		memcpy(path, m->name, n);
+		r.h.ntext = (unsigned char)((n + 8) & ~(size_t)7);
+	}
+	emit(p, &r, sizeof r, NULL, 0, path, r.h.ntext);
+}
+
 void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h)
 {
 	const struct trailer *t = (const void *)((const char *)h + h->size - sizeof *t);
@@ -189,6 +231,9 @@ void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h)
 	case PERF_RECORD_EXIT: /* pid ppid tid ptid, u64 time */
 		p->totals.tasks_gone++;
 		task_gone(p, t, w[0], w[2]);
+		break;
+	case PERF_RECORD_MMAP2:
+		mapped(p, h, t);
 		break;
 	case PERF_RECORD_COMM: /* pid tid comm */
 		if (h->misc & PERF_RECORD_MISC_COMM_EXEC) {

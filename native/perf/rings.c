@@ -279,7 +279,7 @@ PL_EXPORT int pl_perf_add(struct pl_perf *p, int pid, int tid, int on_exec)
 			a.wakeup_watermark = (uint32_t)p->pages * 4096u / 4;
 			a.read_format = PERF_FORMAT_LOST;
 			if (e == EV_SIDE)
-				a.task = a.comm = a.comm_exec = 1;
+				a.task = a.comm = a.comm_exec = a.mmap = a.mmap_data = a.mmap2 = 1;
 			fd = perf_open(&a, tid, cpu);
 			if (fd < 0 && errno == EINVAL) { /* before 6.0: no PERF_FORMAT_LOST */
 				a.read_format = 0;

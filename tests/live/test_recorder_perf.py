@@ -94,3 +94,17 @@ def test_a_small_ring_states_its_loss(tmp_path: Path, subjects: Subjects) -> Non
     counted = faults["counted_minor"] + faults["counted_major"]
     assert faults["recorded"] + faults["lost"] + faults["kernel_mode_unseen"] == counted
     assert run.summary["status"] != "complete" and not run.summary["complete"]
+
+
+def test_mappings_are_known_without_system_calls(tmp_path: Path, subjects: Subjects) -> None:
+    run = record(tmp_path, [subjects("touch_fork"), str(PAGES)], "--method", "perf")
+    base = int(run.stdout, 16)
+    maps = run.rows("kind = 'syscall'")
+    assert {row["name"] for row in maps} == {"mmap"}
+    area = [
+        row for row in maps if row["result"] <= base and base + PAGES * 4096 <= row["result"] + row["args"][1]
+    ]
+    assert area, "the subject's mmap was seen"
+    assert area[0]["args"][2] == 3 and area[0]["args"][3] & 0x22 == 0x22  # read, write; private, anonymous
+    libc = [row for row in maps if "libc" in (row["detail"] or "")]
+    assert libc and all(row["file_inode"] for row in libc)

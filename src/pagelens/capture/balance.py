@@ -87,4 +87,4 @@ def balance(e: Ended) -> dict[str, Any]:
 
 def _perf_method(e: Ended) -> str:
     blind = "gup faults unseen" if e.kernel_visible else "faults in kernel mode and gup unseen"
-    return f"{METHOD_PERF}; {blind}; system calls not recorded"
+    return f"{METHOD_PERF}; {blind}; of the calls only what they mapped (MMAP2), not munmap or madvise"

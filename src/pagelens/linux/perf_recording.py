@@ -1,8 +1,9 @@
 """A live recording without BPF: inherited perf events, counters from exit stops.
 
 The same interface as BpfRecording, for own processes of an ordinary user. What cannot be known this way: faults
-taken in kernel mode (unless perf allows them), the calls that shape memory, error codes, latencies, failed
-faults, gup. The kernel's counters still tell how many faults there were, so the gap has a size.
+taken in kernel mode (unless perf allows them), which calls shaped memory (what mmap, mprotect and brk left
+behind is seen by MMAP2 records, and recorded as mmap), error codes, latencies, failed faults, gup. The kernel's
+counters still tell how many faults there were, so the gap has a size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pagelens.linux.perf_tasks import (
 from pagelens.linux.recording import Options
 from pagelens.vm.errors import TargetGoneError
 
-ABSENT = ["system calls", "error codes", "latencies", "failed faults", "gup", "context switches"]
+ABSENT = [
+    "system calls but for what they mapped",
+    "error codes",
+    "latencies",
+    "failed faults",
+    "gup",
+    "context switches",
+]
 
 
 class PerfRecording:

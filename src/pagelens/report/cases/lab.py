@@ -159,6 +159,22 @@ class Lab:
             raise CapabilityMissingError(why, capability="record")
         return ("--method", "bpf")
 
+    def record_own(self, command: Sequence[str | Path], *, name: str) -> Recorded:
+        """Run a command under `pagelens run --method perf`: own processes, no privilege, no causes.
+
+        CapabilityMissingError where even that does not work.
+        """
+        path = self.path / f"{name}.plens"
+        done = subprocess.run(
+            [*self._command(path, "--method", "perf"), *map(str, command)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode == 125:
+            raise CapabilityMissingError(done.stderr.strip().removeprefix("pagelens: "), capability="record")
+        return Recorded(done.returncode, done.stdout, Capture(path))
+
     def record(self, command: Sequence[str | Path], *flags: str, name: str = "capture") -> Recorded:
         """Run a command under `pagelens run`. CapabilityMissingError where that does not work."""
         path = self.path / f"{name}.plens"

@@ -50,8 +50,8 @@ def tour(out: TextIO) -> int:
         root = "yes" if lab.root else "no (fewer features)"
         say(f"kernel {'.'.join(platform.release().split('.')[:2])}  root {root}  soft-dirty {bits}")
         if why_not:
-            say(f"recording of whole programs: no ({why_not})")
-            lab.brief = "recording does not work here, see above"
+            say(f"recording by BPF, with causes: no ({why_not})")
+            lab.brief = "recording by BPF does not work here, see above"
         say("")
         _program(lab, say)
         for number in TOUR:
@@ -85,6 +85,9 @@ def _program(lab: Lab, say: Say) -> None:
         command = [sys.executable, "-c", "import json, decimal, re"]
         shown = "python3 -c 'import json, decimal, re'"
     try:
+        if lab.can_record():
+            _own_program(lab, say, command, shown)
+            return
         recorded = lab.record(command, name="program")
     except CapabilityMissingError as error:
         say(f"[0] {shown}: not recorded: {error}")
@@ -98,6 +101,27 @@ def _program(lab: Lab, say: Say) -> None:
     by = faults.group(faults.load(recorded.capture), "function")[:3]
     say("    code    " + ", ".join(f"{row['what']} {row['share']:.0%}" for row in by))
     say(f"    method  faults recorded in the kernel (BPF); {completeness(recorded.capture)}")
+
+
+def _own_program(lab: Lab, say: Say, command: list[str], shown: str) -> None:
+    """Without BPF: where the faults fell and which code took them; causes would be guesses."""
+    from pagelens.report import faults
+
+    recorded = lab.record_own(command, name="program")
+    loaded = faults.load(recorded.capture)
+    summary = recorded.capture.meta["summary"]
+    figures = summary["faults"]
+    say(f"[0] Where do the faults of `{shown}` come from?")
+    for row in faults.group(loaded, "region")[:5]:
+        say(f"    where   {row['faults']:>7,} {row['share']:6.1%}  {row['what']}")
+    by = faults.group(loaded, "function")[:3]
+    say("    code    " + ", ".join(f"{row['what']} {row['share']:.0%}" for row in by))
+    say("    missing causes: error codes and system calls are not visible without root")
+    counted = figures["counted_minor"] + figures["counted_major"]
+    say(
+        f"    method  {summary['method']}; {figures['recorded']:,} recorded + "
+        f"{figures['kernel_mode_unseen']:,} unseen = {counted:,} counted, lost {figures['lost']:,}"
+    )
 
 
 def _proof(say: Say, seconds: float) -> None:
