@@ -107,7 +107,8 @@ class Comparison:
         # What one process does to shared pages shows in the others (map counts, exclusive), so all are looked
         # at, except after an operation that stays within its own vmas.
         alive = list(self.kernel.alive())
-        looked = [p for p in alive if p == op.proc] if op.name in ops.LOCAL else alive
+        alone = op.name in ops.LOCAL and op.proc in alive and self.kernel.is_leader(op.proc)
+        looked = [op.proc] if alone else alive
         for proc in looked:
             if self.kernel.is_leader(proc):
                 self._look(op, proc, found)

@@ -21,8 +21,7 @@ from pagelens.vm.vma import Vma, VmaList
 
 _ARENA_END = ARENA_BASE + ARENA_PAGES * PAGE_SIZE
 _PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
-# Advice with its weight. Without pageout: what reclaim achieves without swap is its own affair
-# (docs/fidelity.md).
+# Advice with its weight. Without pageout: which pages reclaim can isolate is its own affair (docs/fidelity.md).
 _ADVICE = {
     "dontneed": 8,
     "free": 4,
@@ -66,6 +65,7 @@ _WEIGHTS = {
     "msync": 2,
     "fork": 1.5,
     "exit": 1.5,
+    "thread": 0.5,
     "memfd": 0.5,
     "ftruncate": 0.6,
     "pwrite": 1,
@@ -100,11 +100,13 @@ class Generator:
         self._files: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._counter = 0
+        self._leaders: set[str] = set()
 
     def next(self, world: World) -> Op:
         """The next operation, chosen by the vmas that `world` has now."""
         r = self.random
         procs = list(world.alive())
+        self._leaders = {p for p in procs if world.is_leader(p)}
         proc = r.choice(procs)
         vmas = world.vmas(proc)
         while True:
@@ -197,8 +199,11 @@ class Generator:
                 return Op(name, proc)
             case "fork":
                 return Op(name, proc, self._name("p")) if len(procs) < self.mix.processes else None
+            case "thread":
+                return Op(name, proc, self._name("t")) if len(procs) < self.mix.processes else None
             case "exit":
-                return Op(name, proc) if len(procs) > 1 else None
+                # The last process stays: with it its threads would go, and nobody be left.
+                return Op(name, proc) if self._leaders > {proc} or proc not in self._leaders else None
             case "clear_refs":
                 return Op(name, proc, flags=4)
             case "memfd":
