@@ -57,3 +57,13 @@ def test_pages_of_a_capture(capture: Path) -> None:
     assert sum(r["pages"] for r in rows("pages", "pages", capture, "--at", "exec")) < 20
     assert "snapshots only" in refused(2, "pages", capture, "--at", "20ms")
     assert "no snapshot" in refused(2, "pages", capture, "--mm", 99)
+
+
+def test_without_snapshots(subjects: Subjects, tmp_path: Path) -> None:
+    """What is left: calls, faults, and the names of what calls mapped; and one sentence for the rest."""
+    capture = record(tmp_path, subjects("placed_faults"), options=("--snapshot", "none"))
+    assert "no snapshot of mm 1" in refused(2, "map", capture)
+    assert "needs two moments" in refused(2, "diff", capture)
+    found = rows("faults", "faults", capture, "--by", "region", "--top", 0)
+    assert next(r["faults"] for r in found if r["region"] == "generated code") == 1200
+    assert any(r["region"] == "libc.so.6 text" for r in found)

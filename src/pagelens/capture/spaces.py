@@ -12,6 +12,8 @@ far they agree. The exact rules are the model's business; this is the cheap view
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -42,6 +44,11 @@ MAP_SHARED, MAP_ANON, MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE, MAP_STACK, MAP_H
 )  # fmt: skip
 
 
+_LIBRARIES = (
+    "/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64", "/usr/lib", "/usr/local/lib",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """One call that changed the list. gone, came: the vmas that the two lists do not share."""
@@ -66,7 +73,7 @@ class Spaces:
         self.labels: dict[Area, Region] = {}
         self._mms = {r["mm"]: r for r in capture.table("mms").to_pylist()}
         self._vmas = RecordedVmas(capture)
-        self._paths = self._vmas.paths
+        self._paths: dict[tuple[str, int], str] = self._vmas.paths
         self._base: dict[int, dict[str, Any]] = {}  # mm -> row of `snapshots` that it starts from
         self._last: dict[int, dict[str, Any]] = {}
         for row in sorted(capture.snapshot_rows(), key=lambda r: r["time_ns"]):
@@ -292,13 +299,28 @@ class Spaces:
         if row["file_inode"]:
             major, minor = row["file_dev"] >> 8 & 0xFFF, row["file_dev"] & 0xFF
             dev, inode = f"{major:02x}:{minor:02x}", row["file_inode"]
-            name = self._paths.get((dev, inode), row["detail"] or "")
+            name = self._path(dev, inode, row["detail"] or "")
         elif shared and flags & MAP_ANON:
             name = "/dev/zero (deleted)"
         offset = args[5] if inode else 0
         vma = Vma(result, end, Prot(args[2] & 7), shared, offset, dev, inode, name, frozenset(extra))
         space.cut(result, end)
         space.put(Area(vma, row["seq"], bool(flags & MAP_STACK)))
+
+    def _path(self, dev: str, inode: int, name: str) -> str:
+        # An event has a file's name without its directory; snapshots have whole paths. Without them, the
+        # usual library directories are tried, and the inode number decides.
+        key = (dev, inode)
+        if key not in self._paths:
+            found = name
+            for directory in _LIBRARIES if name and "/" not in name else ():
+                path = os.path.join(directory, name)  # noqa: PTH118 (a few strings for each file)
+                with contextlib.suppress(OSError):
+                    if os.stat(path).st_ino == inode:  # noqa: PTH116 (likewise)
+                        found = path
+                        break
+            self._paths[key] = found
+        return self._paths[key]
 
     def _mremap(self, space: Space, row: dict[str, Any], args: list[int], result: int) -> None:
         old, old_len, new_len, flags = args[0], page_up(args[1]), page_up(args[2]), args[3]

@@ -72,7 +72,9 @@ def ends(capture: Capture, mm: int) -> tuple[str, str]:
     """
     rows = sorted((r for r in capture.snapshot_rows() if r["mm"] == mm), key=lambda r: r["time_ns"])
     if len(rows) < 2:
-        raise UsageError(f"the capture has {len(rows)} snapshot of mm {mm}: a diff needs two moments")
+        raise UsageError(
+            f"the capture has {len(rows) or 'no'} snapshot of mm {mm}: a diff needs two moments (see run --snapshot)"
+        )
     return rows[0]["moment"], rows[-1]["moment"]
 
 
