@@ -429,6 +429,9 @@ static int calls_in_stop(struct pl_inject *req)
 		return 0;
 	}
 	stage(req, PL_STAGE_FRAME);
+	/* From here on giving up would leave a call half made (a descriptor that nobody closes): the thread is
+	 * runnable, and only waits for a CPU. */
+	req->deadline_ns = now_ns() + INT64_C(20000000000);
 	back = regs;
 	if ((long)regs.orig_rax >= 0 && (long)regs.rax == -EINTR && ends_with_eintr((long)regs.orig_rax) &&
 	    !signal_pending_unblocked(req->tid, mask)) {

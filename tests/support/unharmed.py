@@ -11,6 +11,7 @@ import numpy as np
 from pagelens.linux import maps
 from pagelens.linux.memory import read_into
 from pagelens.linux.procfs import Process
+from pagelens.vm.errors import TargetGoneError
 from pagelens.vm.vma import Prot
 
 
@@ -60,11 +61,11 @@ def assert_untouched(pid: int) -> None:
     """Not traced, nothing registered, no signal blocked that was not, code as in its files."""
     with Process.open(pid) as proc:
         for tid in proc.tasks():
-            status = dict(
-                line.split(":\t", 1)
-                for line in proc.read_task(tid, "status").decode().splitlines()
-                if ":\t" in line
-            )
+            try:
+                text = proc.read_task(tid, "status").decode()
+            except TargetGoneError:
+                continue  # it ended meanwhile
+            status = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
             assert status["TracerPid"] == "0", status
             assert status["State"][0] not in "tT", status["State"]
         for line in proc.read("smaps").decode().splitlines():

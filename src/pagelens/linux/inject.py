@@ -140,6 +140,10 @@ def take_userfaultfd(proc: Process, *, traced: bool = False, die_at: str = "") -
     make = Call(NR_USERFAULTFD, (flags,), take_fd=True)
     shut = Call(NR_CLOSE, (0,), arg0_from=0)
     held = remote_calls(proc, [make, shut], traced=traced, die_at=die_at)
+    if make.result is not None and make.result >= 0 and shut.result is None:
+        remote_calls(
+            proc, [Call(NR_CLOSE, (make.result,))], traced=traced
+        )  # the thread was killed in between
     if make.fd < 0:
         if make.result is not None and make.result < 0:
             raise refused(-make.result)
