@@ -126,3 +126,22 @@ def test_debuggers_inside_work_without_snapshots(tmp_path: Path, tool: str) -> N
         assert "exited with 0" in (tmp_path / "log").read_text()
     else:
         assert "exited normally" in run.stdout
+
+
+def test_leak_sanitizer_inside(tmp_path: Path) -> None:
+    # One tracer a process: with our snapshots it cannot attach, and says so; without them it works.
+    source = tmp_path / "leak.c"
+    source.write_text(
+        "#include <stdlib.h>\nint main(void) { void *volatile p = malloc(100); p = 0; return 0; }\n"
+    )
+    command = ["gcc", "-fsanitize=address", "-o", tmp_path / "leak", source]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("missing tool: AddressSanitizer of gcc")
+    alone = subprocess.run([tmp_path / "leak"], capture_output=True, text=True)
+    run = record(tmp_path, [tmp_path / "leak"], "--snapshot", "none")
+    assert run.returncode == alone.returncode != 0
+    assert "100 byte(s) leaked in 1 allocation" in run.stderr
+    assert_complete(run)
+    traced = record(tmp_path, [tmp_path / "leak"])
+    assert "LeakSanitizer does not work under ptrace" in traced.stderr
+    assert_complete(traced)
