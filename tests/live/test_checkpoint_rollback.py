@@ -293,6 +293,7 @@ def test_a_sleep_is_not_cut_short_with_eintr(tmp_path: Path) -> None:
     assert child.communicate(timeout=10)[0] == "0\n"
 
 
+@pytest.mark.requires("uffd-wp-async")
 def test_fast_rollbacks_undo_whatever_was_done(puppet: Puppet, tmp_path: Path) -> None:
     area, other, third = puppet.island(64), puppet.island(16), puppet.island(4)
     puppet.write(third, 4)
@@ -345,6 +346,7 @@ def test_fast_rollbacks_undo_whatever_was_done(puppet: Puppet, tmp_path: Path) -
     assert process_state(puppet.pid) == ("S", 0)
 
 
+@pytest.mark.requires("uffd-wp-async")
 def test_sigkill_of_a_process_that_holds_a_checkpoint_leaves_the_target_alone(puppet: Puppet) -> None:
     program = (
         "import sys, time\nfrom pagelens.checkpoint.fast import Checkpoint\n"

@@ -81,6 +81,8 @@ class Watched:
         self._mem: pagecopy.MemoryFile | None = None
         self._pagemap = -1
         self._vmas = VmaList()
+        # Used again by each increment: fresh memory would cost faults while the process is held.
+        self._room = pagecopy.buffer(4096, ready=True)
         try:
             uffd, _ = take_userfaultfd(self.proc)
             self._backend = _Recording(self.proc, uffd)
@@ -108,15 +110,21 @@ class Watched:
 
     def _take(self, writer: Writer, reuse: Reuse, with_files: bool, began: int) -> Result:
         assert self._mem is not None
+        if reuse.parent is not None:
+            _ = reuse.parent.rows  # read from disk before the process is held, not while
         held = Held(self.pid)
         with held:
             state, plan, start, count = self._observe(held, reuse.parent, with_files)
             pages = int(count.sum())
             if pages * PAGE_SIZE > memory_budget():
                 raise CannotTellError("more pages than fit into memory")
-            data = pagecopy.buffer(pages)
+            if len(self._room) < pages * PAGE_SIZE:
+                self._room = pagecopy.buffer(pages + pages // 2)
+            data = self._room[: pages * PAGE_SIZE]
             bad = pagecopy.read(self.pid, self._mem, start, count, data)
         state = replace(state, backing=identities(self.proc, state.vmas))
+        if reuse.parent is None:
+            self._room = pagecopy.buffer(4096, ready=True)  # a full one is large; what follows is not
         rows, counts = _rows(writer, reuse, plan, (start, count, data, bad))
         unreadable = int(rows["pages"][rows["kind"] == Kind.UNREADABLE].sum())
         meta = {
