@@ -60,6 +60,7 @@ CASES: list[tuple[str, str, Evidence]] = [
         evidence(**COW, forked=Forked.PARENT, sharers=Sharers.GONE, outcome=Outcome.REUSED),
     ),
     ("ambiguous", "ambiguous", evidence(**COW, forked=Forked.PARENT, sharers=Sharers.UNCLEAR)),
+    ("ambiguous", "ambiguous", evidence(**COW, forked=Forked.PARENT, sharers=Sharers.UNSEEN)),
     ("write-notify", "certain", evidence(area=Area.SHARED_FILE, write=True, present=True, prior=Prior.FILE)),
     ("mprotect-upgrade", "likely", evidence(**COW, rearmed=True)),
     ("stack-growth", "certain", evidence(write=True, grew=True, origin=Origin.GROWTH)),
@@ -125,6 +126,7 @@ def _array(given: Evidence):  # type: ignore[no-untyped-def]
 OVERLAPS = {
     frozenset({"fork-cow-parent", "sharers-gone"}),
     frozenset({"fork-cow-child", "sharers-gone"}),
+    frozenset({"fork-cow-child", "fork-cow-parent"}),  # attached after the fork
 }
 
 

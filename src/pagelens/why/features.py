@@ -189,7 +189,7 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
         when = np.array(sorted(times), np.int64)
         later = np.searchsorted(when, faults.time[mine]) > np.searchsorted(when, since[mine])
         forked[mine[later]] = int(Forked.PARENT)
-    old = _forked_before(facts, run, rows, forked, prior)
+    old = _forked_before(facts, run, past, rows, forked, prior)
     both = np.flatnonzero(forked)
     if len(both):
         share[both] = sharers(run, both, _last_seen(facts, run))
@@ -198,12 +198,20 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
     return forked, share, outcome
 
 
-def _forked_before(facts: Facts, run: Replayed, rows: I64, forked: I64, prior: I64) -> I64:
-    # attach: an address space that existed before the recording may have forked, or been forked, before it.
-    born = set(run.family.parent) | {int(t.args[1]) for t in facts.tasks if t.name == "exec"}
-    old = rows[(forked[rows] == Forked.NONE) & ~np.isin(run.faults.mm[rows], list(born))]
-    snapshot = prior[old] == Prior.ANON
-    return np.asarray(old[snapshot], dtype=np.int64) if "attached" in facts.settings else old[:0]
+def _forked_before(facts: Facts, run: Replayed, past: History, rows: I64, forked: I64, prior: I64) -> I64:
+    # attach: a page that an older address space had at the start, written for the first time since, and
+    # present: some fork that nobody recorded had write-protected it.
+    older = facts.settings.get("older") or frozenset()
+    assert isinstance(older, frozenset)
+    out: list[I64] = []
+    for mm in older:
+        snapshot = facts.first.get(mm)
+        since = snapshot.time_ns if snapshot else -1
+        mine = rows[
+            (run.faults.mm[rows] == mm) & (forked[rows] == Forked.NONE) & (prior[rows] != Prior.POPULATED)
+        ]
+        out.append(mine[past.own[mine] <= since])
+    return np.concatenate(out) if out else np.empty(0, np.int64)
 
 
 def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:

@@ -83,6 +83,9 @@ def load(capture: Capture) -> Facts:
         del table
     first, last = _snapshots(capture)
     settings = dict(capture.meta.get("settings") or {})
+    # Address spaces that were there before us may share pages by forks that nobody recorded.
+    origins = capture.table("mms", ["mm", "origin"]).to_pylist()
+    settings["older"] = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
     facts = Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings, onto)
     return replace(facts, faults=_sorted(with_new_mm(facts)))
@@ -189,7 +192,7 @@ def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapsho
     first: dict[int, Snapshot] = {}
     last: dict[int, Snapshot] = {}
     for row in rows:
-        into = first if row["moment"] in ("exec", "attach") else last
+        into = first if row["moment"] in ("exec", "attach", "start") else last
         if into is first and row["mm"] in first:
             continue
         number = row["snapshot"]

@@ -71,6 +71,7 @@ class Replay:
         self.family = Family()
         self.first_keys: dict[int, tuple[list[int], list[Seg]]] = {}
         self._users: dict[int, int] = defaultdict(int)
+        self._started: dict[int, int] = defaultdict(int)
         faults = with_new_mm(facts)
         if not in_order(faults):  # `load` has sorted them, at no cost of a second copy
             faults = faults.take(np.lexsort((faults.seq, faults.time, faults.mm)))
@@ -147,6 +148,11 @@ class Replay:
                     self.effects.brk[child] = self.effects.brk[task.mm]
                 self.family.parent[child] = (task.mm, task.time)
                 self.family.forks[task.mm].append(task.time)
+        elif task.name == "start":
+            mm = int(task.args[3])
+            self._started[mm] += 1
+            users[mm] = self._started[mm]
+            self.family.tasks[mm] = max(self.family.tasks[mm], users[mm])
         elif task.name == "exec":
             old, new = int(task.args[0]), int(task.args[1])
             self._leave(old, task.time)

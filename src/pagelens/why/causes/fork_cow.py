@@ -10,11 +10,16 @@ from pagelens.why.evidence import Evidence, Forked, Huge, Outcome, Prior, Sharer
 from pagelens.why.verdict import CERTAIN, LIKELY
 
 
+def _on(e: Evidence, side: Forked) -> bool:
+    # A fork before the recording: which side this is, nobody knows.
+    return e.forked is side or (e.forked is not Forked.NONE and e.sharers is Sharers.UNSEEN)
+
+
 def _shared_write(e: Evidence, side: Forked) -> Finding | None:
     own = e.prior in (Prior.ANON, Prior.POPULATED) or (
         e.prior is Prior.NONE and not e.dropped and e.huge is not Huge.READ
     )
-    if not (ordinary(e) and private(e) and e.write and e.present and own and e.forked is side):
+    if not (ordinary(e) and private(e) and e.write and e.present and own and _on(e, side)):
         return None
     if e.prior is not Prior.ANON and e.area.name == "FILE":
         return None  # a file page that fork shared is still a file page: file_cow
