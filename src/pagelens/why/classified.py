@@ -18,6 +18,7 @@ from pagelens.why.evidence import unpack
 from pagelens.why.facts import Call, Facts
 from pagelens.why.features import features
 from pagelens.why.history import History, trace
+from pagelens.why.infer import infer
 from pagelens.why.judge import Judgement, judge
 from pagelens.why.replay import Replay, Replayed
 from pagelens.why.verdict import AMBIGUOUS, CERTAIN, LIKELY, UNKNOWN, Verdict
@@ -92,8 +93,9 @@ def _distinct(values: I64) -> int:
 def classify_facts(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Classified:
     """Verdicts on all faults of `facts`. `rules` is there for tests that break one on purpose."""
     run = Replay(facts).run()
+    inferred = infer(facts, run)
     past = trace(facts, run)
-    packed = features(facts, run, past)
+    packed = features(facts, run, past, inferred)
     codes, verdict = np.unique(packed, return_inverse=True)
     judgements = [judge(unpack(code), rules) for code in codes.tolist()]
     calls = [(call, of_call(call.name)) for call in facts.calls if call.gup > 0]

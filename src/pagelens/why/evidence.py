@@ -141,6 +141,7 @@ class Evidence:
     flushed: bool  # shared file: synced, or long enough ago that writeback may have cleaned it
     was_mapped: bool  # unmapped now, but something was mapped there earlier
     by_exec: bool  # taken in execve, before the new program ran
+    inferred: bool  # the error code was not recorded; the last snapshot tells the access
 
 
 # Widths in bits, in the order of the fields; decoding is generated from it.

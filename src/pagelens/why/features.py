@@ -43,12 +43,13 @@ EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
 UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
 
 
-def features(facts: Facts, run: Replayed, past: History) -> I64:
+def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     """int64[n]: the packed evidence of each fault of `run.faults`."""
     faults = run.faults
     n = len(faults)
     known = faults.error >= 0
     error = np.where(known, faults.error, 0)
+    known &= ~inferred
     present, write, fetch = (error & 1) != 0, (error & 2) != 0, (error & 16) != 0
     area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
     prot = state_column(run.lives, run.state, "prot", 0)
@@ -100,6 +101,7 @@ def features(facts: Facts, run: Replayed, past: History) -> I64:
         "rearmed": state_column(run.lives, run.state, "prot_time", -1) > past.touch,
         "flushed": state_column(run.lives, run.state, "sync_time", -1) > past.touch,
         "was_mapped": (run.flags & WAS_MAPPED) != 0,
+        "inferred": inferred,
         "by_exec": np.isin(faults.call, EXECVE) & ~faults.user,
     }
     return pack(columns) if n else np.empty(0, np.int64)

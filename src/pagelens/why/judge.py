@@ -33,7 +33,12 @@ def judge(e: Evidence, rules: Sequence[Rule] = RULES) -> Judgement:
 
 
 def _page_verdict(e: Evidence, rules: Sequence[Rule]) -> Verdict:
-    held = _holding(e, rules) if e.known else _without_error_code(e, rules)
+    if e.known:
+        held = _holding(e, rules)
+    elif e.inferred:
+        held = _holding(replace(e, known=True), rules)
+    else:
+        held = _without_error_code(e, rules)
     if not held:
         why = "the recording began after the page was mapped" if e.area.name == "UNSEEN" else "no rule fits"
         return Verdict("unknown", UNKNOWN, f"{why}: {describe(e)}")

@@ -125,7 +125,9 @@ class Replay:
         snapshot = self.facts.first.get(mm)
         space = Space(mm, self.lives, snapshot is not None)
         self.spaces[mm] = space
-        if snapshot is not None:
+        if snapshot is not None and not self.facts.settings.get("calls", True):
+            self._begin_without_calls(space, snapshot)
+        elif snapshot is not None:
             for vma in snapshot.vmas:
                 key = self.lives.begin(vma.pages, mm, Origin.SNAPSHOT, -1, -1)
                 space.insert(Seg(vma.start, vma.end, key, self.lives.intern(state_of(vma, self.thp))))
@@ -134,6 +136,23 @@ class Replay:
                 [Seg(s.start, s.end, s.key, s.state) for s in space.segs],
             )
         return space
+
+    def _begin_without_calls(self, space: Space, first: Snapshot) -> None:
+        # No call was recorded: what the last snapshot has and the first has not was mapped at some time
+        # between.
+        last = self.facts.last.get(space.mm)
+        for vma, origin in [
+            *((v, Origin.UNSEEN) for v in (last.vmas if last else ())),
+            *((v, Origin.SNAPSHOT) for v in first.vmas),
+        ]:
+            later = last.vmas.find(vma.start) if last and origin is Origin.SNAPSHOT else None
+            if later is not None and later.start == vma.start and later.end >= vma.end:
+                continue  # the same, or grown: as it was at the end
+            space.map(vma.start, vma.end, state_of(vma, self.thp), origin, -1, -1)
+        self.first_keys[space.mm] = (
+            list(space.starts),
+            [Seg(s.start, s.end, s.key, s.state) for s in space.segs],
+        )
 
     def _task(self, task: Task) -> None:
         users = self._users
