@@ -314,7 +314,8 @@ def describe_error(code: int, major: bool = False, call: int = -2) -> str:
 
 
 def mappers(faults: Faults, seqs: list[int]) -> dict[int, str]:
-    """Event number of a mapping call -> who called: the first frames outside of the C library."""
+    """Event number of a mapping call -> who called: the first frames, outside of the C library if there are
+    any."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -332,11 +333,14 @@ def mappers(faults: Faults, seqs: list[int]) -> dict[int, str]:
         faults.areas = [*faults.areas, *areas]
         area = np.where(area >= 0, area + base, -1)
         index, found = places(faults, np.full(n, row["pid"], np.int64), area, np.array(frames, np.uint64))
-        chain = [
-            str(found[i])
+        named = [
+            (str(found[i]), module_of(faults, one))
             for i, one in zip(index.tolist(), area.tolist(), strict=True)
-            if found[i].known and not module_of(faults, one).startswith(("libc.", "ld-linux"))
+            if found[i].known
         ]
+        # The C library's own frames only where the stack ends in them (it has no frame pointers).
+        chain = [text for text, module in named if not module.startswith(("libc.", "ld-linux"))]
+        chain = chain or [text for text, _ in named]
         out[row["seq"]] = " < ".join(chain[:2])
     return out
 
