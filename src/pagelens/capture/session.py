@@ -84,6 +84,10 @@ class _Spooler(threading.Thread):
                 self._writer.write(table, rows, part=shots[0].number)
         except OSError as error:
             self.error = error
+        except Exception as error:
+            # A thread that dies would say so in the middle of the program's output, and nobody would convert the
+            # rest. The spool keeps what was not converted, for `recover`.
+            self.error = OSError(errno.EIO, f"{type(error).__name__}: {error}")
 
     def finish(self) -> None:
         """End the thread, convert the rest."""
@@ -184,6 +188,8 @@ class Session:
             perf=isinstance(recording, PerfRecording),
             kernel_visible=not isinstance(recording, PerfRecording) or recording.kernel,
         )
+        if error and error.errno == errno.EIO:
+            self.notes.append(f"parts could not be written: {error.strerror}")
         lost = losses(ended)
         self.notes += [f"{count:,} {note}" for _, count, note in lost]
         summary = balance(ended)
