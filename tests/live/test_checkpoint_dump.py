@@ -201,7 +201,7 @@ def test_sigkill_at_a_write_leaves_the_old_or_the_new_checkpoint(scribe: Scribe,
     before = dump(scribe.pid, out).id
     source = str(Path(pagelens.__file__).parents[1])
     program = KILLED.format(src=source, tests=str(Path(__file__).parents[1]))
-    for at in (1, 3, 6, 9, 11, 12, 13):
+    for at in (1, 6, 12, 13):
         run = subprocess.run(
             [sys.executable, "-c", program, str(scribe.pid), str(out), str(at)], capture_output=True
         )

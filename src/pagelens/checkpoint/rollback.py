@@ -4,13 +4,15 @@ Order: hold all threads; find what cannot be brought back, and refuse before any
 list by system calls that the leader makes; drop pages that were absent; write the pages that differ (compared
 by content, so a page that is the same is not touched); set the registers; let go.
 
-The one thing that must not happen is half a rollback that goes on running. If a step fails after the first
-change, the process is left held until the caller has been told, and the error says what it was; only a
-SIGKILL of pagelens in that window (milliseconds) leaves a process in between.
+What can fail is looked for before the first change. If a step fails after it all the same (the target was
+killed, or refuses a call that it could make before), the error says that the process is partly rolled back and
+should be ended; it is let go, because a stopped process that nobody watches is worse. A SIGKILL of pagelens in
+that window (milliseconds) has the same effect.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ from pagelens.linux.hold import Held
 from pagelens.linux.inject import Call, remote_calls
 from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import ERESTART_RESTARTBLOCK, NT_X86_XSTATE, Stop, Tracee, UserRegs, request
-from pagelens.vm.errors import CapabilityMissingError, PagelensError, UsageError
+from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
 from pagelens.vm.vma import Prot, Vma, VmaList
 
@@ -191,12 +193,13 @@ class _Job:
         mask = leader.sigmask()
         leader.set_sigmask(2**64 - 1)
         request(PTRACE_SETOPTIONS, leader.tid, 0, TRACESYSGOOD)
+        leader.stop = Stop(5, 128)  # it moves on from the stop that we found it in
         try:
             remote_calls(self.proc, calls, traced=True)
         finally:
-            request(PTRACE_SETOPTIONS, leader.tid, 0, 0)
-            leader.set_sigmask(mask)
-            leader.stop = Stop(5, 128)  # it has moved on from the stop that we found it in
+            with contextlib.suppress(TargetGoneError):  # gone, or running on: the error above says why
+                request(PTRACE_SETOPTIONS, leader.tid, 0, 0)
+                leader.set_sigmask(mask)
         self.calls += len(calls)
         for call in calls:
             if call.result is None or (call.result < 0 and call.nr != NR["madvise"]):

@@ -345,7 +345,8 @@ def _on_some_thread(
                 vmas=table,
                 calls=native,
                 n_calls=len(calls),
-                deadline_ns=time.monotonic_ns() + 200_000_000,
+                # A caller that holds the target already has begun something that must not stop halfway.
+                deadline_ns=time.monotonic_ns() + (30_000_000_000 if traced else 200_000_000),
                 die_at=STAGES.index(die_at) + 1 if die_at else 0,
             )
             result = (lib.pl_inject_held if traced else lib.pl_inject)(ctypes.byref(request))
