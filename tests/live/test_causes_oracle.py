@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,3 +107,21 @@ def test_the_derived_table_has_every_fault(tmp_path: Path, subjects: Subjects) -
     assert weights == summary["recorded"] + summary["failed"] + summary["gup"]
     assert table.column("seq").to_pylist() == sorted(set(table.column("seq").to_pylist()))
     assert sum(row["faults"] for row in classify(run.capture).counts()) == weights
+
+
+def test_agreement_falls_when_the_replay_misses_calls(tmp_path: Path, subjects: Subjects) -> None:
+    # A figure that cannot fall says nothing: without the calls the replay must disagree with the kernel.
+    from pagelens.why.agreement import agreement
+
+    run = record(
+        tmp_path, [sys.executable, "-c", "import json, decimal, re, mmap; x = mmap.mmap(-1, 1 << 20)"]
+    )
+    facts = load(run.capture)
+    whole = agreement(classify_facts(facts))
+    kept = tuple(c for c in facts.calls if c.name not in ("mprotect", "munmap", "brk"))
+    less = agreement(classify_facts(replace(facts, calls=kept)))
+    for name in ("vmas", "pages"):
+        assert whole[name] is not None and less[name] is not None
+        assert whole[name] > 0.99, whole
+        assert less[name] < whole[name], (less, whole)
+    assert less["vmas"] < 0.9

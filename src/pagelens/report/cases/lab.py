@@ -159,27 +159,15 @@ class Lab:
             raise CapabilityMissingError(why, capability="record")
         return ("--method", "bpf")
 
-    def record_own(self, command: Sequence[str | Path], *, name: str) -> Recorded:
-        """Run a command under `pagelens run --method perf`: own processes, no privilege, no causes.
-
-        CapabilityMissingError where even that does not work.
-        """
+    def record(
+        self, command: Sequence[str | Path], *flags: str, name: str = "capture", partly: bool = False
+    ) -> Recorded:
+        """Run a command under `pagelens run`. partly: also by a method that sees less (own processes, no
+        privilege). CapabilityMissingError where that does not work."""
         path = self.path / f"{name}.plens"
+        how = ("--method", "auto") if partly else self._recording()
         done = subprocess.run(
-            [*self._command(path, "--method", "perf"), *map(str, command)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode == 125:
-            raise CapabilityMissingError(done.stderr.strip().removeprefix("pagelens: "), capability="record")
-        return Recorded(done.returncode, done.stdout, Capture(path))
-
-    def record(self, command: Sequence[str | Path], *flags: str, name: str = "capture") -> Recorded:
-        """Run a command under `pagelens run`. CapabilityMissingError where that does not work."""
-        path = self.path / f"{name}.plens"
-        done = subprocess.run(
-            [*self._command(path, *self._recording(), *flags), *map(str, command)],
+            [*self._command(path, *how, *flags), *map(str, command)],
             capture_output=True,
             text=True,
             check=False,
@@ -207,5 +195,7 @@ def completeness(capture: Capture) -> str:
     faults = (capture.meta.get("summary") or {}).get("faults") or {}
     recorded, gup, lost = (faults.get(k, 0) for k in ("recorded", "gup", "lost"))
     counted = faults.get("counted_minor", 0) + faults.get("counted_major", 0)
-    sign = "=" if recorded + gup + lost == counted and not lost else "≠"
-    return f"{recorded:,} recorded + {gup:,} gup {sign} {counted:,} counted, lost {lost:,}"
+    unseen = faults.get("kernel_mode_unseen", 0)
+    sign = "=" if recorded + gup + lost + unseen == counted and not lost else "≠"
+    part = f" + {unseen:,} unseen" if unseen else ""
+    return f"{recorded:,} recorded + {gup:,} gup{part} {sign} {counted:,} counted, lost {lost:,}"

@@ -50,7 +50,7 @@ def tour(out: TextIO) -> int:
         root = "yes" if lab.root else "no (fewer features)"
         say(f"kernel {'.'.join(platform.release().split('.')[:2])}  root {root}  soft-dirty {bits}")
         if why_not:
-            say(f"recording by BPF, with causes: no ({why_not})")
+            say(f"recording in the kernel (BPF): no ({why_not})")
             lab.brief = "recording by BPF does not work here, see above"
         say("")
         _program(lab, say)
@@ -85,10 +85,7 @@ def _program(lab: Lab, say: Say) -> None:
         command = [sys.executable, "-c", "import json, decimal, re"]
         shown = "python3 -c 'import json, decimal, re'"
     try:
-        if lab.can_record():
-            _own_program(lab, say, command, shown)
-            return
-        recorded = lab.record(command, name="program")
+        recorded = lab.record(command, name="program", partly=True)
     except CapabilityMissingError as error:
         say(f"[0] {shown}: not recorded: {error}")
         return
@@ -98,30 +95,16 @@ def _program(lab: Lab, say: Say) -> None:
     say(f"[0] Where do the faults of `{shown}` come from?")
     for line in summary_lines(conclusions(recorded.capture), most=5)[:-1]:
         say("    cause   " + line.strip())
-    by = faults.group(faults.load(recorded.capture), "function")[:3]
-    say("    code    " + ", ".join(f"{row['what']} {row['share']:.0%}" for row in by))
-    say(f"    method  faults recorded in the kernel (BPF); {completeness(recorded.capture)}")
-
-
-def _own_program(lab: Lab, say: Say, command: list[str], shown: str) -> None:
-    """Without BPF: where the faults fell and which code took them; causes would be guesses."""
-    from pagelens.report import faults
-
-    recorded = lab.record_own(command, name="program")
-    loaded = faults.load(recorded.capture)
-    summary = recorded.capture.meta["summary"]
-    figures = summary["faults"]
-    say(f"[0] Where do the faults of `{shown}` come from?")
-    for row in faults.group(loaded, "region")[:5]:
-        say(f"    where   {row['faults']:>7,} {row['share']:6.1%}  {row['what']}")
-    by = faults.group(loaded, "function")[:3]
-    say("    code    " + ", ".join(f"{row['what']} {row['share']:.0%}" for row in by))
-    say("    missing causes: error codes and system calls are not visible without root")
-    counted = figures["counted_minor"] + figures["counted_major"]
-    say(
-        f"    method  {summary['method']}; {figures['recorded']:,} recorded + "
-        f"{figures['kernel_mode_unseen']:,} unseen = {counted:,} counted, lost {figures['lost']:,}"
-    )
+    by = [
+        r for r in faults.group(faults.load(recorded.capture), "function")[:4] if r["what"] != "? in unmapped"
+    ]
+    say("    code    " + ", ".join(f"{row['what']} {row['share']:.0%}" for row in by[:3]))
+    how = "recorded in the kernel (BPF)"
+    if recorded.capture.meta.get("method") != "bpf":
+        how = (
+            "recorded by perf, user mode only; causes are likely: reads and writes told by the last snapshot"
+        )
+    say(f"    method  {how}; {completeness(recorded.capture)}")
 
 
 def _proof(say: Say, seconds: float) -> None:
