@@ -34,7 +34,7 @@ struct seen { /* open addressing by id of the event: which of the three it is */
 struct slot { /* of a process: its address space number; of a thread: its figures */
 	uint32_t key, mm;
 	uint64_t recorded, min_flt, maj_flt;
-	int counted;
+	int counted, followed; /* followed: began under our events, which it inherited */
 };
 
 struct table { /* open addressing by pid or tid */

@@ -210,6 +210,7 @@ void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h)
 	const struct trailer *t = (const void *)((const char *)h + h->size - sizeof *t);
 	const uint32_t *w = (const void *)(h + 1);
 	uint64_t args[6] = {0};
+	struct slot *child;
 
 	switch (h->type) {
 	case PERF_RECORD_SAMPLE:
@@ -226,6 +227,9 @@ void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h)
 		args[2] = w[0] == w[1] ? 0x10100 : 0; /* CLONE_VM | CLONE_THREAD; of a process the flags are unknown */
 		args[3] = pl_perf_mm_of(p, w[0], 0);
 		p->totals.tasks_started++;
+		child = pl_perf_slot(&p->tasks, w[2]);
+		if (child)
+			child->followed = 1;
 		task_record(p, PL_FORK, t, w[1], w[3], args, NULL);
 		break;
 	case PERF_RECORD_EXIT: /* pid ppid tid ptid, u64 time */

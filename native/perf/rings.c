@@ -131,6 +131,7 @@ PL_EXPORT int pl_perf_start(struct pl_perf *p);
 PL_EXPORT void pl_perf_stop(struct pl_perf *p);
 PL_EXPORT void pl_perf_totals(struct pl_perf *p, struct pl_perf_totals *to);
 PL_EXPORT void pl_perf_sync(struct pl_perf *p);
+PL_EXPORT int pl_perf_followed(struct pl_perf *p, uint32_t tid);
 PL_EXPORT uint64_t pl_perf_recorded(struct pl_perf *p, uint32_t tid);
 PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid);
 PL_EXPORT void pl_perf_counters(struct pl_perf *p, uint32_t tid, uint64_t min_flt, uint64_t maj_flt);
@@ -247,8 +248,9 @@ static int map_ring(struct pl_perf *p, int cpu, int fd)
 	return 0;
 }
 
-/* Opens the events of one thread of process pid on every CPU; its children inherit them. 0 or -errno. Before start only. */
-PL_EXPORT int pl_perf_add(struct pl_perf *p, int pid, int tid, int on_exec)
+/* Opens the events of one thread of process pid on every CPU; its children inherit them. 0 or -errno. The first before start, so that each CPU has its
+ * ring. */
+static int add_events(struct pl_perf *p, int pid, int tid, int on_exec)
 {
 	static const uint64_t configs[EVENTS] = {PERF_COUNT_SW_PAGE_FAULTS_MIN, PERF_COUNT_SW_PAGE_FAULTS_MAJ,
 						 PERF_COUNT_SW_DUMMY};
@@ -301,6 +303,28 @@ PL_EXPORT int pl_perf_add(struct pl_perf *p, int pid, int tid, int on_exec)
 				return error;
 		}
 	return 0;
+}
+
+PL_EXPORT int pl_perf_add(struct pl_perf *p, int pid, int tid, int on_exec)
+{
+	int error;
+
+	pthread_mutex_lock(&p->lock);
+	error = add_events(p, pid, tid, on_exec);
+	pthread_mutex_unlock(&p->lock);
+	return error;
+}
+
+/* Whether a thread began under our events, as far as they are drained (pl_perf_sync): it must not be added. */
+PL_EXPORT int pl_perf_followed(struct pl_perf *p, uint32_t tid)
+{
+	int followed;
+
+	pl_perf_sync(p);
+	pthread_mutex_lock(&p->lock);
+	followed = p->tasks.cap ? pl_perf_find(p->tasks.slots, p->tasks.cap, tid)->followed : 0;
+	pthread_mutex_unlock(&p->lock);
+	return followed;
 }
 
 PL_EXPORT int pl_perf_start(struct pl_perf *p)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,3 +113,54 @@ def test_mappings_are_known_without_system_calls(tmp_path: Path, subjects: Subje
     assert area[0]["args"][2] == 3 and area[0]["args"][3] & 0x22 == 0x22  # read, write; private, anonymous
     libc = [row for row in maps if "libc" in (row["detail"] or "")]
     assert libc and all(row["file_inode"] for row in libc)
+
+
+def test_attach_follows_threads_of_before_and_after(tmp_path: Path, subjects: Subjects) -> None:
+    program = subprocess.Popen(
+        [subjects("on_demand"), "300"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    )
+    assert program.stdin is not None and program.stdout is not None
+    base = int(program.stdout.readline(), 16)
+    capture, summary = tmp_path / "a.plens", tmp_path / "a.json"
+    words = [
+        "attach",
+        str(program.pid),
+        "--method",
+        "perf",
+        "-c",
+        str(capture),
+        "--summary-json",
+        str(summary),
+    ]
+    recorder = subprocess.Popen(
+        [sys.executable, "-m", "pagelens.cli.main", *words],
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        shots = capture / "spool"
+        until = time.monotonic() + 60
+        # The snapshot at attach is taken when all threads are followed; it holds the vmas.
+        while not any(capture.glob("vmas/*.parquet")) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert shots.is_dir()
+        program.stdin.write(b"\n")
+        assert program.stdout.readline() == b"done\n"
+        recorder.send_signal(signal.SIGINT)
+        _, errors = recorder.communicate(timeout=60)
+        assert recorder.returncode == 0, errors
+    finally:
+        recorder.kill()
+        program.stdin.write(b"\n")
+        program.stdin.close()
+        assert program.wait(10) == 0
+        program.stdout.close()
+    rows = Capture(capture).events(["kind", "tid", "addr", "name"]).to_pylist()
+    hits = [r for r in rows if r["kind"] == "fault" and base <= r["addr"] < base + 900 * 4096]
+    assert sorted(r["addr"] for r in hits) == [base + i * 4096 for i in range(900)]
+    assert sorted(Counter(r["tid"] for r in hits).values()) == [300, 300, 300]
+    faults = json.loads(summary.read_text())["faults"]
+    assert faults["lost"] == 0
+    # The late thread has ended before: its counters are gone with it, and the summary says so.
+    assert "1 tasks whose counters could not be read" in errors

@@ -3,7 +3,8 @@
 The tasks are marked by one pass over all tasks in the kernel; whoever was started meanwhile by a task that was not
 marked yet is found by the next pass, and passes are made until one finds nobody. A task that is found late has lost
 nothing of the equation: its counters are taken when it is marked.
-Nothing is put into the target: no ptrace, no breakpoint. When we are killed the kernel drops the programs.
+Nothing is put into the target: no ptrace, no breakpoint. Without BPF, perf events are opened for each thread.
+When we are killed the kernel drops the programs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from pagelens.capture.session import Session, Settings
+from pagelens.linux.perf_recording import PerfRecording
 from pagelens.linux.procfs import Process
 from pagelens.linux.recording import BpfRecording
 from pagelens.linux.tree import descendants
@@ -55,7 +57,6 @@ def attach(
     """
     with Process.open(pid) as target:
         command = [f"attach {pid} ({target.stat().comm})"]
-        settings.method = "bpf"
         session = Session(path, settings, command=command, force=force)
         try:
             return _record(session, target, duration, tree)
@@ -66,7 +67,7 @@ def attach(
 
 def _record(session: Session, target: Process, duration: float | None, tree: bool) -> Attached:
     recording = session.recording
-    assert isinstance(recording, BpfRecording)
+    session.attached = True
     session.start()
     tasks = passes = 0
     while passes < _MAX_PASSES:
@@ -97,7 +98,7 @@ def _stop(_number: int, _frame: FrameType | None) -> None:
     raise _Stop
 
 
-def _wait(recording: BpfRecording, duration: float | None) -> None:
+def _wait(recording: BpfRecording | PerfRecording, duration: float | None) -> None:
     until = None if duration is None else time.monotonic() + duration
     try:
         while recording.live_tasks() > 0:

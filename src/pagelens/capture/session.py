@@ -120,6 +120,7 @@ class Session:
         """
         self.settings = settings
         self.notes: list[str] = []
+        self.attached = False  # to processes that may outlive the recording
         self._snapshots = 0
         self._snapshot_losses = 0
         meta = {
@@ -166,7 +167,11 @@ class Session:
     def finish(self) -> dict[str, Any]:
         """Detach, convert the rest, draw up the balance; returns the summary."""
         recording, writer = self.recording, self.writer
-        running = recording.collect() if isinstance(recording, BpfRecording) else b""
+        running, still = b"", 0
+        if isinstance(recording, BpfRecording):
+            running = recording.collect()
+        elif self.attached:
+            still = recording.collect()
         rows = [convert.task_row(row, alive=True) for row in np.frombuffer(running, records.BARE_CALL)]
         alive = max(0, recording.live_tasks())
         recording.detach()
@@ -193,8 +198,8 @@ class Session:
         lost = losses(ended)
         self.notes += [f"{count:,} {note}" for _, count, note in lost]
         summary = balance(ended)
-        if rows:
-            self.notes.append(f"{len(rows):,} tasks run on; they were recorded until now")
+        if rows or still:
+            self.notes.append(f"{len(rows) or still:,} tasks run on; they were recorded until now")
         try:
             if rows:
                 writer.write("tasks", rows, part=_ALIVE_PART)

@@ -25,6 +25,12 @@ class Command:
         parser.add_argument("pid", type=int, metavar="PID", help="the process")
         parser.add_argument("--duration", type=float, metavar="S", help="seconds (default: until it ends)")
         parser.add_argument("--tree", action="store_true", help="also the processes that it has started")
+        parser.add_argument(
+            "--method",
+            choices=("auto", "bpf", "perf"),
+            default="auto",
+            help="bpf: everything, needs root; perf: own processes, user mode; auto: bpf, else perf",
+        )
         add_recording_arguments(parser, "at attach and detach")
 
     def run(self, args: argparse.Namespace) -> int:
@@ -35,6 +41,7 @@ class Command:
         if args.duration is not None and args.duration < 0:
             raise UsageError("--duration must not be negative")
         settings = recording_settings(args)
+        settings.method = args.method
         with Process.open(args.pid) as process:
             stat = process.stat()
             cost = f"{len(process.tasks()):,} threads"

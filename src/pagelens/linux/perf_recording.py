@@ -8,6 +8,7 @@ counters still tell how many faults there were, so the gap has a size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pagelens.linux.drain import Drain, DrainStats
@@ -41,6 +42,8 @@ class PerfRecording:
         options.absent = [*ABSENT, *([] if self.kernel else ["faults in kernel mode"])]
         self._root = 0
         self._started = False
+        self._adopted: dict[int, tuple[int, tuple[int, int]]] = {}
+        self._live = self._live_min = self._live_maj = 0
         self._base = (0, 0)
         self.drain = Drain([], 4096, spool)
         # Without privilege the kernel limits what is mapped; with it, a few MiB a CPU are enough for a busy drain.
@@ -63,6 +66,44 @@ class PerfRecording:
         self._perf.add(pid, pid, on_exec=True)
         self._base = fault_counters(pid, pid)
         self._perf.start()
+
+    def adopt(self, pids: Iterable[int]) -> int:
+        """Follow processes that run already, with all their threads; returns how many tasks were new.
+
+        What a thread faults between the reading of its counters and the opening of its events is counted, not
+        seen; what it starts from then on follows by itself.
+        """
+        new = 0
+        for pid in pids:
+            for tid in _threads(pid):
+                if tid in self._adopted or (self._adopted and self._perf.followed(tid)):
+                    continue
+                try:
+                    base = fault_counters(pid, tid)
+                    self._perf.add(pid, tid)
+                except TargetGoneError:
+                    continue
+                self._adopted[tid] = (pid, base)
+                new += 1
+                if len(self._adopted) == 1:
+                    self._perf.start()
+        return new
+
+    def collect(self) -> int:
+        """End the recording of all tasks that still run; returns how many. Their counters are then in `totals`."""
+        self._perf.stop()
+        processes = {pid for pid, _ in self._adopted.values()}
+        for pid in processes:
+            for tid in _threads(pid):
+                base = self._adopted.get(tid, (pid, (0, 0)))[1]
+                try:
+                    now = fault_counters(pid, tid)
+                except TargetGoneError:
+                    continue
+                self._live += 1
+                self._live_min += now[0] - base[0]
+                self._live_maj += now[1] - base[1]
+        return self._live
 
     def at_exec(self, tid: int) -> None:
         """The root's first exec stop: what it faulted before belongs to the launcher, not to the program (but
@@ -89,14 +130,17 @@ class PerfRecording:
     def live_tasks(self) -> int:
         """Recorded tasks whose end has not been drained."""
         totals = self._perf.totals()
-        return int(totals.tasks_started - totals.tasks_gone)
+        return int(totals.tasks_started - totals.tasks_gone) - self._live
 
     def totals(self) -> dict[str, int]:
         """Sums over the tasks that are gone, with the names of BpfRecording's."""
         t = self._perf.totals()
         known = dict.fromkeys(("gup", "missed", "failed", "tasks_untracked"), 0)
         names = [name for name, *_ in PerfTotals._fields_]
-        return known | {name: int(getattr(t, name)) for name in names}
+        sums = {name: int(getattr(t, name)) for name in names}
+        sums["min_flt"] += self._live_min
+        sums["maj_flt"] += self._live_maj
+        return known | sums
 
     def stats(self) -> DrainStats:
         """Figures of the drain."""
@@ -112,3 +156,10 @@ class PerfRecording:
         self._perf.close()
         self.drain.stop()
         self.drain.free()
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return sorted(int(entry.name) for entry in Path(f"/proc/{pid}/task").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return []

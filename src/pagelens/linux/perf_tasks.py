@@ -61,6 +61,7 @@ def _core() -> ctypes.CDLL:
     lib.pl_perf_mm.restype = ctypes.c_uint32
     lib.pl_perf_counters.argtypes = [handle, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
     lib.pl_perf_totals.argtypes = [handle, handle]
+    lib.pl_perf_followed.argtypes = [handle, ctypes.c_uint32]
     lib.pl_perf_recorded.restype = ctypes.c_uint64
     lib.pl_perf_recorded.argtypes = [handle, ctypes.c_uint32]
     for name in ("stop", "free", "sync", "counters", "totals"):
@@ -102,7 +103,7 @@ class PerfTasks:
     def add(self, pid: int, tid: int, *, on_exec: bool = False) -> None:
         """Follow one thread of process `pid` from now on, or from its next exec.
 
-        Raises TargetGoneError, or CapabilityMissingError where perf refuses. Before `start` only.
+        Raises TargetGoneError, or CapabilityMissingError where perf refuses.
         """
         error = -_core().pl_perf_add(self._handle, pid, tid, int(on_exec))
         if error == errno.ESRCH:
@@ -128,6 +129,10 @@ class PerfTasks:
         """The number of the address space of a process that is stopped now; 0: not recorded."""
         _core().pl_perf_sync(self._handle)
         return int(_core().pl_perf_mm(self._handle, pid))
+
+    def followed(self, tid: int) -> bool:
+        """Whether a thread inherited our events when it began (adding it would count its faults twice)."""
+        return bool(_core().pl_perf_followed(self._handle, tid))
 
     def recorded(self, tid: int) -> int:
         """Faults recorded of a thread that is stopped now."""
