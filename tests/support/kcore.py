@@ -7,6 +7,7 @@ drgn would need hundreds of MB of debugging information for the same.
 
 from __future__ import annotations
 
+import functools
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,23 @@ class Btf:
         return None
 
 
+@functools.cache
+def _btf() -> Btf:
+    return Btf()
+
+
+@functools.cache
+def _symbols() -> dict[str, int]:
+    wanted = {"init_task", "page_offset_base"}
+    found = {}
+    with open("/proc/kallsyms") as lines:
+        for line in lines:
+            address, _, name = line.split()[:3]
+            if name in wanted:
+                found[name] = int(address, 16)
+    return found
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a walk ended. level: 1 for a PTE, 2 for a PMD that maps 2 MiB, 3 for 1 GiB; value: the entry."""
@@ -95,14 +113,8 @@ class Kcore:
             kind, _, offset, vaddr, _, filesz, _, _ = struct.unpack_from("<IIQQQQQQ", table, i * size)
             if kind == 1:
                 self._loads.append((vaddr, vaddr + filesz, offset))
-        wanted = {"init_task", "page_offset_base"}
-        self._symbols = {}
-        with open("/proc/kallsyms") as lines:
-            for line in lines:
-                address, _, name = line.split()[:3]
-                if name in wanted:
-                    self._symbols[name] = int(address, 16)
-        self._btf = Btf()
+        self._symbols = _symbols()
+        self._btf = _btf()
         self._direct = self.word(self._symbols["page_offset_base"])
 
     def __enter__(self) -> Self:
