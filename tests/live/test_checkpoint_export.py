@@ -160,3 +160,21 @@ def test_criu_images_of_older_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "pagemap-7.img").write_bytes(b"\x7fELF" + bytes(20))
     with pytest.raises(DamagedInputError, match="magic"):
         criu.CriuPages(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("crit") is None, reason="missing capability: crit (Debian package criu)")
+def test_crit_decodes_them(scribe: Scribe, saved: Stored, tmp_path: Path) -> None:
+    import json
+
+    criu.export(saved, tmp_path / "one")
+    text = subprocess.run(
+        ["crit", "decode", "-i", tmp_path / "one" / f"pagemap-{scribe.pid}.img"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    decoded = json.loads(text)
+    assert decoded["magic"] == "PAGEMAP"
+    images = criu.CriuPages(tmp_path / "one")
+    found = [(int(str(e["vaddr"]), 0), e["nr_pages"]) for e in decoded["entries"][1:]]
+    assert found == list(zip(images.start.tolist(), images.count.tolist(), strict=True))
