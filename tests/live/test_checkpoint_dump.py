@@ -290,3 +290,17 @@ def test_a_chain_keeps_what_it_says(scribe: Scribe, tmp_path: Path) -> None:
     assert all(verify(path).ok for path in sorted((tmp_path / "chain").iterdir())[-3:])
     with pytest.raises(UsageError, match="not empty"):
         Chain(scribe.pid, tmp_path / "chain").__enter__()
+
+
+def test_the_oracle_catches_a_read_that_is_not_of_one_instant(scribe: Scribe) -> None:
+    from pagelens.linux.inject import read_memory
+
+    caught = 0
+    for _ in range(200):
+        try:
+            scribe.check(lambda addr, length: read_memory(scribe.pid, addr, length))
+        except AssertionError:
+            caught += 1
+            if caught == 3:
+                return
+    pytest.fail("the program was read while it wrote, and its invariant never broke")
