@@ -8,14 +8,17 @@ With CONFIG_NO_PAGE_MAPCOUNT (6.15 and later) kpagecount gives the average of a 
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import numpy as np
 import numpy.typing as npt
 
+from pagelens.linux import native
 from pagelens.vm.errors import CapabilityMissingError
 from pagelens.vm.pages import I64, U64, PageRuns
 
+_NONE = np.uint64((1 << 64) - 1)  # no entry: neither file ever has this value
 _GAP = 32  # frames: reading a few frames too many is cheaper than another pread
 
 
@@ -26,37 +29,43 @@ def lookup(name: str, pfn: U64) -> tuple[U64, npt.NDArray[np.bool_]]:
     Raises CapabilityMissingError where the file cannot be read.
     """
     unique, back = np.unique(pfn, return_inverse=True)
-    values = np.zeros(len(unique), dtype=np.uint64)
-    known = np.zeros(len(unique), dtype=np.bool_)
+    values = np.full(len(unique), _NONE, dtype=np.uint64)
+    if len(unique):
+        far = np.flatnonzero(np.diff(unique) > np.uint64(_GAP)) + 1
+        first = np.concatenate(([0], far))
+        last = np.concatenate((far, [len(unique)])) - 1
+        start, count = unique[first], unique[last] - unique[first] + np.uint64(1)
+        entries = _read(name, start, count)
+        # Where each run's entries begin in what was read, and each frame's place in its run.
+        offset = np.concatenate((np.zeros(1, np.uint64), np.cumsum(count)[:-1].astype(np.uint64)))
+        run = np.repeat(np.arange(len(first)), last - first + 1)
+        values = entries[(offset[run] + unique - start[run]).astype(np.int64)]
+        if not unique[0]:
+            values[0] = _NONE
+    known = values != _NONE
+    values[~known] = 0
+    return values[back], known[back]
+
+
+def _read(name: str, start: U64, count: U64) -> U64:
+    # The entries of all runs, one after another; _NONE behind the end of the file.
+    out = np.full(int(count.sum()), _NONE, dtype=np.uint64)
+    core = native.library()
+    core.pl_pread_u64.argtypes = [ctypes.c_int, ctypes.c_size_t] + [ctypes.c_void_p] * 3
+    start, count = np.ascontiguousarray(start), np.ascontiguousarray(count)
     try:
         fd = os.open(f"/proc/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            error = core.pl_pread_u64(fd, len(start), start.ctypes.data, count.ctypes.data, out.ctypes.data)
+        finally:
+            os.close(fd)
+        if error:
+            raise OSError(-error, os.strerror(-error))
     except OSError as exc:
         raise CapabilityMissingError(
             f"cannot read /proc/{name}: {exc.strerror}", capability=name, fix="run pagelens as root (sudo)"
         ) from None
-    try:
-        far = np.flatnonzero(np.diff(unique) > np.uint64(_GAP)) + 1
-        first = np.concatenate(([0], far)) if len(unique) else np.empty(0, np.int64)
-        last = np.concatenate((far, [len(unique)])) - 1 if len(unique) else first
-        for i, j in zip(first.tolist(), last.tolist(), strict=True):
-            if not unique[j]:
-                continue
-            base = int(unique[i])
-            data = os.pread(fd, (int(unique[j]) - base + 1) * 8, base * 8)
-            column = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.uint64)
-            index = (unique[i : j + 1] - unique[i]).astype(np.int64)
-            here = index < len(column)
-            values[i : j + 1][here] = column[index[here]]
-            known[i : j + 1] = here
-        if len(unique) and not unique[0]:
-            known[0], values[0] = False, 0
-    except OSError as exc:
-        raise CapabilityMissingError(
-            f"cannot read /proc/{name}: {exc.strerror}", capability=name, fix="run pagelens as root (sudo)"
-        ) from None
-    finally:
-        os.close(fd)
-    return values[back], known[back]
+    return out
 
 
 def annotate(runs: PageRuns) -> PageRuns:
