@@ -19,6 +19,7 @@ pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native
 
 CAUSES = {
     "after-dontneed",
+    "after-pageout",
     "file-cow",
     "file-page-cached",
     "first-read",

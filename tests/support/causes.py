@@ -45,6 +45,10 @@ def join(result: Classified, log: Path) -> Joined:
         if got == cause:
             out.right[cause] += 1
             out.ambiguous += any(v.confidence == "ambiguous" for v in verdicts)
+        elif (cause, got) == ("file-page-cached", "file-page-disk") and verdicts[0].confidence == "likely":
+            # The kernel counts a fault that waited for a lock as major too (FAULT_FLAG_TRIED).
+            out.ambiguous += 1
+            out.right[cause] += 1
         elif got == "ambiguous" and cause in verdicts[0].candidates:
             out.ambiguous += 1
             out.right[cause] += 1

@@ -254,7 +254,34 @@ static void op_shmem(void)
 	put(p, "shared-page", 1);
 	get(p + PAGE, "shared-page", 1);
 	put(p + PAGE, "none", 0);
+	get(p + 2 * PAGE, "shared-page", 1);
+	mprotect(p + 2 * PAGE, 2 * PAGE, PROT_READ);
+	mprotect(p + 2 * PAGE, 2 * PAGE, PROT_READ | PROT_WRITE);
+	put(p + 2 * PAGE, "none", 0);   /* mprotect upgrades the entry itself */
 	munmap(p, 4 * PAGE);
+}
+
+/* A file of one's own, clean and mapped by nobody else, so that it can be reclaimed at once. */
+static void op_pageout(void)
+{
+	char name[4096], *p;
+	uint64_t entry = 0;
+	int fd, map_fd;
+
+	snprintf(name, sizeof(name), "%s.%ld", file_name, (long)syscall(SYS_gettid));
+	fd = open(name, O_RDWR | O_CREAT | O_TRUNC, 0600);
+	if (fd < 0 || pwrite(fd, "x", 1, PAGE) != 1 || fsync(fd))
+		die(name);
+	p = map(2, PROT_READ, MAP_PRIVATE, fd, 0);
+	get(p + PAGE, "file-page-cached", 1);
+	madvise(p, 2 * PAGE, 21); /* MADV_PAGEOUT */
+	map_fd = open("/proc/self/pagemap", O_RDONLY);
+	if (map_fd >= 0 && pread(map_fd, &entry, 8, ((uint64_t)p / PAGE + 1) * 8) == 8 && !(entry >> 63))
+		get(p + PAGE, "after-pageout", 1);
+	close(map_fd);
+	munmap(p, 2 * PAGE);
+	close(fd);
+	unlink(name);
 }
 
 static void op_syscall(void)
@@ -446,7 +473,7 @@ static void op_race(void)
 
 static void (*const ops[])(void) = {
 	op_anon, op_anon, op_dontneed, op_remap, op_protect, op_unmapped, op_file, op_file, op_shared_file,
-	op_end_of_file, op_shmem, op_syscall, op_populate, op_huge, op_brk, op_stack, op_uffd, op_fork, op_race,
+	op_end_of_file, op_shmem, op_syscall, op_populate, op_huge, op_brk, op_stack, op_uffd, op_fork, op_race, op_pageout,
 };
 
 static void work(uint64_t seed)
