@@ -20,6 +20,7 @@ from pagelens.proof.compare import Comparison, Disagreement
 from pagelens.proof.oracle import Fence, Oracle
 from pagelens.proof.randomprog import Generator, Mix
 from pagelens.proof.shrink import shrink
+from pagelens.vm.units import HPAGE_SIZE
 
 PROGRAM_LENGTH = 400
 CHECKPOINT_EVERY = 100
@@ -95,7 +96,8 @@ class Bench:
                     program.append(op)
                     found = comparison.step(op)
                     _count(result.used, op, comparison.outcomes[0])
-                    if not found and self.checkpoints and len(program) % CHECKPOINT_EVERY == 0:
+                    due = len(program) % CHECKPOINT_EVERY == 0 or _frees_tables(op)
+                    if not found and self.checkpoints and due:
                         found = comparison.checkpoint()
                     if found:
                         return program, found
@@ -115,6 +117,11 @@ class Bench:
 
         small = shrink(program, fails)
         return small, self.run(small, Result(0))
+
+
+def _frees_tables(op: Op) -> bool:
+    # A range of a whole page table: VmPTE is looked at before something else changes it.
+    return op.length >= HPAGE_SIZE and op.name in ("madvise", "munmap", "mremap")
 
 
 def _count(used: Counter[str], op: Op, outcome: Outcome | None) -> None:

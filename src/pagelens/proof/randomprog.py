@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
 from pagelens.model.world import Names, World
-from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
 _ARENA_END = ARENA_BASE + ARENA_PAGES * PAGE_SIZE
@@ -150,8 +150,12 @@ class Generator:
             edge = ARENA_MIDDLE if r.random() < 0.5 else ARENA_BASE + r.randrange(ARENA_PAGES) * PAGE_SIZE
             count = self._count()
             return edge - r.randint(0, count) * PAGE_SIZE, count * PAGE_SIZE
-        vma = r.choice(vmas)
+        large = [v for v in vmas if v.pages >= HPAGE_PAGES] if r.random() < 0.06 else None
+        vma = r.choice(large or vmas)
         pages = vma.pages
+        table = -(-vma.start // HPAGE_SIZE) * HPAGE_SIZE
+        if table + HPAGE_SIZE <= vma.end and r.random() < 0.3:
+            return table, HPAGE_SIZE  # exactly what one page table covers
         kind = r.random()
         if kind < 0.30:
             first, last = 0, pages
@@ -244,6 +248,8 @@ class Generator:
                 return Op(**common, prot=r.choice(self._prots))  # type: ignore[arg-type]
             case "madvise":
                 word = r.choices(self._advice, self._advice_weights)[0]
+                if op.length == HPAGE_SIZE and r.random() < 0.5 and "dontneed" in self._advice:
+                    word = "dontneed"  # may free the table itself (PT_RECLAIM)
                 return Op(**common, flags=ops.ADVICE_WORDS[word])  # type: ignore[arg-type]
             case "mlock2":
                 return Op(**common, flags=r.choice((0, 1, 1, 1, 2)))  # type: ignore[arg-type]
@@ -293,7 +299,11 @@ class Generator:
             flags = (flags & ~3) | ops.MAP_WORDS["droppable"] | ops.ANONYMOUS
         place: Place | None = None
         where = r.random()
-        if where < 0.72:
+        if where < 0.015:
+            pages = HPAGE_PAGES
+            flags |= ops.MAP_WORDS["fixed"]
+            place = self._place(ARENA_MIDDLE, names)
+        elif where < 0.72:
             addr = self._target(pages * PAGE_SIZE, vmas)
             flags |= ops.MAP_WORDS["fixed"] if where < 0.64 else ops.MAP_WORDS["fixed_noreplace"]
             neighbour = next((v for v in vmas if v.end == addr or v.start == addr + pages * PAGE_SIZE), None)
