@@ -51,12 +51,12 @@ _WEIGHTS = {
     "mmap": 18,
     "munmap": 7,
     "mprotect": 12,
-    "mremap": 6,
+    "mremap": 9,
     "madvise": 10,
     "write": 20,
     "read": 14,
     "exec": 2,
-    "brk": 3,
+    "brk": 4,
     "mlock": 2,
     "mlock2": 1,
     "munlock": 2,
@@ -263,7 +263,7 @@ class Generator:
         r = self.random
         pages = max(op.length // PAGE_SIZE, 0)
         new = max(1, pages + r.choice((0, 0, 1, 2, 5, 16, -1, -2, -5)))
-        flags = r.choice((0, 1, 1, 1, 3, 3, 3, 5, 7))
+        flags = r.choice((0, 1, 1, 1, 3, 3, 3, 5, 7, 7))
         target = None
         if flags & 2 or r.random() < 0.05:
             target = self._place(self._target(new * PAGE_SIZE, vmas), names)
