@@ -20,6 +20,7 @@ import pytest
 from pagelens.dirty.track import track
 from pagelens.linux import inject
 from pagelens.linux.procfs import Process
+from support.pace import rounds
 from support.subjects import Subjects
 from support.unharmed import Steady, assert_untouched
 
@@ -34,7 +35,7 @@ def _fds(pid: int) -> list[str]:
 def test_attach_and_detach_leave_a_busy_program_as_it_was(subjects: Subjects) -> None:
     with Steady(subjects("steady")) as target:
         before = sorted(_fds(target.pid))
-        for _ in range(25):
+        for _ in range(rounds(25)):
             with track(pid=target.pid) as tracker:
                 assert tracker.epoch().complete
         assert sorted(_fds(target.pid)) == before
@@ -50,7 +51,7 @@ def test_the_tracker_killed_at_each_stage_of_the_remote_call(subjects: Subjects,
     )
     env = os.environ | {"PYTHONPATH": SRC}
     with Steady(subjects("steady")) as target:
-        for _ in range(3):
+        for _ in range(2):
             done = subprocess.run([sys.executable, "-c", code, str(target.pid)], env=env, check=False)
             assert done.returncode == -signal.SIGKILL
             target.goes_on()
@@ -66,7 +67,7 @@ def test_the_tracker_killed_at_random_moments(subjects: Subjects) -> None:
     env = os.environ | {"PYTHONPATH": SRC}
     rng = random.Random(6)
     with Steady(subjects("steady")) as target:
-        for _ in range(8):
+        for _ in range(rounds(8)):
             child = subprocess.Popen(
                 [sys.executable, "-m", "pagelens.cli.main", "dirty", "--interval", "0.01", str(target.pid)],
                 env=env,

@@ -5,7 +5,6 @@ Long runs: tools/dirty_oracle.py (10,000 epochs; seeds and results in docs/dirty
 
 from __future__ import annotations
 
-import os
 import time
 
 import numpy as np
@@ -21,9 +20,10 @@ from pagelens.linux.memory import read_into
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
 from pagelens.linux.procfs import Process
 from support.dirty_oracle import Judge, Subject
+from support.pace import EMULATED, rounds
 from support.subjects import Subjects
 
-EPOCHS = int(os.environ.get("PAGELENS_ORACLE_EPOCHS", "100"))
+EPOCHS = rounds(100) if not EMULATED else 3 * rounds(100)
 SEED = 20_000
 
 

@@ -18,6 +18,7 @@ from pagelens.dirty import mprotect
 from pagelens.dirty.epoch import Epoch
 from pagelens.linux.native import lib_dir
 from pagelens.vm.errors import UsageError
+from support.pace import rounds
 from support.subjects import Subjects
 
 PAGE = 4096
@@ -68,7 +69,7 @@ class TestEveryBackend:
     def test_random_writes_of_threads_one_epoch_after_another(self, backend: str, pages: np.ndarray) -> None:
         rng = np.random.default_rng(3)
         with pagelens.track(backend=backend, a=pages) as tracker:
-            for _ in range(40):
+            for _ in range(rounds(40)):
                 chosen = rng.integers(0, 256, (3, 30))
 
                 def write(row: np.ndarray) -> None:
@@ -98,8 +99,9 @@ class TestEveryBackend:
         with pagelens.track(backend=backend, a=pages) as tracker:
             for thread in threads:
                 thread.start()
-            for i in range(101):
-                if i == 100:
+            last = rounds(100)
+            for i in range(last + 1):
+                if i == last:
                     stop.set()
                     for thread in threads:
                         thread.join()
