@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.mark.skipif(
-    sys.version_info[:2] != (3, 11), reason="missing capability: Python 3.11 (each version words argparse's help anew)"
+    sys.version_info[:2] != (3, 11),
+    reason="missing capability: Python 3.11 (each version words argparse's help anew)",
 )
 def test_reference_pages_are_current() -> None:
     done = subprocess.run(
