@@ -8,6 +8,8 @@ its exit is recorded after its memory went.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -35,12 +37,11 @@ def sharers(run: Replayed, rows: I64, last_seen: dict[int, int]) -> I64:
         mine = np.flatnonzero(mms == mm)
         time = faults.time[rows[mine]]
         page = (faults.addr[rows[mine]] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
-        for other in relatives.get(mm, ()):
-            if other == mm:
-                continue
+        group = relatives[mm]
+        # Of thousands of short-lived children only those that lived at the time of a fault are looked at.
+        at_once = (group.birth <= time.max()) & (group.end >= time.min()) & (group.mm != mm)
+        for other in group.mm[at_once].tolist():
             end = family.end.get(other, FOREVER)
-            if birth[other] > int(time.max()) or end < int(time.min()):
-                continue
             alive = (time > birth[other]) & (time <= end)
             pick = np.flatnonzero(alive)
             if not len(pick):
@@ -78,7 +79,8 @@ class _Writes:
     def _column(self, mm: int) -> I64:
         column = self._by_mm.get(mm)
         if column is None:
-            rows = np.flatnonzero(self.wrote & (self.faults.mm == mm))
+            lo, hi = np.searchsorted(self.faults.mm, [mm, mm + 1])  # faults are sorted by mm
+            rows = int(lo) + np.flatnonzero(self.wrote[lo:hi])
             page = (self.faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
             rank = np.searchsorted(self.times, self.faults.time[rows])
             column = self._by_mm[mm] = np.sort((page << 27) | rank)
@@ -142,14 +144,31 @@ def _dropped(writes: _Writes, mm: int, page: I64, after: I64 | int, until: I64 |
     return out
 
 
-def _components(run: Replayed) -> dict[int, list[int]]:
+@dataclass(frozen=True, slots=True)
+class _Group:
+    # Address spaces that descend from one; columns.
+    mm: I64
+    birth: I64
+    end: I64
+
+
+def _components(run: Replayed) -> dict[int, _Group]:
     root: dict[int, int] = {}
     for mm in run.spaces:
         top = mm
         while top in run.family.parent:
             top = run.family.parent[top][0]
         root[mm] = top
-    groups: dict[int, list[int]] = {}
+    members: dict[int, list[int]] = {}
     for mm, top in root.items():
-        groups.setdefault(top, []).append(mm)
+        members.setdefault(top, []).append(mm)
+    family = run.family
+    groups = {
+        top: _Group(
+            np.array(mms, np.int64),
+            np.array([family.parent[m][1] if m in family.parent else -1 for m in mms], np.int64),
+            np.array([family.end.get(m, FOREVER) for m in mms], np.int64),
+        )
+        for top, mms in members.items()
+    }
     return {mm: groups[top] for mm, top in root.items()}
