@@ -89,12 +89,17 @@ def print_summary(args: argparse.Namespace, capture: Path, summary: dict[str, An
         sys.stderr.write("\n".join(lines) + "\n")
 
 
+MOST_FAULTS = 5_000_000  # about 10 s and 2 GB: whoever waits for the program should not wait for us as well
+
+
 def _causes(capture: Path, summary: dict[str, Any]) -> list[str]:
     # Whatever goes wrong here, the program's own end is what we must pass on.
     try:
         from pagelens.capture.reader import Capture
         from pagelens.why import conclusions, summary_lines
 
+        if int(summary["faults"]["recorded"] or 0) > MOST_FAULTS:
+            return [f"not determined here, more than {MOST_FAULTS:,} faults: pagelens why {capture}"]
         fields = conclusions(Capture(capture))
         summary.update({k: fields[k] for k in ("causes", "unknown_share", "agreement")})
         return summary_lines(fields)
