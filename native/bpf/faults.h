@@ -34,6 +34,18 @@ static __always_inline long raw_stack(struct task_struct *t, u64 *to)
 	return PL_RAW_REGS * 8;
 }
 
+/* The first event of a task that was adopted while it ran: if nothing was counted since, this fault had been counted
+ * just before the base was read (mm_account_fault counts, then fires the event). It is ours: the base takes it back. */
+static __always_inline void first_event(struct task_struct *t, struct pl_task *s, u8 major)
+{
+	s->fresh = 0;
+	if (counted(t) != s->base)
+		return;
+	s->base--;
+	if (!major)
+		s->base_min--;
+}
+
 static __always_inline int completed(struct perf_context *ctx, u8 major)
 {
 	struct task_struct *t = bpf_get_current_task_btf();
@@ -56,6 +68,12 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 	if (!ring)
 		return 0;
 	now = bpf_ktime_get_ns();
+	if (s->fresh)
+		first_event(t, s, major);
+	/* Claimed before it is written: `collect` may end the recording of this task on another CPU meanwhile. */
+	if (*(volatile u32 *)&s->state != PL_T_LIVE)
+		return 0;
+	s->recorded++;
 	if (cfg.stacks) {
 		struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 		long n;
@@ -86,7 +104,6 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 		r->h.nframes = n >> 3;
 		if (bpf_ringbuf_output(ring, x, sizeof(*r) + (n & 2047), BPF_RB_NO_WAKEUP))
 			goto lost;
-		s->recorded++;
 		return 0;
 	}
 	r = bpf_ringbuf_reserve(ring, sizeof(*r), 0);
@@ -103,9 +120,9 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 		s->pend = 0;
 	}
 	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	s->recorded++;
 	return 0;
 lost:
+	s->recorded--;
 	s->lost++;
 	s->pend = 0;
 	return 0;

@@ -38,6 +38,7 @@ int adopt(struct bpf_iter__task *ctx)
 	s->nr = PL_OLD_CALL;
 	s->base_min = t->min_flt;
 	s->base = counted(t);
+	s->fresh = 1;
 	ADD(tasks_started, 1);
 	ADD(adopted, 1);
 	s->state = PL_T_LIVE;

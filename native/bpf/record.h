@@ -86,7 +86,7 @@ struct pl_task {
 	unsigned int compat;
 	unsigned long long mm_ptr;
 	unsigned int walking;   /* our own stack walk: the faults it is refused do not count */
-	unsigned int unused;
+	unsigned int fresh;     /* adopted, and no event since: see first_event() */
 };
 
 /* pl_task.nr */

@@ -178,14 +178,6 @@ class Session:
         self._spooler.finish()
         stats, totals = recording.stats(), recording.totals()
         error = self._spooler.error
-        # A fault that was counted just before its task was marked, or whose event passed just as it was unmarked,
-        # is a row without its count: at most one for each such task, and said.
-        marked = totals.get("adopted", 0) + len(rows)
-        counted = totals["min_flt"] + totals["maj_flt"]
-        edge = writer.recorded + totals["gup"] + totals["lost"] + totals["missed"] - counted
-        if not error and 0 < edge <= marked:
-            totals["min_flt"] += edge
-            self.notes.append(f"{edge:,} faults were being handled while their tasks were marked or unmarked")
         ended = Ended(
             totals=totals,
             drained=int(stats.faults),
