@@ -299,6 +299,10 @@ def test_refused_frozen(subjects: Subjects, capsys: pytest.CaptureFixture[str]) 
         with Puppet(subjects("puppet")) as puppet:
             (group / "cgroup.procs").write_text(str(puppet.pid))
             (group / "freezer.state").write_text("FROZEN")
+            for _ in range(200):  # FREEZING until each thread has stopped
+                if (group / "freezer.state").read_text() == "FROZEN\n":
+                    break
+                time.sleep(0.02)
             try:
                 _refused(capsys, puppet.pid, 3, "frozen")
             finally:

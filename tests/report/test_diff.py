@@ -158,7 +158,7 @@ def test_process_now_and_later(puppet: Puppet) -> None:
     assert change["chain"][0]["cause"] == "first-write"
 
 
-def test_process_now_and_later_without_recording(subjects: Subjects) -> None:
+def test_process_now_and_later_without_privilege(subjects: Subjects) -> None:
     program = subjects("puppet")
     for parent in program.parents[:3]:
         parent.chmod(0o755)
@@ -170,9 +170,10 @@ def test_process_now_and_later_without_recording(subjects: Subjects) -> None:
         with writing(own, base, 2000):
             done = pagelens("diff", own.pid, "--in", "1", "--range", where, "--format", "json", nobody=True)
         assert done.returncode == 0, done.stderr
-        assert "stores stay unknown" in done.stderr
+        # Recorded by perf meanwhile: user-mode stores have names, without root and without BPF.
         (change,) = json.loads(done.stdout)["pages"]
-        assert change["pages"] > 0 and change["stores"] == []
+        assert change["pages"] > 0
+        assert change["stores"], done.stdout
 
 
 def test_two_programs_by_region(puppet: Puppet) -> None:
