@@ -89,11 +89,15 @@ class _Spooler(threading.Thread):
             # rest. The spool keeps what was not converted, for `recover`.
             self.error = OSError(errno.EIO, f"{type(error).__name__}: {error}")
 
-    def finish(self) -> None:
-        """End the thread, convert the rest."""
+    def cancel(self) -> None:
+        """End the thread."""
         self._ask.set()
         if self.is_alive():
             self.join()
+
+    def finish(self) -> None:
+        """End the thread, convert the rest."""
+        self.cancel()
         self.convert(self._recording.drain.stop())
 
 
@@ -221,6 +225,7 @@ class Session:
 
     def abandon(self) -> None:
         """Detach and free; the capture stays as it is."""
+        self._spooler.cancel()  # it must not ask a drain that is freed
         self.recording.close()
 
 

@@ -93,12 +93,13 @@ class Drain:
     def stats(self) -> DrainStats:
         """Figures up to now."""
         stats = DrainStats()
-        _core().pl_drain_stats(self._drain, ctypes.byref(stats))
+        if self._drain:
+            _core().pl_drain_stats(self._drain, ctypes.byref(stats))
         return stats
 
     def stop(self) -> int:
         """Stop the thread, take what is left in the rings, close the last segment; returns its number."""
-        return int(_core().pl_drain_stop(self._drain))
+        return int(_core().pl_drain_stop(self._drain)) if self._drain else -1
 
     def free(self) -> None:
         """Unmap the rings."""

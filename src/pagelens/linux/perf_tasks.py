@@ -150,7 +150,8 @@ class PerfTasks:
 
     def stop(self) -> None:
         """Stop recording; what is left in the rings is handed to the drain."""
-        _core().pl_perf_stop(self._handle)
+        if self._handle:
+            _core().pl_perf_stop(self._handle)
 
     def totals(self) -> PerfTotals:
         """Figures up to now."""
