@@ -43,6 +43,7 @@ class Outcomes:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        self._thp = ""
         self._worst: dict[str, tuple[str, str]] = {}
         self._time: dict[str, float] = {}
         self._budget = float(os.environ.get("VMTEST_BUDGET", "inf"))
@@ -100,6 +101,14 @@ class Outcomes:
                     "s": round(self._time[report.nodeid], 2),
                 }
             )
+
+    @pytest.hookimpl
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """tests/live counts pages one by one, as on a machine that gives huge pages on demand only."""
+        mode = "always" if item.nodeid.startswith("tests/kernels") else "madvise"
+        if mode != self._thp:
+            Path("/sys/kernel/mm/transparent_hugepage/enabled").write_text(mode)
+            self._thp = mode
 
     def _say(self, text: str) -> None:
         terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
