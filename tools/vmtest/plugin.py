@@ -102,7 +102,7 @@ class Outcomes:
                 }
             )
 
-    @pytest.hookimpl
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """tests/live counts pages one by one, as on a machine that gives huge pages on demand only."""
         mode = "always" if item.nodeid.startswith("tests/kernels") else "madvise"
