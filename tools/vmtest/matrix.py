@@ -36,7 +36,7 @@ class Plan:
     tests: list[str]
     marks: str = "not slow"
     jobs: int = 2
-    budget: float = 420.0
+    budget: float = 600.0
     memory: int = 3072
     environment: dict[str, str] = field(default_factory=dict)
     results: Path | None = None
