@@ -90,7 +90,7 @@ def test_swapped_out(puppet: Puppet, swap: Path) -> None:
     """A swapped page's entry is not present and not empty."""
     base = puppet.island(16)
     puppet.write(base, 16)
-    puppet.sys("madvise", base, 8 * raw.PAGE, 21)  # MADV_PAGEOUT
+    puppet.page_out(base, 8)
     assert raw.bits(puppet.pid, base, 16, raw.SWAPPED) == 8
     assert _compare(puppet.pid, base, 16) == 8
 

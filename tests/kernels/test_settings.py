@@ -11,7 +11,7 @@ import pytest
 from pagelens.linux import probe
 from support import raw
 from support.facts import Fact
-from support.puppet import MADV, Puppet
+from support.puppet import Puppet
 from support.subjects import Subjects
 from support.system import THP
 
@@ -72,15 +72,9 @@ def test_defaults(guest: None, fact: Fact) -> None:
 
 def test_swap_out_and_in(puppet: Puppet, swap: Path, fact: Fact) -> None:
     """MADV_PAGEOUT of 64 written pages: in swap, then back with a fault each at most, the content kept."""
-    MADV["PAGEOUT"] = 21
     base = puppet.island(64)
     puppet.write(base, 64, 9)
-    for _ in range(40):
-        # A page that still lies in a CPU's LRU batch cannot be isolated (folio_isolate_lru): the next call gets it.
-        puppet.madvise(base, 64, "PAGEOUT")
-        if raw.bits(puppet.pid, base, 64, raw.SWAPPED) == 64:
-            break
-        time.sleep(0.05)
+    puppet.page_out(base, 64)
     fact("swap.pages_of_64_after_pageout", raw.bits(puppet.pid, base, 64, raw.SWAPPED))
     before = sum(raw.faults(puppet.pid))
     assert puppet.read(base, 64) == 64 * 9

@@ -24,7 +24,7 @@ def test_swapped_pages(puppet: Puppet, swap: Path) -> None:
     where = AddrRange(base, base + 64 * PAGE)
     before = look(puppet.pid)
     for _ in range(50):  # pages on a per-CPU list are not reclaimed at once
-        puppet.sys("madvise", base, 64 * PAGE, 21)
+        puppet.page_out(base, 64)
         after = look(puppet.pid)
         assert after.shot.pages is not None
         out = after.shot.pages.clipped(where.start, where.end).count_where(PageState.SWAPPED)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from support import raw
 
 PAGE = 4096
 NR = {
@@ -75,6 +78,17 @@ class Puppet:
     def madvise(self, addr: int, pages: int, advice: str) -> None:
         """madvise(2)."""
         self.sys("madvise", addr, pages * PAGE, MADV[advice])
+
+    def page_out(self, addr: int, pages: int) -> None:
+        """MADV_PAGEOUT until all pages are in swap (or two seconds have passed: the caller counts).
+
+        A page that still lies in a CPU's LRU batch cannot be isolated (folio_isolate_lru); the next call gets it.
+        """
+        for _ in range(40):
+            self.sys("madvise", addr, pages * PAGE, 21)
+            if raw.bits(self.pid, addr, pages, raw.SWAPPED) == pages:
+                return
+            time.sleep(0.05)
 
     def fork(self) -> int:
         """Fork; from now on the child answers, until `back`."""
