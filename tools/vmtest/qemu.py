@@ -33,8 +33,7 @@ QEMU = "qemu-system-x86_64"
 PORTS = ("control", "stdout", "stderr")
 
 
-# Without AVX2: numpy's sort by it dies now and then of SIGSEGV under TCG (seen in np.unique on 6.12 and 7.2).
-CPU = "max,la57=off,avx2=off"
+CPU = "max,la57=off"
 
 
 @dataclass
