@@ -20,6 +20,7 @@ from typing import Self
 
 from pagelens.linux.drain import Drain
 from pagelens.linux.native import library
+from pagelens.linux.procfs import TaskStat
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
 from pagelens.vm.units import PAGE_SIZE
 
@@ -182,5 +183,5 @@ def fault_counters(pid: int, tid: int) -> tuple[int, int]:
         data = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         raise TargetGoneError(f"task {tid} is gone") from None
-    fields = data.rpartition(b")")[2].split()
-    return int(fields[7]), int(fields[9])
+    stat = TaskStat.parse(data)
+    return stat.min_flt, stat.maj_flt
