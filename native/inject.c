@@ -240,7 +240,19 @@ static int ends_with_eintr(long nr)
 	case SYS_semop:
 	case SYS_semtimedop:
 	case SYS_io_getevents:
+	case 333: /* io_pgetevents */
 	case SYS_rt_sigtimedwait:
+	case 426: /* io_uring_enter: what it had submitted would be its result instead */
+	case SYS_read: /* of a socket with SO_RCVTIMEO; likewise below */
+	case SYS_readv:
+	case SYS_recvfrom:
+	case SYS_recvmsg:
+	case SYS_write:
+	case SYS_writev:
+	case SYS_sendto:
+	case SYS_sendmsg:
+	case SYS_accept:
+	case SYS_accept4:
 		return 1;
 	default:
 		return 0;

@@ -105,6 +105,9 @@ struct task_struct {
 	struct pid *thread_pid;
 	struct files_struct *files;
 	char comm[16];
+	unsigned long sas_ss_sp; /* the alternate signal stack, as sigaltstack(2) set it */
+	unsigned long sas_ss_size;
+	unsigned int sas_ss_flags;
 };
 struct linux_binprm {
 	const char *filename;

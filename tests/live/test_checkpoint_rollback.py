@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -281,16 +282,86 @@ def test_a_sleep_is_not_cut_short_with_eintr(tmp_path: Path) -> None:
     source = tmp_path / "s.c"
     source.write_text(
         "#include <time.h>\n#include <stdio.h>\n#include <errno.h>\n"
-        "int main(void){struct timespec t={1,0}; int r=clock_nanosleep(CLOCK_MONOTONIC,0,&t,0);"
+        "int main(void){struct timespec t={1000,0}; int r=clock_nanosleep(CLOCK_MONOTONIC,0,&t,0);"
         'printf("%d\\n", r); return 0;}\n'
     )
     subprocess.run(["gcc", "-o", tmp_path / "s", source], check=True)
-    child = subprocess.Popen([tmp_path / "s"], stdout=subprocess.PIPE, text=True)
-    time.sleep(0.2)
-    dump(child.pid, tmp_path / "c")
-    rollback(child.pid, Stored.open(tmp_path / "c"))
-    rollback(child.pid, Stored.open(tmp_path / "c"))
-    assert child.communicate(timeout=10)[0] == "0\n"
+    child = subprocess.Popen([tmp_path / "s"])
+    call = Path(f"/proc/{child.pid}/syscall")
+    try:
+        deadline = time.monotonic() + 20
+        while not call.read_text().startswith("230 "):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        dump(child.pid, tmp_path / "c")
+        for _ in range(2):
+            rollback(child.pid, Stored.open(tmp_path / "c"))
+        time.sleep(0.2)
+        settle(child.pid)
+        assert child.poll() is None
+        assert call.read_text().startswith("230 ")  # still asleep: it would have printed 4 and exited
+    finally:
+        child.kill()
+        child.wait()
+
+
+def altstack(puppet: Puppet, *change: int) -> tuple[int, int, int]:
+    """(sp, flags, size) of the leader's alternate signal stack, after a change of it."""
+    at = puppet.line + 2048
+    if change:
+        with open(f"/proc/{puppet.pid}/mem", "r+b", buffering=0) as mem:
+            mem.seek(at)
+            mem.write(struct.pack("<QI4xQ", *change))
+        puppet.sys("sigaltstack", at, 0)
+    puppet.sys("sigaltstack", 0, at)
+    sp, flags, size = struct.unpack("<QI4xQ", read_memory(puppet.pid, at, 24))
+    return sp, flags, size
+
+
+@pytest.mark.requires("bpf")
+def test_alternate_signal_stacks_are_saved_and_come_back(puppet: Puppet, tmp_path: Path) -> None:
+    area = puppet.mmap(16)
+    assert altstack(puppet) == (0, 2, 0)
+    settle(puppet.pid)
+    dump(puppet.pid, tmp_path / "none")
+    mine = altstack(puppet, area, 0, 8 * PAGE)
+    assert mine == (area, 0, 8 * PAGE)
+    settle(puppet.pid)
+    dump(puppet.pid, tmp_path / "c")
+    none, saved = Stored.open(tmp_path / "none"), Stored.open(tmp_path / "c")
+    assert [s.threads[0].altstack for s in (none, saved)] == [(0, 2, 0), mine]
+    assert "altstack" in diff(none, saved).registers[puppet.pid]
+    for other in ((area + PAGE, 1 << 31, 4 * PAGE), (0, 2, 0)):  # 1 << 31: SS_AUTODISARM
+        assert altstack(puppet, *other) == other
+        rollback(puppet.pid, saved)
+        assert_same(puppet.pid, saved)
+        assert altstack(puppet) == mine
+    rollback(puppet.pid, none)
+    assert altstack(puppet) == (0, 2, 0)
+
+
+def test_a_process_confined_by_seccomp_is_not_asked_for_calls(puppet: Puppet, tmp_path: Path) -> None:
+    area = puppet.mmap(4)
+    puppet.write(area, 4, value=1)
+    puppet.sys("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    at = puppet.line + 2048
+    with open(f"/proc/{puppet.pid}/mem", "r+b", buffering=0) as mem:
+        mem.seek(at)
+        # struct sock_fprog with one instruction: allow everything.
+        mem.write(struct.pack("<H6xQHBBI", 1, at + 16, 6, 0, 0, 0x7FFF0000))
+    assert puppet.sys("seccomp", 1, 0, at) == 0
+    settle(puppet.pid)
+    dump(puppet.pid, tmp_path / "c")
+    saved = Stored.open(tmp_path / "c")
+    puppet.write(area, 4, value=2)
+    settle(puppet.pid)
+    rollback(puppet.pid, saved)  # contents alone need no call
+    assert puppet.tell("read", area, 4 * PAGE, PAGE)[0] == 4
+    new = puppet.mmap(3)
+    with pytest.raises(UsageError, match="seccomp"):
+        rollback(puppet.pid, saved)
+    assert process_state(puppet.pid) == ("S", 0)
+    puppet.sys("munmap", new, 3 * PAGE)
 
 
 @pytest.mark.requires("uffd-wp-async")

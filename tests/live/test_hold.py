@@ -118,6 +118,28 @@ def test_a_signal_taken_off_the_queue_keeps_its_siginfo_when_the_thread_moved_on
     assert list(map(int, out.split()[1:4])) == [200, 100 * (7 + 9), 0]
 
 
+def test_a_call_that_ends_with_eintr_at_any_stop_goes_on() -> None:
+    # epoll_wait and its like are not restarted by the kernel; nobody sent a signal, so nobody shall see EINTR.
+    program = (
+        "import ctypes, select, os, sys\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        "e = select.epoll(); e.register(0, select.EPOLLIN); out = ctypes.create_string_buffer(12)\n"
+        "print(libc.epoll_wait(e.fileno(), out, 1, -1), ctypes.get_errno(), flush=True)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{child.pid}/syscall").read_text().split()[0] not in ("232", "281"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for _ in range(20):
+        with Held(child.pid):
+            pass
+        wait_state(child.pid, "S")
+    assert child.communicate("x", timeout=20)[0] == "1 0\n"
+
+
 def test_registers_round_trip_and_the_interrupted_call_is_visible(sleeper: subprocess.Popen[bytes]) -> None:
     with Held(sleeper.pid) as held:
         thread = held.leader

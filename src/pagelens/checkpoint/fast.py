@@ -32,14 +32,15 @@ from pagelens.checkpoint import concerns
 from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import Kind, per_page
 from pagelens.checkpoint.memory import InMemory, capture
-from pagelens.checkpoint.rollback import restartable, rollback_held
+from pagelens.checkpoint.rollback import rollback_held
 from pagelens.checkpoint.state import children, identities, open_files
-from pagelens.linux import pagecopy, pagescan
+from pagelens.linux import altstack, pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.native import library
 from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import UserRegs
+from pagelens.linux.restart import restartable
 from pagelens.linux.userfault import Feature, Mode, Userfault
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
 from pagelens.vm.units import PAGE_SIZE
@@ -112,6 +113,7 @@ class Checkpoint:
     def take(cls, pid: int, *, watch: bool = True) -> Checkpoint:
         """Save process `pid` now. Raises UsageError, TargetGoneError, CapabilityMissingError (no userfaultfd
         WP_ASYNC or PAGEMAP_SCAN: Linux 6.7; no PROCMAP_QUERY: 6.11)."""
+        altstack.prepare()
         proc = Process.open(pid)
         point = cls(proc, watch=watch)
         try:

@@ -112,7 +112,8 @@ class ThreadState:
     """One thread at the instant of the checkpoint.
 
     regs: as linux.ptrace.UserRegs.as_dict. xstate: XSAVE area; fpregs: FXSAVE area. rseq: (address, length,
-    signature, flags) or None if the kernel cannot tell. altstack: (sp, flags, size) or None if not read.
+    signature, flags) or None if the kernel cannot tell. altstack: (sp, flags, size; 0: none) or None if
+    it could not be read.
     pending: siginfo_t of signals that were queued for this thread. stop_signal: the job-control stop it was
     in, or the signal that was about to be delivered, or 0.
     """

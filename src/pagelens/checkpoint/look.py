@@ -18,7 +18,7 @@ import numpy as np
 from pagelens.checkpoint.image import Kind
 from pagelens.checkpoint.memory import InMemory, capture
 from pagelens.checkpoint.stored import Stored
-from pagelens.linux import pagecopy
+from pagelens.linux import altstack, pagecopy
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.vm.units import PAGE_SIZE
@@ -71,6 +71,7 @@ def open_side(what: str | int | Path) -> Side:
     text = str(what)
     if text.isdigit() and not is_checkpoint(text):
         pid = int(text)
+        altstack.prepare()
         with Process.open(pid) as proc, pagecopy.MemoryFile(pid) as mem, Held(pid) as held:
             return capture(proc, held, mem)
     return Stored.open(text)
@@ -99,6 +100,7 @@ def diff(first: Side, second: Side) -> Diff:
     registers = {
         tid: tuple(name for name, value in one[tid].regs.items() if two[tid].regs[name] != value)
         + (("xstate",) if one[tid].xstate != two[tid].xstate else ())
+        + (("altstack",) if _moved(one[tid].altstack, two[tid].altstack) else ())
         for tid in one.keys() & two.keys()
     }
     return Diff(
@@ -109,6 +111,11 @@ def diff(first: Side, second: Side) -> Diff:
         sum(r.pages for r in regions),
         sum(r.nbytes for r in regions),
     )
+
+
+def _moved(one: object, two: object) -> bool:
+    # Alternate signal stacks, where both are known.
+    return None not in (one, two) and one != two
 
 
 def _region(

@@ -1,8 +1,9 @@
 """Put a process back to a checkpoint, in place.
 
-Order: hold all threads; find what cannot be brought back, and refuse before anything is touched; undo the vma
-list by system calls that the leader makes; drop pages that were absent; write the pages that differ (compared
-by content, so a page that is the same is not touched); set the registers; let go.
+Order: hold all threads; find what cannot be brought back, and refuse before anything is touched; set alternate
+signal stacks and undo the vma list by system calls that the process makes (`remote`); drop pages that were absent;
+write the pages that differ (compared by content, so a page that is the same is not touched); set the registers;
+let go.
 
 What can fail is looked for before the first change. If a step fails after it all the same (the target was
 killed, or refuses a call that it could make before), the error says that the process is partly rolled back and
@@ -12,7 +13,6 @@ that window (milliseconds) has the same effect.
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -22,25 +22,24 @@ import numpy as np
 
 from pagelens.checkpoint import concerns, undo
 from pagelens.checkpoint import plan as plans
-from pagelens.checkpoint.image import Kind, ThreadState, per_page
+from pagelens.checkpoint.image import Kind, ProcessState, ThreadState, per_page
 from pagelens.checkpoint.memory import InMemory
+from pagelens.checkpoint.remote import NR, Caller, backing_key
 from pagelens.checkpoint.state import read_state
 from pagelens.checkpoint.stored import Stored
-from pagelens.linux import pagecopy, pagemap, smaps
+from pagelens.linux import altstack, pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
-from pagelens.linux.inject import Call, remote_calls
+from pagelens.linux.inject import Call
 from pagelens.linux.procfs import Process
-from pagelens.linux.ptrace import ERESTART_RESTARTBLOCK, NT_X86_XSTATE, Stop, Tracee, UserRegs, request
-from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
+from pagelens.linux.ptrace import NT_X86_XSTATE, Tracee, UserRegs
+from pagelens.linux.restart import restartable
+from pagelens.vm.errors import CapabilityMissingError, UsageError
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
-from pagelens.vm.vma import Prot, Vma, VmaList
+from pagelens.vm.vma import Vma, VmaList
 
 Source = Stored | InMemory
-PTRACE_SETOPTIONS, TRACESYSGOOD = 0x4200, 1
-NR = {"mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "madvise": 28, "open": 2, "close": 3}
-NR |= {"mlock": 149, "munlock": 150}
+_CONFINED = "it is confined by seccomp, whose filter might kill it for the system calls that this needs"
 DONTNEED, REMOVE, GUARD_INSTALL, GUARD_REMOVE = 4, 9, 102, 103
-MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANON, MAP_NORESERVE = 1, 2, 0x10, 0x20, 0x4000
 _ZERO_HASH = int(pagecopy.hash_pages(np.zeros(PAGE_SIZE, np.uint8))[0][0])
 
 
@@ -77,6 +76,7 @@ def rollback(pid: int, store: Stored, *, accept: Collection[str] = (), dry_run: 
     flat = per_page(store.rows)
     if (flat["kind"] == Kind.UNREADABLE).any():
         raise UsageError(f"{store.path} lacks pages that could not be read; it cannot be rolled back to")
+    altstack.prepare()
     with Process.open(pid, starttime=saved.starttime if pid == saved.pid else None) as proc:
         held = Held(pid)
         with held, pagecopy.MemoryFile(pid, write=True) as mem:
@@ -89,7 +89,7 @@ def rollback(pid: int, store: Stored, *, accept: Collection[str] = (), dry_run: 
             job.compared,
             job.written,
             job.dropped,
-            job.calls,
+            job.caller.made,
             len(saved.threads),
             held.held_ns,
             tuple(accepted),
@@ -112,8 +112,10 @@ class _Job:
         self.proc, self.held, self.mem, self.store, self.flat = proc, held, mem, store, flat
         self.saved = store.process
         self.steps: list[undo.Step] = []
-        self.fds: dict[tuple[str, int, bool], int] = {}  # (dev, inode, writable) -> descriptor in the target
-        self.compared = self.written = self.dropped = self.calls = 0
+        self.stacks: list[tuple[Tracee, tuple[int, int, int]]] = []  # alternate signal stacks to set
+        self.caller = Caller(proc, held, mem)
+        self.confined = False  # by seccomp
+        self.compared = self.written = self.dropped = 0
         self.notes: list[str] = []
 
     # -- before anything is touched
@@ -125,7 +127,7 @@ class _Job:
         found, notes = concerns.compare(self.saved, now)
         refused = [concern for concern in found if concern.kind not in accept]
         self.steps, impossible = undo.steps(self.store.vmas, present, self.saved.start_brk)
-        impossible += self._find_backings(present)
+        impossible += self._find_backings(present) + self._find_altstacks(now) + self._unfit()
         texts = [f"{c.text} [{c.kind}]" for c in refused] + impossible
         if texts:
             hint = sorted({c.kind for c in refused})
@@ -139,7 +141,41 @@ class _Job:
         return [c.text for c in found if c.kind in accept], notes
 
     def _needs_calls(self) -> bool:
-        return bool(self.steps)
+        return bool(self.steps or self.stacks)
+
+    def _unfit(self) -> list[str]:
+        # What a leader that is held cannot be asked for, or what registers alone would break.
+        status = self.proc.read("status").decode(errors="replace")
+        lines = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        out = []
+        self.confined = lines.get("Seccomp", "0").strip() != "0"
+        if self._needs_calls() and self.confined:
+            out.append(_CONFINED)
+        if "shstk" in lines.get("x86_Thread_features", ""):
+            out.append("it runs with a shadow stack, which nobody outside can write back")
+        return out
+
+    def _find_altstacks(self, now: ProcessState) -> list[str]:
+        # Which differ; one that its thread stands on cannot be exchanged (do_sigaltstack: EPERM).
+        refused = []
+        present = {t.tid: t for t in now.threads}
+        held = {t.tid: t for t in self.held.threads}
+        for thread in self.saved.threads:
+            other = present.get(thread.tid)
+            if (
+                other is None
+                or None in (thread.altstack, other.altstack)
+                or thread.altstack == other.altstack
+            ):
+                continue
+            assert thread.altstack is not None
+            assert other.altstack is not None
+            sp, _, size = other.altstack
+            if sp < other.regs["rsp"] <= sp + size:
+                refused.append(f"thread {thread.tid} stands on another alternate signal stack than it had")
+            else:
+                self.stacks.append((held[thread.tid], thread.altstack))
+        return refused
 
     def _find_backings(self, present: VmaList) -> list[str]:
         # Everything that must be mapped anew must still be there.
@@ -154,13 +190,13 @@ class _Job:
         return refused
 
     def _reachable(self, vma: Vma) -> bool:
-        key = (vma.dev, vma.inode, vma.shared and bool(vma.prot & Prot.WRITE))
+        key = backing_key(vma)
         major, minor = (int(part, 16) for part in vma.dev.split(":"))
         for file in self.saved.files:
             # A descriptor that is still open (checked by the concerns) is the surest way.
             same = file.inode == vma.inode and (os.major(file.dev), os.minor(file.dev)) == (major, minor)
             if same and (not key[2] or file.flags & 3 == os.O_RDWR):
-                self.fds[key] = file.fd
+                self.caller.fds[key] = file.fd
                 return True
         entry = self.saved.backing.get(vma.name)
         if entry is None or "missing" in entry:
@@ -179,99 +215,16 @@ class _Job:
 
     def run(self) -> None:
         """All of it. The leader's signals are blocked so that none is delivered into what is being undone."""
+        if self.stacks:
+            self.caller.altstacks(self.stacks)
         if self.steps:
-            self._vmas()
+            self.caller.steps(self.steps)
         self._drop(self._read_pages())
         self._contents()
         for thread in self.held.threads:
             state = next((t for t in self.saved.threads if t.tid == thread.tid), None)
             if state is not None:
                 set_thread(thread, state)
-
-    def _remote(self, calls: list[Call]) -> None:
-        leader = self.held.leader
-        mask = leader.sigmask()
-        leader.set_sigmask(2**64 - 1)
-        request(PTRACE_SETOPTIONS, leader.tid, 0, TRACESYSGOOD)
-        leader.stop = Stop(5, 128)  # it moves on from the stop that we found it in
-        try:
-            remote_calls(self.proc, calls, traced=True)
-        finally:
-            with contextlib.suppress(TargetGoneError):  # gone, or running on: the error above says why
-                request(PTRACE_SETOPTIONS, leader.tid, 0, 0)
-                leader.set_sigmask(mask)
-        self.calls += len(calls)
-        for call in calls:
-            if call.result is None or (call.result < 0 and call.nr != NR["madvise"]):
-                name = next(key for key, number in NR.items() if number == call.nr)
-                what = os.strerror(-call.result) if call.result else "not made"
-                raise PagelensError(
-                    f"process {self.proc.pid}: {name}{call.args} failed in it ({what}); its memory is partly "
-                    "rolled back: end it"
-                )
-
-    def _vmas(self) -> None:
-        calls, maps, late = [], [], []
-        for step in self.steps:
-            size = step.end - step.start
-            if step.op == "brk":
-                calls.append(Call(NR["brk"], (step.start,)))
-            elif step.op == "unmap":
-                calls.append(Call(NR["munmap"], (step.start, size)))
-            elif step.op == "map" and step.vma is not None:
-                maps.append(step.vma)
-            elif step.op == "protect":
-                late.append(Call(NR["mprotect"], (step.start, size, step.value)))
-            elif step.op == "advise":
-                late.append(Call(NR["madvise"], (step.start, size, step.value)))
-            else:
-                late.append(Call(NR["mlock" if step.op == "lock" else "munlock"], (step.start, size)))
-        if calls:
-            self._remote(calls)
-        if maps:
-            self._map(maps)
-        if late:
-            self._remote(late)
-
-    def _map(self, vmas: list[Vma]) -> None:
-        paths = self._open({v.name: v for v in vmas if v.inode and self._key(v) not in self.fds})
-        calls = []
-        for vma in vmas:
-            flags = MAP_FIXED | (MAP_SHARED if vma.shared else MAP_PRIVATE)
-            fd, offset = -1, 0
-            if vma.inode:
-                fd, offset = self.fds[self._key(vma)], vma.offset
-            else:
-                flags |= MAP_ANON
-            if "nr" in (vma.vm_flags or ()):
-                flags |= MAP_NORESERVE
-            calls.append(Call(NR["mmap"], (vma.start, vma.size, int(vma.prot), flags, fd, offset)))
-        calls += [Call(NR["close"], (fd,)) for fd in paths]
-        self._remote(calls)
-
-    def _key(self, vma: Vma) -> tuple[str, int, bool]:
-        return (vma.dev, vma.inode, vma.shared and bool(vma.prot & Prot.WRITE))
-
-    def _open(self, wanted: dict[str, Vma]) -> list[int]:
-        # Paths are opened by the target itself; their names stand in a page that it maps for that.
-        if not wanted:
-            return []
-        scratch = Call(NR["mmap"], (0, PAGE_SIZE, 3, MAP_PRIVATE | MAP_ANON, -1 & 2**64 - 1, 0))
-        self._remote([scratch])
-        page = scratch.result or 0
-        opened = []
-        for name, vma in wanted.items():
-            path = os.fsencode(name) + b"\0"
-            if len(path) > PAGE_SIZE:
-                raise UsageError(f"path too long to open in the target: {name[:80]}…")
-            os.pwrite(self.mem.fd, path, page)
-            key = self._key(vma)
-            call = Call(NR["open"], (page, (os.O_RDWR if key[2] else os.O_RDONLY) | os.O_CLOEXEC, 0))
-            self._remote([call])
-            self.fds[key] = call.result or 0
-            opened.append(self.fds[key])
-        self._remote([Call(NR["munmap"], (page, PAGE_SIZE))])
-        return opened
 
     def _read_pages(self) -> Any:
         # Per page, as a dump would see them now: kind (image.Kind), state, and the vma's index as `block`.
@@ -296,8 +249,12 @@ class _Job:
         calls += _ranges(now["start"][guard & (kind != Kind.GUARD)], GUARD_REMOVE)
         was_guard = self.flat["start"][self.flat["kind"] == Kind.GUARD]
         calls += _ranges(np.setdiff1d(was_guard, now["start"][guard]), GUARD_INSTALL)
+        if (
+            calls and self.confined
+        ):  # nothing was touched yet: it needs no other calls, or check() had refused
+            raise UsageError(f"process {self.proc.pid} cannot be rolled back: {_CONFINED}")
         if calls:
-            self._remote(calls)
+            self.caller.make(calls)
         self.dropped = int(drop.sum() + remove.sum())
 
     def _contents(self) -> None:
@@ -362,20 +319,6 @@ def set_thread(thread: Tracee, state: ThreadState) -> None:
     thread.set_regset(NT_X86_XSTATE, state.xstate)
     thread.set_regs(restartable(UserRegs.from_dict(state.regs)))
     thread.set_sigmask(state.sigmask)
-
-
-def restartable(regs: UserRegs) -> UserRegs:
-    """Registers with which an interrupted system call goes on.
-
-    -ERESTARTSYS and its kin work as they are: the kernel looks at orig_rax when it lets go. Only
-    ERESTART_RESTARTBLOCK needs what the kernel remembers of the call (its deadline), and that may be of a
-    later call by now; so the call is made again from its arguments: a relative sleep starts anew.
-    """
-    if regs.in_syscall and regs.result == -ERESTART_RESTARTBLOCK:
-        regs.rax = regs.orig_rax
-        regs.rip -= 2
-        regs.orig_rax = 2**64 - 1
-    return regs
 
 
 def _ranges(addr: Any, advice: int) -> list[Call]:

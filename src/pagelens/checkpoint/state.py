@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from pagelens.checkpoint.image import OpenFile, ProcessState, ThreadState
+from pagelens.linux import altstack
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import Tracee
@@ -23,7 +24,10 @@ def read_state(proc: Process, held: Held, vmas: VmaList, *, backing: bool = True
     stat = proc.stat()
     status = _status(proc)
     notes: list[str] = []
-    threads = tuple(_thread(proc, thread) for thread in held.threads)
+    stacks, unknown = altstack.read(proc.pid)
+    if unknown:
+        notes.append(f"alternate signal stacks are not known: {unknown}")
+    threads = tuple(_thread(proc, thread, stacks.get(thread.tid)) for thread in held.threads)
     group = held.leader.queued_signals(shared=True)
     if group:
         notes.append(f"{len(group)} signals were queued for the process; they stay queued there")
@@ -66,7 +70,7 @@ def _link(proc: Process, name: str) -> str:
     return ""
 
 
-def _thread(proc: Process, thread: Tracee) -> ThreadState:
+def _thread(proc: Process, thread: Tracee, stack: altstack.Altstack | None) -> ThreadState:
     stop = thread.stop
     stopped = stop is not None and (stop.is_signal_delivery or stop.is_group_stop)
     rseq = thread.rseq()
@@ -78,6 +82,7 @@ def _thread(proc: Process, thread: Tracee) -> ThreadState:
         xstate=thread.xstate(),
         sigmask=thread.sigmask(),
         rseq=None if rseq is None else (rseq.pointer, rseq.size, rseq.signature, rseq.flags),
+        altstack=stack,
         pending=tuple(thread.queued_signals(shared=False)) + tuple(thread.pending),
         stop_signal=stop.signal if stop is not None and stopped else 0,
     )

@@ -30,7 +30,7 @@ from pagelens.dirty import spans
 from pagelens.dirty.epoch import Why
 from pagelens.dirty.pagescan import Pagescan
 from pagelens.dirty.spans import Spans
-from pagelens.linux import pagecopy, pagescan
+from pagelens.linux import altstack, pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.pagescan import Category, Regions
@@ -81,6 +81,7 @@ class Watched:
         self._mem: pagecopy.MemoryFile | None = None
         self._pagemap = -1
         self._vmas = VmaList()
+        altstack.prepare()
         # Used again by each increment: fresh memory would cost faults while the process is held.
         self._room = pagecopy.buffer(4096, ready=True)
         try:

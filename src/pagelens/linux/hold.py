@@ -8,6 +8,7 @@ What it guarantees:
   stopped process cannot make more);
 - signals that arrive meanwhile are passed on with their siginfo when we let go, never lost;
 - a job-control-stopped process stays stopped, and a frozen one frozen;
+- an interrupted system call goes on, also one that the kernel would end with EINTR (restart.py);
 - whatever happens to us (SIGKILL included) the kernel detaches and the target goes on.
 
 A thread that does not reach a stop (uninterruptible sleep, a parent in vfork) is found *before* anything
@@ -30,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pagelens.linux.ptrace import WALL, Stop, Tracee, libc, siginfo_signal
+from pagelens.linux.restart import undo_eintr
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
 
 PF_KTHREAD = 0x00200000  # include/linux/sched.h, field `flags` of stat
@@ -243,7 +245,7 @@ class Held:
         killed = []
         for thread in self.threads:
             try:
-                thread.regs()
+                undo_eintr(thread, thread.regs())
             except TargetGoneError:
                 killed.append(thread)
         for thread in killed:

@@ -115,12 +115,14 @@ class Held:
     restarted: bool
 
 
-def remote_calls(proc: Process, calls: Sequence[Call], *, traced: bool = False, die_at: str = "") -> Held:
+def remote_calls(
+    proc: Process, calls: Sequence[Call], *, traced: bool = False, tid: int = 0, die_at: str = ""
+) -> Held:
     """Let one thread of the process make `calls`, in order; fills in their results.
 
-    With `traced`, the calling thread traces the process's leader already and it is in a ptrace stop; it stays
-    so. die_at: kill this process at that stage (for tests). Raises CapabilityMissingError where the target
-    cannot be asked (see the module), TargetGoneError where it is gone.
+    With `traced`, the calling thread traces thread `tid` (0: the process's leader) already and it is in a
+    ptrace stop; it stays so. die_at: kill this process at that stage (for tests). Raises CapabilityMissingError
+    where the target cannot be asked (see the module), TargetGoneError where it is gone.
     """
     if not traced:
         refuse_unfit(proc)
@@ -128,7 +130,7 @@ def remote_calls(proc: Process, calls: Sequence[Call], *, traced: bool = False, 
     gadgets = find_gadgets(proc, vmas)
     pidfd = proc.pidfd()
     try:
-        return _on_some_thread(proc, calls, vmas, gadgets, pidfd, traced, die_at)
+        return _on_some_thread(proc, calls, vmas, gadgets, pidfd, (tid or proc.pid) if traced else 0, die_at)
     finally:
         os.close(pidfd)
 
@@ -316,7 +318,7 @@ def _on_some_thread(
     vmas: VmaList,
     gadgets: Gadgets,
     pidfd: int,
-    traced: bool,
+    traced: int,  # the thread to use, which this one traces; 0: any, to be seized
     die_at: str,
 ) -> Held:
     native = (_Call * len(calls))()
@@ -328,7 +330,7 @@ def _on_some_thread(
     last: _Request | None = None
     give_up = time.monotonic() + 2.0
     while True:
-        for tid in [proc.pid] if traced else _candidates(proc):
+        for tid in [traced] if traced else _candidates(proc):
             for slot, call in zip(native, calls, strict=True):
                 slot.nr, slot.ret, slot.done, slot.fd = call.nr, 0, 0, -1
                 slot.args = (ctypes.c_uint64 * 6)(*[a & (1 << 64) - 1 for a in call.args])
