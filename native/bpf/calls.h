@@ -4,6 +4,7 @@
 
 enum { W_ALWAYS = 1, W_PRCTL, W_PRLIMIT, W_IOCTL };
 
+#define PAGEMAP_SCAN 0x6610     /* type and number */
 #define NR_WRITE 1
 #define NR_PROCESS_VM_WRITEV 311
 
@@ -59,8 +60,8 @@ static __always_inline int wanted_call(struct pl_task *s)
 	case W_PRLIMIT: /* a new limit of DATA, STACK, RSS, MEMLOCK or AS */
 		return s->args[2] && (s->args[1] == 2 || s->args[1] == 3 || s->args[1] == 5 || s->args[1] == 8 ||
 				      s->args[1] == 9);
-	case W_IOCTL:   /* userfaultfd's are of type 0xaa */
-		return ((s->args[1] >> 8) & 0xff) == 0xaa;
+	case W_IOCTL:   /* userfaultfd's are of type 0xaa; PAGEMAP_SCAN */
+		return ((s->args[1] >> 8) & 0xff) == 0xaa || (s->args[1] & 0xffff) == PAGEMAP_SCAN;
 	default:
 		return 1;
 	}
@@ -206,10 +207,12 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 	__builtin_memcpy(x->call.args, s->args, sizeof(s->args));
 	x->call.dev = x->call.ino = 0;
 	if (nr == 16) { /* userfaultfd's: the range stands in the structure, and ioctl has but three arguments */
-		u64 words[3] = {};
+		u64 words[3] = {}, at = s->args[2];
 
+		if ((s->args[1] & 0xffff) == PAGEMAP_SCAN)
+			at += 8;        /* behind its own size: flags, start, end */
 		s->walking = 1;
-		if (!bpf_probe_read_user(words, sizeof(words), (void *)s->args[2]))
+		if (!bpf_probe_read_user(words, sizeof(words), (void *)at))
 			__builtin_memcpy(&x->call.args[3], words, sizeof(words));
 		s->walking = 0;
 	}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -126,3 +127,87 @@ def test_agreement_falls_when_the_replay_misses_calls(tmp_path: Path, subjects: 
         assert whole[name] > 0.99, whole
         assert less[name] < whole[name], (less, whole)
     assert less["vmas"] < 0.9
+
+
+def test_rarer_layouts_without_contradiction(tmp_path: Path, subjects: Subjects) -> None:
+    log, data = tmp_path / "log", tmp_path / "data"
+    data.write_bytes(b"x" * (1024 * 4096))
+    run = record(tmp_path, [subjects("causes_layouts"), log, data, "11", "2500", "2"])
+    assert run.returncode == 0, run.stderr
+    result = classify_facts(load(run.capture))
+    joined = join(result, log)
+    assert joined.accesses >= 2500
+    assert not joined.wrong, joined.wrong
+    assert joined.ambiguous < 0.01 * joined.accesses
+    assert result.shares()[0] == 0, "unknown"
+
+
+# Other threads write while one forks: a write may fall between dup_mmap and the event that tells the fork.
+FORKS = r"""
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+static volatile int stop;
+static void *work(void *a) {
+  volatile char *p = a; while (!stop) for (int i = 0; i < 64; i++) p[i * 4096]++; return 0; }
+int main(void) {
+  pthread_t t[3];
+  for (int i = 0; i < 3; i++)
+    pthread_create(&t[i], 0, work, mmap(0, 64 * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  for (int i = 0; i < 150; i++) {
+    pid_t p = fork(); if (!p) { usleep(300); _exit(0); } usleep(1000); waitpid(p, 0, 0); }
+  stop = 1; for (int i = 0; i < 3; i++) pthread_join(t[i], 0);
+  return 0; }
+"""
+
+
+def test_writes_of_threads_while_another_forks(tmp_path: Path) -> None:
+    source = tmp_path / "forks.c"
+    source.write_text(FORKS)
+    subprocess.run(["gcc", "-O1", "-pthread", "-o", tmp_path / "forks", source], check=True)
+    run = record(tmp_path, [tmp_path / "forks"])
+    result = classify_facts(load(run.capture))
+    causes = {str(row["cause"]): int(str(row["faults"])) for row in result.counts()}
+    assert causes["fork-cow-parent"] > 1000
+    assert "spurious" not in causes, causes
+    assert "unknown" not in causes, causes
+
+
+CLEARED = """
+import mmap
+m = mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for i in range(64): m[i * 4096] = 1
+with open("/proc/self/clear_refs", "w") as f: f.write("4")
+for i in range(0, 64, 2): m[i * 4096] = 2
+for i in range(64): m[i * 4096] = 3
+"""
+
+
+@pytest.mark.requires("soft-dirty")
+def test_writes_after_clear_refs(tmp_path: Path) -> None:
+    run = record(tmp_path, [sys.executable, "-c", CLEARED])
+    result = classify_facts(load(run.capture))
+    causes = {str(row["cause"]): int(str(row["faults"])) for row in result.counts()}
+    assert causes["soft-dirty"] >= 64, causes
+    assert causes.get("spurious", 0) < 5, causes
+    assert "unknown" not in causes, causes
+
+
+PAGED_OUT = """
+import mmap
+m = mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+for i in range(64): m[i * 4096] = 1
+m.madvise(21)
+for i in range(64): m[i * 4096]
+"""
+
+
+@pytest.mark.requires("swap")
+def test_anonymous_pages_come_back_from_swap(tmp_path: Path) -> None:
+    run = record(tmp_path, [sys.executable, "-c", PAGED_OUT])
+    result = classify_facts(load(run.capture))
+    causes = {str(row["cause"]): int(str(row["faults"])) for row in result.counts()}
+    # Pages that still stood in an LRU batch stay where they are.
+    assert causes["after-pageout"] >= 32, causes
+    assert "unknown" not in causes, causes

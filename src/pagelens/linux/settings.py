@@ -16,6 +16,9 @@ _FILES = {
 }
 
 
+_MEMORY_FILESYSTEMS = {"tmpfs", "ramfs", "devtmpfs", "hugetlbfs"}
+
+
 def memory_settings() -> dict[str, object]:
     """Settings by name: numbers as int, a choice as its word ("madvise"). What cannot be read is left out.
 
@@ -35,6 +38,26 @@ def memory_settings() -> dict[str, object]:
     try:
         with open("/proc/swaps") as stream:
             out["swap"] = len(stream.readlines()) > 1
+    except OSError:
+        pass
+    out["filesystems"] = memory_filesystems()
+    return out
+
+
+def memory_filesystems() -> dict[str, str]:
+    """Type of each mounted file system that lives in memory, by device as /proc/PID/maps prints it ("00:1a").
+
+    Source: /proc/self/mountinfo (Documentation/filesystems/proc.rst), field 3 and the first after the dash.
+    """
+    out: dict[str, str] = {}
+    try:
+        with open("/proc/self/mountinfo", errors="replace") as stream:
+            for line in stream:
+                mount, _, rest = line.partition(" - ")
+                kind = rest.split(" ", 1)[0]
+                if kind in _MEMORY_FILESYSTEMS:
+                    major, minor = (int(n) for n in mount.split()[2].split(":"))
+                    out[f"{major:02x}:{minor:02x}"] = kind
     except OSError:
         pass
     return out

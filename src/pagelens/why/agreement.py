@@ -19,6 +19,7 @@ from pagelens.vm.units import HPAGE_SIZE
 from pagelens.why.calls import area_of
 from pagelens.why.classified import Classified
 from pagelens.why.evidence import Area
+from pagelens.why.files import Files
 from pagelens.why.space import FORK_LINK, Space
 
 I64 = npt.NDArray[np.int64]
@@ -27,11 +28,12 @@ I64 = npt.NDArray[np.int64]
 def agreement(result: Classified, unknown: float | None = None) -> dict[str, float | None]:
     """{"vmas", "pages", "faults", "accounting"}, shares from 0 to 1 or None. unknown: the share, if at hand."""
     right = total = page_both = page_any = 0
+    files = Files(result.facts.settings.get("filesystems"))
     for mm, snapshot in result.facts.last.items():
         space = result.run.spaces.get(mm)
         if space is None or not space.seen:
             continue
-        good, of = _vmas(space, snapshot)
+        good, of = _vmas(space, snapshot, files)
         right, total = right + good, total + of
         if snapshot.pages is not None:
             both, either = _pages(result, space, snapshot)
@@ -50,7 +52,7 @@ def _floor(part: int, whole: int) -> float | None:
     return math.floor(1e6 * part / whole) / 1e6 if whole else None
 
 
-def _vmas(space: Space, snapshot: Snapshot) -> tuple[int, int]:
+def _vmas(space: Space, snapshot: Snapshot, files: Files) -> tuple[int, int]:
     right = total = 0
     covered: list[tuple[int, int]] = []
     for vma in snapshot.vmas:
@@ -66,7 +68,8 @@ def _vmas(space: Space, snapshot: Snapshot) -> tuple[int, int]:
                 break
             seg = space.segs[i]
             state = space.lives.states[seg.state]
-            same = state.area is area_of(vma) or {state.area, area_of(vma)} == {Area.SHMEM, Area.SHARED_FILE}
+            kind = area_of(vma, files)
+            same = state.area is kind or {state.area, kind} == {Area.SHMEM, Area.SHARED_FILE}
             good = state.prot == int(vma.prot) and same
             at = seg.end
         right += good

@@ -10,11 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from pagelens.vm.snapshot import Snapshot
-from pagelens.vm.units import page_down, page_up
+from pagelens.vm.units import PAGE_SIZE, page_down, page_up
 from pagelens.vm.vma import Vma
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
-from pagelens.why.space import Seg, Space, State
+from pagelens.why.files import Files, device
+from pagelens.why.space import (
+    UFFD_ASYNC,
+    UFFD_BEFORE,
+    UFFD_MINOR,
+    UFFD_MISSING,
+    UFFD_WP,
+    Seg,
+    Space,
+    State,
+)
 
 MAP_SHARED, MAP_TYPE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 0xF, 0x20, 0x100
 MAP_LOCKED, MAP_POPULATE, MAP_STACK, MAP_HUGETLB = 0x2000, 0x8000, 0x20000, 0x40000
@@ -22,13 +32,26 @@ SHRINKING = frozenset({"munmap", "shmdt", "madvise", "process_madvise"})
 # Effective at entry: they take pages or mappings away.
 
 
+_NO_FILES = Files()
+# Low 16 bits of ioctl commands: type and number.
+_UFFD_API, _UFFD_REGISTER, _UFFD_UNREGISTER, _UFFD_PROTECT, _PAGEMAP_SCAN = (
+    0xAA3F,
+    0xAA00,
+    0xAA01,
+    0xAA06,
+    0x6610,
+)
+_WP_ASYNC = 1 << 15  # a feature in UFFDIO_API
+_MERGE = 67  # PR_SET_MEMORY_MERGE
+
+
 def effect_time(call: Call) -> int:
     """ns at which the effect of a call is applied."""
     return call.start if call.name in SHRINKING else call.end
 
 
-def area_of(vma: Vma) -> Area:
-    """The kind of a vma of a snapshot."""
+def area_of(vma: Vma, files: Files = _NO_FILES) -> Area:
+    """The kind of a vma of a snapshot. files: of the capture."""
     flags = vma.vm_flags or frozenset()
     if "ht" in flags:
         return Area.HUGETLB
@@ -36,24 +59,24 @@ def area_of(vma: Vma) -> Area:
         return Area.SPECIAL
     if not vma.inode:
         return Area.SHMEM if vma.shared else Area.ANON
-    memory = vma.name.startswith(("/memfd:", "/dev/shm/", "/SYSV", "/dev/zero", "/anon_hugepage"))
-    if vma.name.startswith("/anon_hugepage"):
+    if files.huge(vma.dev, vma.name):
         return Area.HUGETLB
     if vma.shared:
-        return Area.SHMEM if memory else Area.SHARED_FILE
+        return Area.SHMEM if files.in_memory(vma.dev, vma.name) else Area.SHARED_FILE
     return Area.ANON if vma.name == "/dev/zero" else Area.FILE
 
 
-def state_of(vma: Vma, thp: str) -> State:
+def state_of(vma: Vma, thp: str, files: Files = _NO_FILES) -> State:
     """The state of a vma of a snapshot. thp: the setting "always", "madvise" or "never"."""
     flags = vma.vm_flags or frozenset()
     huge = ("hg" in flags or thp == "always") and "nh" not in flags and thp != "never"
     return State(
-        area_of(vma),
+        area_of(vma, files),
         int(vma.prot),
         grows=vma.name == "[stack]" or "gd" in flags,
         huge=huge,
-        uffd=bool(flags & {"um", "uw", "ui"}),
+        uffd=_registered(flags),
+        mergeable="mg" in flags,
         dontfork="dc" in flags,
         wipeonfork="wf" in flags,
         name=vma.name,
@@ -61,11 +84,15 @@ def state_of(vma: Vma, thp: str) -> State:
 
 
 class Effects:
-    """Applies calls. last: final snapshots, asked only for what arguments do not tell (shmat's length)."""
+    """Applies calls. last: final snapshots, asked only for what arguments do not tell (shmat's length).
+    filesystems: those in memory, see `Files`."""
 
-    def __init__(self, thp: str, last: Mapping[int, Snapshot]) -> None:
+    def __init__(self, thp: str, last: Mapping[int, Snapshot], filesystems: object = None) -> None:
         self.thp = thp
         self.last = last
+        self.files = Files(filesystems)
+        self._huge_fds: set[tuple[int, int]] = set()  # (mm, fd) of memfd_create(MFD_HUGETLB)
+        self._async_fds: set[tuple[int, int]] = set()  # (mm, fd) of userfaultfds with WP_ASYNC
         self.brk: dict[int, int] = {}
         self._do: dict[str, Callable[[Space, Call, int], None]] = {
             "mmap": self._mmap,
@@ -83,6 +110,8 @@ class Effects:
             "shmat": self._shmat,
             "shmdt": self._shmdt,
             "ioctl": self._ioctl,
+            "memfd_create": self._memfd_create,
+            "prctl": self._prctl,
         }
 
     def handles(self, name: str) -> bool:
@@ -100,8 +129,11 @@ class Effects:
         start, end = call.result, call.result + page_up(length)
         shared = (flags & MAP_TYPE) != 2
         anon = bool(flags & MAP_ANONYMOUS) or (fd & 0xFFFFFFFF) == 0xFFFFFFFF
-        memory = anon or call.detail.startswith(("memfd:", "/memfd:", "SYSV", "/dev/shm/", "/dev/zero"))
-        if flags & MAP_HUGETLB:
+        dev = device(call.dev)
+        if not anon and (space.mm, fd) in self._huge_fds and call.detail.startswith("memfd:"):
+            self.files.learn_huge(dev)
+        memory = anon or self.files.in_memory(dev, call.detail)
+        if flags & MAP_HUGETLB or (not anon and self.files.huge(dev, call.detail)):
             area = Area.HUGETLB
         elif shared:
             area = Area.SHMEM if memory or call.detail == "zero" else Area.SHARED_FILE
@@ -165,7 +197,10 @@ class Effects:
             moved = space.remove(old, old + keep, call.seq, call.start, call.end)
             space.remove(new, new + new_len, call.seq, call.start, call.end)
             for seg in moved:
-                space.insert(Seg(seg.start - old + new, seg.end - old + new, seg.key, seg.state))
+                # mremap_userfaultfd_prep: without EVENT_REMAP the range leaves the userfaultfd.
+                state = space.lives.states[seg.state]._replace(uffd=0, wp_time=-1)
+                number = space.lives.intern(state)
+                space.insert(Seg(seg.start - old + new, seg.end - old + new, seg.key, number))
                 if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty
                     space.map(
                         seg.start, seg.end, space.lives.states[seg.state], Origin.MREMAP, time, call.seq
@@ -186,6 +221,10 @@ class Effects:
             space.change(start, end, lambda s: s._replace(mark=marks[advice], mark_time=time))
         elif advice == 14:
             space.change(start, end, lambda s: s._replace(huge=self.thp != "never"))
+        elif advice in (12, 13):  # MERGEABLE, UNMERGEABLE
+            space.change(start, end, lambda s: s._replace(mergeable=advice == 12))
+        elif advice == 25:  # COLLAPSE: whole huge pages, present from now on
+            space.change(start, end, lambda s: _populate(s, time, True) if s.area is Area.ANON else s)
         elif advice == 15:
             space.change(start, end, lambda s: s._replace(huge=False))
         elif advice in (10, 11):
@@ -244,12 +283,46 @@ class Effects:
         if i >= 0:
             space.remove(space.segs[i].start, space.segs[i].end, call.seq, call.start, call.end)
 
+    def _memfd_create(self, space: Space, call: Call, _time: int) -> None:
+        (self._huge_fds.add if call.args[1] & 4 else self._huge_fds.discard)((space.mm, call.result))
+
     @staticmethod
-    def _ioctl(space: Space, call: Call, _time: int) -> None:
-        command = call.args[1] & 0xFFFF
-        if command in (0xAA00, 0xAA01) and len(call.args) >= 5:  # UFFDIO_REGISTER, UFFDIO_UNREGISTER
-            start, length = call.args[3], call.args[4]
-            space.change(start, start + page_up(length), lambda s: s._replace(uffd=command == 0xAA00))
+    def _prctl(space: Space, call: Call, _time: int) -> None:
+        if call.args[0] == _MERGE:
+            space.mergeable = bool(call.args[1])
+            space.change(0, 1 << 62, lambda s: s._replace(mergeable=space.mergeable))
+
+    def _ioctl(self, space: Space, call: Call, time: int) -> None:
+        if len(call.args) < 6:
+            return
+        fd, command, _, first, second, third = call.args[:6]
+        command &= 0xFFFF
+        if command == _UFFD_API:
+            (self._async_fds.add if second & _WP_ASYNC else self._async_fds.discard)((space.mm, fd))
+        elif command == _UFFD_REGISTER:
+            mode = third & (UFFD_MISSING | UFFD_WP | UFFD_MINOR)
+            mode |= UFFD_ASYNC if (space.mm, fd) in self._async_fds else 0
+            space.change(first, first + page_up(second), lambda s: s._replace(uffd=mode))
+        elif command == _UFFD_UNREGISTER:
+            space.change(first, first + page_up(second), lambda s: s._replace(uffd=0, wp_time=-1))
+        elif command == _UFFD_PROTECT and third & 1:
+            space.change(first, first + page_up(second), lambda s: s._replace(wp_time=time))
+        elif command == _UFFD_PROTECT and second > PAGE_SIZE:
+            # Of one page it is a handler's answer: the fault that it answers ends the protection as well, and
+            # thousands of pages need no interval of their own.
+            space.change(first, first + page_up(second), lambda s: s._replace(wp_time=-1))
+        elif command == _PAGEMAP_SCAN and first & 1:  # PM_SCAN_WP_MATCHING
+            space.change(second, third, lambda s: s._replace(wp_time=time) if s.uffd & UFFD_WP else s)
+
+
+def clear_refs(space: Space, time: int) -> None:
+    """A 4 written to clear_refs: all that is mapped is write-protected (clear_soft_dirty, fs/proc/task_mmu.c)."""
+    space.change(0, 1 << 62, lambda s: s._replace(clear_time=time))
+
+
+def _registered(flags: frozenset[str]) -> int:
+    mode = UFFD_MISSING * ("um" in flags) | UFFD_WP * ("uw" in flags) | UFFD_MINOR * ("ui" in flags)
+    return mode | UFFD_BEFORE if mode else 0
 
 
 def _populate(state: State, time: int, write: bool) -> State:

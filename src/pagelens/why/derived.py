@@ -16,7 +16,7 @@ from pagelens.why.agreement import agreement
 from pagelens.why.classified import Classified, classify_facts
 from pagelens.why.load import load
 
-RULES_VERSION = 1  # of what the rules conclude: raise it when a verdict changes
+RULES_VERSION = 2  # of what the rules conclude: raise it when a verdict changes
 DERIVED = "derived"
 
 

@@ -100,6 +100,15 @@ class Race(enum.IntEnum):
     HANDLER = 3  # a userfaultfd ioctl overlapped it
 
 
+class Guarded(enum.IntEnum):
+    """Who had write-protected a page that its process owned, since its last write."""
+
+    NONE = 0
+    UFFD = 1  # UFFDIO_WRITEPROTECT, or PAGEMAP_SCAN with PM_SCAN_WP_MATCHING
+    CLEARED = 2  # a 4 in clear_refs, on a kernel with soft-dirty
+    KSM = 3  # same-page merging was allowed on it
+
+
 class Huge(enum.IntEnum):
     """What is known of the 2 MiB block around the page."""
 
@@ -135,7 +144,8 @@ class Evidence:
     outcome: Outcome
     race: Race
     huge: Huge
-    uffd: bool  # the range is registered with userfaultfd, as far as evidence goes
+    guarded: Guarded
+    uffd: bool  # a userfaultfd had to do with it, as far as evidence goes
     numa: bool  # NUMA balancing was on, and the process had a second thread
     rearmed: bool  # mprotect changed the rights after the page was last touched
     flushed: bool  # shared file: synced, or long enough ago that writeback may have cleaned it
@@ -155,6 +165,7 @@ _ENUMS: dict[str, type[enum.IntEnum]] = {
     "outcome": Outcome,
     "race": Race,
     "huge": Huge,
+    "guarded": Guarded,
 }
 FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Evidence))
 _WIDTH = {name: (3 if name in _ENUMS else 1) for name in FIELDS}

@@ -10,6 +10,7 @@ from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
 from pagelens.why.evidence import (
     Area,
     Forked,
+    Guarded,
     Huge,
     Mark,
     Outcome,
@@ -30,6 +31,7 @@ from pagelens.why.replay import (
     state_column,
 )
 from pagelens.why.sharing import sharers
+from pagelens.why.space import DROP_LINK, UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 
 I64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -37,6 +39,7 @@ Bool = npt.NDArray[np.bool_]
 # ioctls that resolve a userfault: COPY, ZEROPAGE, MOVE, WRITEPROTECT, CONTINUE, POISON, WAKE (low 16 bits).
 _RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
 _COPIES = {0xAA03, 0xAA05}  # COPY, MOVE: destination, source, length
+PF_PK = 0x20  # error code: a protection key forbade it
 _SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
 HUGE_SLOW = 20_000  # ns: zeroing 2 MiB takes longer than this, zeroing 4 KiB never does (both measured)
 EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
@@ -54,6 +57,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
     prot = state_column(run.lives, run.state, "prot", 0)
     prot = np.where(state_column(run.lives, run.state, "guard", 0) != 0, 0, prot)
+    prot = np.where((error & PF_PK) != 0, prot & ~3, prot)  # a protection key took the rights away
     prior = past.prior.copy()
     begun = faults.time - np.maximum(faults.latency, 0)
 
@@ -63,7 +67,8 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     raced_read &= (past.touch > begun) & (prior == Prior.ZERO)
     present = present | raced_read
     _call_race(facts, run, race, begun)
-    uffd = _handlers(facts, run, race, begun)
+    guarded = _guarded(run, past, present & write & ~faults.failed)
+    uffd = _handlers(facts, run, race, begun, present, guarded)
 
     # fork leaves out the entries of file and shared mappings: the child maps them for itself.
     uncopied = past.inherited & (past.before < 0) & ~present
@@ -73,6 +78,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     mark_time = state_column(run.lives, run.state, "mark_time", -1)
     mark = state_column(run.lives, run.state, "mark", 0)
     mark = np.where((mark_time > past.touch) & (prior != Prior.NONE), mark, int(Mark.NONE))
+    huge = _huge(facts, run, past, present, write)
     columns: dict[str, npt.NDArray[np.generic] | int] = {
         "known": known,
         "present": present,
@@ -89,13 +95,14 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "grew": (run.flags & GREW) != 0,
         "prior": prior,
         "origin": past.origin,
-        "dropped": past.dropped,
+        "dropped": past.dropped | _dropped_in_block(run, past, huge),
         "mark": mark,
         "forked": forked,
         "sharers": share,
         "outcome": outcome,
         "race": race,
-        "huge": _huge(facts, run, past, present, write),
+        "huge": huge,
+        "guarded": guarded,
         "uffd": uffd,
         "numa": _numa(facts, run),
         "rearmed": state_column(run.lives, run.state, "prot_time", -1) > past.touch,
@@ -147,14 +154,31 @@ def _call_race(facts: Facts, run: Replayed, race: I64, begun: I64) -> None:
             race[rows[(addr >= start) & (addr < start + call.args[1])]] = int(Race.CALL)
 
 
-def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64) -> Bool:
-    """Faults in registered ranges that had to wait; race becomes HANDLER where an ioctl resolved that very
-    page.
+def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
+    # Who write-protected a page since its last write. rewrites: completed writes to present pages.
+    out = np.full(len(rewrites), int(Guarded.NONE), np.int64)
+    own = past.own
+    out[rewrites & (state_column(run.lives, run.state, "mergeable", 0) != 0)] = int(Guarded.KSM)
+    out[rewrites & (state_column(run.lives, run.state, "clear_time", -1) > own)] = int(Guarded.CLEARED)
+    out[rewrites & (state_column(run.lives, run.state, "wp_time", -1) > own)] = int(Guarded.UFFD)
+    return out
+
+
+def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64, present: Bool, guarded: I64) -> Bool:
+    """Faults that a userfaultfd had to do with; race becomes HANDLER where an ioctl resolved that very page.
+
+    An absent page must have waited for a handler; a present one must have been write-protected, and waited
+    unless the protection is asynchronous (then the kernel takes it away itself).
     """
     faults = run.faults
-    registered = state_column(run.lives, run.state, "uffd", 0) != 0
-    uffd: Bool = registered & ~faults.failed & (faults.latency >= UFFD_SLOW)
-    rows = np.flatnonzero(uffd)
+    mode = state_column(run.lives, run.state, "uffd", 0)
+    slow = (faults.latency >= UFFD_SLOW) & ~faults.failed
+    missing = ~present & slow & ((mode & (UFFD_MISSING | UFFD_MINOR)) != 0)
+    protected = present & ((mode & UFFD_WP) != 0) & ((faults.error & 2) != 0) & ~faults.failed
+    armed = (guarded == Guarded.UFFD) | ((mode & UFFD_BEFORE) != 0)
+    at_once = (mode & (UFFD_ASYNC | UFFD_BEFORE)) != 0
+    uffd: Bool = missing | (protected & armed & (slow | at_once))
+    rows = np.flatnonzero(missing | (protected & slow))
     ioctls = [c for c in facts.calls if c.name == "ioctl" and (c.args[1] & 0xFFFF) in _RESOLVES]
     if not len(rows) or not ioctls:
         return uffd
@@ -173,6 +197,7 @@ def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64) -> Bool:
         first = a + int(np.searchsorted(start[a:b], begun[row]))
         if first < b and start[first] <= faults.time[row]:
             race[row] = int(Race.HANDLER)
+            uffd[row] = True
     return uffd
 
 
@@ -186,18 +211,45 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
     child = rows[past.inherited[rows] & (past.own[rows] < 0)]
     forked[child] = int(Forked.CHILD)
     since = np.maximum(past.own, past.begun)
+    time = np.asarray(faults.time).astype(np.int64)
+    begins = _fork_calls(facts)
     for mm, times in run.family.forks.items():
         mine = rows[(faults.mm[rows] == mm) & (forked[rows] == Forked.NONE)]
         when = np.array(sorted(times), np.int64)
-        later = np.searchsorted(when, faults.time[mine]) > np.searchsorted(when, since[mine])
+        time[mine] = _after_fork(when, begins.get(mm, {}), faults.time[mine])
+        later = np.searchsorted(when, time[mine]) > np.searchsorted(when, since[mine])
         forked[mine[later]] = int(Forked.PARENT)
     old = _forked_before(facts, run, past, rows, forked, prior)
     both = np.flatnonzero(forked)
     if len(both):
-        share[both] = sharers(run, both, _last_seen(facts, run))
+        share[both] = sharers(run, both, _last_seen(facts, run), time[both])
     forked[old] = int(Forked.PARENT)
     share[old] = int(Sharers.UNSEEN)
     return forked, share, outcome
+
+
+def _fork_calls(facts: Facts) -> dict[int, dict[int, int]]:
+    # mm -> {ns of the fork event: ns at which its call began}.
+    calls: dict[int, list[Call]] = {}
+    for call in facts.calls:
+        if call.name in ("fork", "vfork", "clone", "clone3"):
+            calls.setdefault(call.tid, []).append(call)
+    out: dict[int, dict[int, int]] = {}
+    for task in facts.tasks:
+        if task.name == "fork":
+            for call in calls.get(task.tid, ()):
+                if call.start <= task.time <= call.end:
+                    out.setdefault(task.mm, {})[task.time] = call.start
+    return out
+
+
+def _after_fork(when: I64, begins: dict[int, int], time: I64) -> I64:
+    # dup_mmap is over some microseconds before the event that tells the fork. A write to a present page of one's own
+    # within the call came after it: before, nothing had protected the page, and during it faults wait.
+    at = np.searchsorted(when, time)
+    following = when[np.minimum(at, len(when) - 1)]
+    begun = np.array([begins.get(int(w), 1 << 62) for w in when], np.int64)[np.minimum(at, len(when) - 1)]
+    return np.where((at < len(when)) & (time >= begun), following + 1, time)
 
 
 def _forked_before(facts: Facts, run: Replayed, past: History, rows: I64, forked: I64, prior: I64) -> I64:
@@ -265,6 +317,28 @@ def _huge(facts: Facts, run: Replayed, past: History, present: Bool, write: Bool
     out[rows[later & zero[group]]] = int(Huge.READ)
     out[rows[later & (made & ~zero)[group]]] = int(Huge.INSIDE)
     out[first[made | zero]] = int(Huge.MADE)
+    return out
+
+
+def _dropped_in_block(run: Replayed, past: History, huge: I64) -> Bool:
+    # A part of a huge page that was dropped had been in use, though only the block's first page ever faulted.
+    out = np.zeros(len(huge), bool)
+    made = np.flatnonzero(huge == Huge.MADE)
+    lives = run.lives
+    key, link, parent = (np.array(c or [0], np.int64) for c in (lives.key, lives.link, lives.parent))
+    rows = np.flatnonzero((past.prior == Prior.NONE) & ~past.dropped & (past.life >= 0))
+    rows = rows[link[past.life[rows]] == DROP_LINK] if len(made) else rows[:0]
+    if not len(rows):
+        return out
+    block = (run.faults.addr // np.uint64(HPAGE_SIZE)).astype(np.int64)
+    blocks = np.unique(np.stack((past.life[made], block[made]), axis=1), axis=0)
+    wanted = {(int(life), int(number)) for life, number in blocks}
+    for row in rows.tolist():
+        life, page = int(past.life[row]), int(run.key[row])
+        while link[life] == DROP_LINK and not out[row]:
+            page += int(parent[life]) - int(key[life])
+            life = int(np.searchsorted(key, page, side="right")) - 1
+            out[row] = (life, int(block[row])) in wanted
     return out
 
 

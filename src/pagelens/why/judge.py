@@ -80,7 +80,7 @@ def describe(e: Evidence) -> str:
         f"before: {e.prior.name.lower()}",
         f"life began by {e.origin.name.lower()}",
     ]
-    for name in ("forked", "sharers", "mark", "race", "huge", "outcome"):
+    for name in ("forked", "sharers", "mark", "race", "huge", "outcome", "guarded"):
         value = getattr(e, name)
         if value:
             words.append(f"{name} {value.name.lower()}")

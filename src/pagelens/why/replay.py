@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
-from pagelens.why.calls import Effects, effect_time, state_of
+from pagelens.vm.vma import Vma
+from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
 from pagelens.why.evidence import Area, Origin
 from pagelens.why.facts import I64, Call, Facts, Faults, Task
 from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
@@ -65,7 +66,8 @@ class Replay:
         self.facts = facts
         thp = str(facts.settings.get("thp", "madvise"))
         self.thp = thp
-        self.effects = Effects(thp, facts.last)
+        self.effects = Effects(thp, facts.last, facts.settings.get("filesystems"))
+        self._mm_of: dict[int, int] = {}  # by pid, now
         self.lives = Lives()
         self.spaces: dict[int, Space] = {}
         self.family = Family()
@@ -95,11 +97,14 @@ class Replay:
             self._begin(mm)
             self._users[mm] = 1
         steps: list[tuple[int, int, Call | Task]] = [
-            (effect_time(c), c.seq, c) for c in self.facts.calls if self.effects.handles(c.name)
+            (effect_time(c), c.seq, c) for c in self.facts.calls if self.effects.handles(c.name) or _clears(c)
         ]
         steps += [(t.time, t.seq, t) for t in self.facts.tasks]
         steps.sort(key=lambda s: s[:2])
         for time, _, event in steps:
+            if isinstance(event, Call) and _clears(event):
+                self._clear(int(event.detail), time)
+                continue
             space = self.spaces.get(event.mm)
             if space is not None:
                 self._flush(space, time)
@@ -130,7 +135,7 @@ class Replay:
         elif snapshot is not None:
             for vma in snapshot.vmas:
                 key = self.lives.begin(vma.pages, mm, Origin.SNAPSHOT, -1, -1)
-                space.insert(Seg(vma.start, vma.end, key, self.lives.intern(state_of(vma, self.thp))))
+                space.insert(Seg(vma.start, vma.end, key, self.lives.intern(self._state(vma))))
             self.first_keys[mm] = (
                 list(space.starts),
                 [Seg(s.start, s.end, s.key, s.state) for s in space.segs],
@@ -148,14 +153,28 @@ class Replay:
             later = last.vmas.find(vma.start) if last and origin is Origin.SNAPSHOT else None
             if later is not None and later.start == vma.start and later.end >= vma.end:
                 continue  # the same, or grown: as it was at the end
-            space.map(vma.start, vma.end, state_of(vma, self.thp), origin, -1, -1)
+            space.map(vma.start, vma.end, self._state(vma), origin, -1, -1)
         self.first_keys[space.mm] = (
             list(space.starts),
             [Seg(s.start, s.end, s.key, s.state) for s in space.segs],
         )
 
+    def _state(self, vma: Vma) -> State:
+        return state_of(vma, self.thp, self.effects.files)
+
+    def _clear(self, pid: int, time: int) -> None:
+        # Whoever wrote it: the file's directory says whose pages are meant.
+        space = self.spaces.get(self._mm_of.get(pid, -1))
+        if space is not None:
+            self._flush(space, time)
+            clear_refs(space, time)
+
     def _task(self, task: Task) -> None:
         users = self._users
+        if task.name in ("fork", "start"):
+            self._mm_of[int(task.args[0])] = int(task.args[3])
+        elif task.name == "exec":
+            self._mm_of[task.pid] = int(task.args[1])
         if task.name == "fork":
             flags, child = int(task.args[2]), int(task.args[3])
             users[child] += 1
@@ -252,6 +271,10 @@ class Replay:
     def _put(self, i: int, seg: Seg, addr: int) -> None:
         self.key[i] = seg.key + ((addr - seg.start) >> PAGE_SHIFT)
         self.state[i] = seg.state
+
+
+def _clears(call: Call) -> bool:
+    return call.name == "write" and call.detail.isdigit() and call.args[1] == ord("4")
 
 
 def with_new_mm(facts: Facts) -> Faults:

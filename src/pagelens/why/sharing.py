@@ -24,8 +24,9 @@ FOREVER = 1 << 62
 EXIT_SLACK = 2_000_000  # ns between the end of an address space and the event that tells it
 
 
-def sharers(run: Replayed, rows: I64, last_seen: dict[int, int]) -> I64:
-    """Sharers of each fault in `rows` (indices). last_seen: mm -> ns of its last own event."""
+def sharers(run: Replayed, rows: I64, last_seen: dict[int, int], when: I64) -> I64:
+    """Sharers of each fault in `rows` (indices). last_seen: mm -> ns of its last own event. when: ns of each
+    fault, as it stands to forks."""
     writes = _Writes(run)
     faults = run.faults
     out = np.full(len(rows), int(Sharers.GONE), np.int64)
@@ -35,7 +36,7 @@ def sharers(run: Replayed, rows: I64, last_seen: dict[int, int]) -> I64:
     mms = faults.mm[rows]
     for mm in np.unique(mms).tolist():
         mine = np.flatnonzero(mms == mm)
-        time = faults.time[rows[mine]]
+        time = when[mine]
         page = (faults.addr[rows[mine]] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
         group = relatives[mm]
         # Of thousands of short-lived children only those that lived at the time of a fault are looked at.

@@ -21,6 +21,8 @@ from pagelens.why.evidence import Area, Mark, Origin
 I64 = npt.NDArray[np.int64]
 
 NO_LINK, FORK_LINK, DROP_LINK = 0, 1, 2
+# State.uffd: registration modes; ASYNC: write protection without a handler; BEFORE: registered before we looked.
+UFFD_MISSING, UFFD_WP, UFFD_MINOR, UFFD_ASYNC, UFFD_BEFORE = 1, 2, 4, 8, 16
 # Keys of pages in ranges that nothing is known of: by mm and page number, far above the counted ones.
 UNSEEN_KEY = 1 << 60
 
@@ -32,7 +34,7 @@ class State(NamedTuple):
     prot: int
     grows: bool = False
     huge: bool = False  # transparent huge pages may be made here
-    uffd: bool = False
+    uffd: int = 0  # UFFD_* bits: how the range is registered with userfaultfd
     guard: bool = False
     populated: int = -1
     populated_write: bool = False
@@ -40,6 +42,9 @@ class State(NamedTuple):
     mark_time: int = -1
     prot_time: int = -1
     sync_time: int = -1
+    wp_time: int = -1  # write-protected: by UFFDIO_WRITEPROTECT or PAGEMAP_SCAN
+    clear_time: int = -1  # write-protected: by a 4 in clear_refs
+    mergeable: bool = False  # KSM may merge its pages
     dontfork: bool = False
     wipeonfork: bool = False
     made: int = -1  # seq of the call that mapped it, -1 = it was there at the first snapshot
@@ -115,6 +120,7 @@ class Space:
         self.segs: list[Seg] = []
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
         self.drops: list[tuple[int, int, int]] = []  # (start, end, ns) of everything that took pages away
+        self.mergeable = False  # PR_SET_MEMORY_MERGE
         self.future: int = 0  # mlockall(MCL_FUTURE): 1, with ONFAULT: 2
         self._columns: tuple[I64, I64, I64, I64] | None = None
 
@@ -169,6 +175,8 @@ class Space:
             state = state._replace(
                 populated=time if self.future == 1 else -1, populated_write=bool(state.prot & 2)
             )
+        if self.mergeable:
+            state = state._replace(mergeable=True)
         key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
         self.insert(Seg(start, end, key, self.lives.intern(state)))
 
@@ -189,20 +197,22 @@ class Space:
             seg.key = self.lives.begin(
                 pages, self.mm, Origin.DONTNEED, time, seq, DROP_LINK, seg.key, state.populated >= 0
             )
-            seg.state = self.lives.intern(state._replace(populated=-1, mark=Mark.NONE, mark_time=-1))
+            seg.state = self.lives.intern(
+                state._replace(populated=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
+            )
         self._columns = None
 
     def fork(self, mm: int, time: int, seq: int) -> Space:
         """The child's address space (dup_mmap, kernel/fork.c)."""
         child = Space(mm, self.lives, self.seen)
+        child.mergeable = self.mergeable
         for seg in self.segs:
             state = self.lives.states[seg.state]
             if state.dontfork:
                 continue
             link, parent = (NO_LINK, -1) if state.wipeonfork else (FORK_LINK, seg.key)
-            state = state._replace(
-                uffd=False
-            )  # dup_userfaultfd: without EVENT_FORK the child is not registered
+            # dup_userfaultfd: without EVENT_FORK the child is not registered
+            state = state._replace(uffd=0, wp_time=-1)
             if state.wipeonfork:
                 state = state._replace(populated=-1, mark=Mark.NONE)
             pages = (seg.end - seg.start) >> PAGE_SHIFT

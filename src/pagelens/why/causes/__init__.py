@@ -26,6 +26,7 @@ from pagelens.why.causes import (
     swap_in,
     userfault,
     write_notify,
+    write_protected,
     zero_page_write,
 )
 from pagelens.why.causes._rule import Finding, Rule
@@ -44,6 +45,8 @@ RULES: tuple[Rule, ...] = (
     sharers_gone.RULE,
     write_notify.RULE,
     mprotect_upgrade.RULE,
+    write_protected.RULE,
+    write_protected.RULE_KSM,
     stack_growth.RULE,
     after_advice.RULE,
     after_advice.RULE_FREE,

@@ -8,7 +8,7 @@ from pagelens.why.causes._rule import Finding, Rule, allowed
 from pagelens.why.evidence import Area, Evidence, Race
 from pagelens.why.verdict import CERTAIN, LIKELY
 
-_FILES = (Area.FILE, Area.SHARED_FILE, Area.SHMEM, Area.HUGETLB)
+_FILES = (Area.FILE, Area.SHARED_FILE, Area.SHMEM)
 
 
 def _whose(e: Evidence) -> str:
@@ -39,11 +39,13 @@ def _end_of_file(e: Evidence) -> Finding | None:
 
 
 def _gave_up(e: Evidence) -> Finding | None:
-    if not (e.failed and e.area is Area.ANON and allowed(e)) or e.race is Race.CALL:
+    if not (e.failed and e.area in (Area.ANON, Area.HUGETLB) and allowed(e)) or e.race is Race.CALL:
         return None
     text = (
         "the mapping allowed it, yet the fault did not complete: fatal signal, guard page, or out of memory"
     )
+    if e.area is Area.HUGETLB:
+        text = "the mapping allowed it, yet no huge page was free (or the file ends before)"
     return Finding(text + _whose(e), LIKELY)
 
 

@@ -5,7 +5,7 @@ entry).
 from __future__ import annotations
 
 from pagelens.why.causes._rule import Finding, Rule, allowed, ordinary, private
-from pagelens.why.evidence import Area, Evidence, Forked, Prior, Race
+from pagelens.why.evidence import Area, Evidence, Forked, Guarded, Prior, Race
 from pagelens.why.verdict import LIKELY
 
 
@@ -22,8 +22,9 @@ def _holds(e: Evidence) -> Finding | None:
         return None
     if not e.write:
         return Finding("read of a present page that the rights allow: a stale TLB entry", LIKELY)
-    writable = private(e) and e.prior is Prior.ANON and e.forked is Forked.NONE and not e.rearmed
-    if writable or (e.area is Area.SHMEM and not e.rearmed):
+    if e.rearmed or e.guarded is not Guarded.NONE:
+        return None
+    if e.area is Area.SHMEM or (private(e) and e.prior is Prior.ANON and e.forked is Forked.NONE):
         return Finding("the page was writable already: a stale TLB entry", LIKELY)
     return None
 

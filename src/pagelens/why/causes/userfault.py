@@ -12,6 +12,8 @@ from pagelens.why.verdict import CERTAIN, LIKELY
 def _holds(e: Evidence) -> Finding | None:
     if e.failed or not e.uffd:
         return None
+    if e.present and e.race is not Race.HANDLER:
+        return Finding("write to a page that had been write-protected through userfaultfd", LIKELY)
     sure = CERTAIN if e.race is Race.HANDLER else LIKELY
     return Finding("a userfaultfd handler resolved it while the thread waited", sure)
 
