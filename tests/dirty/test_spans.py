@@ -94,6 +94,19 @@ def test_an_epoch_answers_for_names_regions_and_addresses() -> None:
 def test_curve_is_the_union_of_windows() -> None:
     curve = forecast.curve([_spans({0, 1}), _spans({1, 2}), _spans({0, 1}), _spans({9})], 0.1, 100)
     assert curve.points == ((0.1, 1.75), (0.2, 3.0), (0.4, 4.0))
+    assert curve.worst == ((0.1, 2.0), (0.2, 3.0), (0.4, 4.0))
+
+
+def test_forecast_of_bursts_says_may_converge() -> None:
+    # One epoch of ten dirties 500 pages, the others 10: the mean meets the pause, a burst does not.
+    dirty = [_spans(set(range(500 if i == 5 else 10))) for i in range(10)]
+    told = forecast.forecast(forecast.curve(dirty, 0.01, 10_000), 100 * PAGE / 0.01, 0.02)
+    assert (told.converges, told.worst.converges, told.verdict) == (True, False, "may converge")
+    assert told.worst.downtime_s > told.downtime_s
+    assert "may converge" in told.text()
+    # Each round costs a look too.
+    slow = forecast.forecast(forecast.curve(dirty, 0.01, 10_000, 0.03), 100 * PAGE / 0.01, 0.02)
+    assert slow.verdict == "does not converge"
 
 
 def test_forecast_converges_and_does_not() -> None:

@@ -129,9 +129,12 @@ def test_follow_lists_what_a_new_child_holds(subjects: Subjects) -> None:
 def test_forecast_heat_and_faces(subjects: Subjects, tmp_path: Path) -> None:
     with Puppet(subjects("puppet")) as puppet:
         args = ("--interval", "0.05", "--count", "2", puppet.pid)
-        text = _dirty("--forecast", "1G,10ms", "--heat", *args).stdout
+        text = _dirty("--forecast", "1G,500ms", "--heat", *args).stdout
         assert "pre-copy converges" in text
         assert "method: pagescan; complete: yes" in text
+        last = _dirty("--forecast", "1G,500ms", "--format", "json", *args).stdout.splitlines()[-1]
+        schema = json.loads((ROOT / "docs/schemas/dirty-forecast.json").read_text())
+        jsonschema.validate(json.loads(last), schema)
         assert _dirty("--oneline", *args).stdout.count("|") == 4
         assert _dirty("--format", "csv", *args).stdout.startswith("epoch,pid,time_ns")
         out = tmp_path / "dirty.parquet"

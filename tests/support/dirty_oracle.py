@@ -154,8 +154,8 @@ class Judge:
                 return new
             case Why.DISCARDED:  # an untouched page of a huge page had contents too: zeros
                 return new or kind == "h"
-            case Why.HUGE:
-                return kind == "h"
+            case Why.HUGE:  # for soft-dirty also what a write fault mapped of a large folio
+                return kind == "h" or (Why.VMA_FLAG in self._allowed and kind in "sg")
             case Why.DROPPED:
                 return kind in "sg"
         return True

@@ -33,7 +33,8 @@ class Command:
 
     The process is asked for one system call (userfaultfd) and left alone; when pagelens ends, however it
     ends, nothing of the tracking remains. `--backend` names another way (see docs/dirty.md for what each may
-    list too much or miss). JSON: one object a line and epoch (docs/schemas/dirty.json).
+    list too much or miss). JSON: one object a line and epoch (docs/schemas/dirty.json), and the forecast last
+    (docs/schemas/dirty-forecast.json).
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
@@ -43,7 +44,10 @@ class Command:
             "target", nargs="*", metavar="PID | CMD", help="a process id, or -- and a command"
         )
         parser.add_argument(
-            "--interval", type=float, metavar="S", help="seconds an epoch (default: 1; CMD: its run)"
+            "--interval",
+            type=float,
+            metavar="S",
+            help="seconds an epoch (default: 1; CMD: its run; --forecast: the pause)",
         )
         parser.add_argument("--count", type=int, metavar="N", help="end after N epochs")
         parser.add_argument(
@@ -56,7 +60,11 @@ class Command:
         parser.add_argument("--content", action="store_true", help="tell pages rewritten with the same bytes")
         parser.add_argument("--follow", action="store_true", help="the children too")
         parser.add_argument("--keep-huge", action="store_true", help="leave huge pages unarmed and unsplit")
-        parser.add_argument("--forecast", metavar="BANDWIDTH,PAUSE", help="pre-copy forecast, as 1G,10ms")
+        parser.add_argument(
+            "--forecast",
+            metavar="BANDWIDTH,PAUSE",
+            help="pre-copy forecast: bytes a second, longest pause, as 1G,10ms",
+        )
         add_output_arguments(parser)
 
     def run(self, args: argparse.Namespace) -> int:
@@ -136,7 +144,8 @@ class _Session:
         if pid == os.getpid():
             raise UsageError("that is pagelens itself; pagelens.track() watches its own process")
         tracker = self.make(pid)
-        interval = self.args.interval or 1.0
+        # A forecast is about rounds as short as the pause: epochs of a second would only be stretched to it.
+        interval = self.args.interval or (min(1.0, max(0.01, self.plan[1])) if self.plan else 1.0)
         ended = False
         with self._watching(tracker) as looks:
             try:
@@ -249,20 +258,11 @@ class _Session:
 
         assert self.plan is not None
         epochs = [e for e in self.epochs if e.pid == self.epochs[0].pid]
-        span = sum(e.span_ns for e in epochs) / len(epochs) / 1e9
         writable = spans.of((v.start, v.end) for v in epochs[-1].vmas if "w" in v.perms)
         total = epochs[-1].details.get("content_pages", writable.pages)
-        curve = forecast.curve([e.spans for e in epochs], span, int(total))
-        made = forecast.forecast(curve, *self.plan)
-        return {
-            "converges": made.converges,
-            "rounds": [{"seconds": s, "pages": p} for s, p in made.rounds],
-            "downtime_s": made.downtime_s,
-            "floor_s": made.floor_s,
-            "bytes": made.total_bytes,
-            "curve": [{"seconds": s, "pages": p} for s, p in curve.points],
-            "text": made.text(),
-        }
+        cost = sum(e.cost_ns for e in epochs) / len(epochs) / 1e9
+        curve = forecast.curve([e.spans for e in epochs], [e.span_ns / 1e9 for e in epochs], int(total), cost)
+        return forecast.as_dict(curve, forecast.forecast(curve, *self.plan))
 
     def _closing(self) -> list[str]:
         if not self.epochs:

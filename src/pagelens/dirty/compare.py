@@ -70,8 +70,10 @@ class All:
         return look
 
     def _both(self) -> tuple[Look, Any, Spans]:
-        look = self._scan.look()
+        # Soft-dirty is read first: pagescan's look registers what is new, the registered vma merges with its
+        # neighbour, and since 6.19 the whole of it takes the new one's VM_SOFTDIRTY (VM_STICKY, mm/vma.c).
         pages, flagged = self._soft.read_step()
+        look = self._scan.look()
         self._soft.clear_step()
         return look, pages, flagged
 

@@ -25,7 +25,7 @@ class Why(enum.IntEnum):
     """Why a page is listed. The order is the precedence where several hold."""
 
     WRITTEN = 1  # a store, or the kernel writing for a system call, since the last look
-    HUGE = 2  # one of the 512 pages of a huge mapping of which some byte was written
+    HUGE = 2  # one of the pages of a huge page (soft-dirty: or large folio) of which some byte was written
     NEW = 3  # its mapping (or process image) was first seen at this look: everything that it holds
     DISCARDED = 4  # it had contents and reads as zeros, or as the file, now: DONTNEED, remapped, truncated
     DROPPED = 5  # file-backed or shared: its page-table entry went away; whether it was written is not known

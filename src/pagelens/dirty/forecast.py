@@ -2,18 +2,23 @@
 
 Round 0 sends everything; while it is on its way the program dirties D(T) distinct pages, T being the round's
 time; round 1 sends those, and so on. D is measured, not assumed: the union of the dirty sets of k successive
-epochs is one point of it, at k epochs' length. Between points D is interpolated in log-log; beyond them it
-goes on with the slope of the nearest two. (Real curves bend down with time, so below the shortest interval
-this forecasts too many pages rather than too few.)
+epochs is one point of it, at the time that those epochs took. Between points D is interpolated in log-log;
+beyond them it goes on with the slope of the nearest two. (Real curves bend down with time, so below the
+shortest interval this forecasts too many pages rather than too few.)
+
+Two curves make a band: the mean over all windows of k epochs, and the worst window of all. A program works in
+bursts, and a pre-copy stops in one window, not in the mean of them: what holds for both curves is said without
+reserve, what holds for the mean only is said as "may". A round costs what a look costs, besides its pages.
 Rejected: a constant dirty rate (hot pages are dirtied again and again: it forecasts no convergence for most
-real programs).
+real programs); the mean curve alone (it promised 3 rounds where an actual pre-copy took 15).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from pagelens.dirty import spans
 from pagelens.dirty.spans import Spans
@@ -25,10 +30,18 @@ MAX_ROUNDS = 30
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Distinct pages dirtied within an interval: (seconds, pages), ascending. total: pages to send first."""
+    """Distinct pages dirtied within an interval: (seconds, pages), ascending. total: pages to send first.
+    worst: the same of the worst window measured; empty: as `points`. round_s: what each round costs besides
+    its pages (a look)."""
 
     points: tuple[tuple[float, float], ...]
     total: int
+    worst: tuple[tuple[float, float], ...] = ()
+    round_s: float = 0.0
+
+    def of_worst(self) -> Curve:
+        """The curve of the worst windows."""
+        return replace(self, points=self.worst or self.points)
 
     def pages(self, seconds: float) -> float:
         """D(seconds)."""
@@ -54,30 +67,41 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
     return min(1.0, max(0.0, math.log(right[1] / left[1]) / math.log(right[0] / left[0])))
 
 
-def curve(dirty: Sequence[Spans], seconds: float, total: int) -> Curve:
-    """D from the dirty sets of successive epochs of `seconds` each; total: pages with contents.
+def curve(
+    dirty: Sequence[Spans], seconds: float | Sequence[float], total: int, round_s: float = 0.0
+) -> Curve:
+    """D from the dirty sets of successive epochs of `seconds` each (one number, or each epoch's own); total:
+    pages with contents; round_s: what a look costs.
 
-    The point at k epochs is the mean over all windows of k (k = 1, 2, 4, …). Raises UsageError for none."""
+    The point at k epochs is the mean, and the worst, over all windows of k (k = 1, 2, 4, …). Raises UsageError
+    for none."""
     if not dirty:
         raise UsageError("a forecast needs at least one epoch")
-    points = []
+    length = [seconds] * len(dirty) if isinstance(seconds, float | int) else list(seconds)
+    mean, worst = [], []
     size = 1
     while size <= len(dirty):
-        sums = []
+        sums, spent = [], []
         for at in range(0, len(dirty) - size + 1, size):
             union = spans.EMPTY
             for one in dirty[at : at + size]:
                 union = spans.union(union, one)
             sums.append(union.pages)
-        points.append((seconds * size, sum(sums) / len(sums)))
+            spent.append(sum(length[at : at + size]))
+        took = sum(spent) / len(spent)
+        mean.append((took, sum(sums) / len(sums)))
+        # At the rate of the worst window, so that one that merely took longer is not the worst for that.
+        worst.append((took, max(n * min(1.0, took / t) for n, t in zip(sums, spent, strict=True))))
         size *= 2
-    return Curve(tuple(points), total)
+    highest = [max(n for _, n in worst[: i + 1]) for i in range(len(worst))]  # never falls: it is a union
+    bad = tuple((took, max(n, high)) for (took, n), high in zip(worst, highest, strict=True))
+    return Curve(tuple(mean), total, bad, round_s)
 
 
 @dataclass(frozen=True, slots=True)
-class Forecast:
+class Course:
     """rounds: (seconds, pages) sent while the program runs; downtime_s: the last transfer, with the program
-    stopped; converges: whether it meets the pause budget; floor_s: the least downtime that more rounds reach.
+    stopped; converges: whether that meets the pause budget; floor_s: the least downtime that more rounds reach.
     """
 
     rounds: tuple[tuple[float, int], ...]
@@ -86,34 +110,98 @@ class Forecast:
     total_bytes: int
     floor_s: float
 
+
+@dataclass(frozen=True, slots=True)
+class Forecast(Course):
+    """The course by the mean curve, and by that of the worst windows in `worst`. unmeasured: rounds of the two
+    that are shorter than the shortest interval measured (their pages are an upper estimate)."""
+
+    worst: Course
+    unmeasured: int
+
+    @property
+    def verdict(self) -> str:
+        """ "converges", "may converge" (by the mean, not by the worst windows) or "does not converge"."""
+        if self.converges:
+            return "converges" if self.worst.converges else "may converge"
+        return "does not converge"
+
     def text(self) -> str:
         """One sentence."""
-        verdict = "converges" if self.converges else "does not converge"
-        return (
-            f"pre-copy {verdict}: {len(self.rounds)} rounds, {self.total_bytes / 2**20:.1f} MiB sent, "
-            f"downtime {self.downtime_s * 1e3:.2f} ms (floor {self.floor_s * 1e3:.2f} ms)"
+        sent = _band(self.total_bytes / 2**20, self.worst.total_bytes / 2**20, ".1f")
+        down = _band(self.downtime_s * 1e3, self.worst.downtime_s * 1e3, ".2f")
+        floor = _band(self.floor_s * 1e3, self.worst.floor_s * 1e3, ".2f")
+        rounds = _band(len(self.rounds), len(self.worst.rounds), "d")
+        text = (
+            f"pre-copy {self.verdict}: {rounds} round{'' if rounds == '1' else 's'}, {sent} MiB sent,"
+            f" downtime {down} ms (floor {floor} ms); from the mean to the worst windows measured"
         )
+        if self.unmeasured:
+            text += (
+                "; rounds shorter than the epochs are estimated from above (a shorter --interval measures)"
+            )
+        return text
+
+
+def _band(low: float, high: float, form: str) -> str:
+    first, second = sorted((format(low, form), format(high, form)), key=float)
+    return first if first == second else f"{first} to {second}"
 
 
 def forecast(measured: Curve, bandwidth: float, pause: float) -> Forecast:
     """bandwidth: bytes a second; pause: seconds that the program may stand still."""
     if bandwidth <= 0 or pause < 0:
         raise UsageError("bandwidth must be positive, and the pause not negative")
+    expected = _course(measured, bandwidth, pause)
+    worst = _course(measured.of_worst(), bandwidth, pause)
+    shortest = measured.points[0][0]
+    unmeasured = sum(s < shortest * 0.9 for course in (expected, worst) for s, _ in course.rounds)
+    return Forecast(
+        expected.rounds, expected.downtime_s, expected.converges, expected.total_bytes, expected.floor_s,
+        worst, unmeasured,
+    )  # fmt: skip
+
+
+def _course(measured: Curve, bandwidth: float, pause: float) -> Course:
     rounds: list[tuple[float, int]] = []
     pages = float(measured.total)
     best = math.inf
     while True:
-        seconds = pages * PAGE_SIZE / bandwidth
-        best = min(best, seconds)
-        if rounds and (seconds <= pause or len(rounds) >= MAX_ROUNDS):
+        down = pages * PAGE_SIZE / bandwidth + measured.round_s
+        best = min(best, down)
+        if rounds and (down <= pause or len(rounds) >= MAX_ROUNDS):
             break
-        following = measured.pages(seconds)
-        rounds.append((seconds, round(pages)))
+        following = measured.pages(down)
+        rounds.append((down, round(pages)))
         if len(rounds) > 1 and following >= pages * 0.98:  # stands still: more rounds change nothing
             pages = following
-            best = min(best, pages * PAGE_SIZE / bandwidth)
+            down = pages * PAGE_SIZE / bandwidth + measured.round_s
+            best = min(best, down)
             break
         pages = following
-    down = pages * PAGE_SIZE / bandwidth
     sent = sum(n for _, n in rounds) + round(pages)
-    return Forecast(tuple(rounds), down, down <= pause, sent * PAGE_SIZE, best)
+    return Course(tuple(rounds), down, down <= pause, sent * PAGE_SIZE, best)
+
+
+def as_dict(measured: Curve, made: Forecast) -> dict[str, Any]:
+    """The JSON object of a forecast (docs/schemas/dirty-forecast.json)."""
+
+    def course(one: Course) -> dict[str, Any]:
+        return {
+            "converges": one.converges,
+            "rounds": [{"seconds": s, "pages": n} for s, n in one.rounds],
+            "downtime_s": one.downtime_s,
+            "floor_s": one.floor_s,
+            "bytes": one.total_bytes,
+        }
+
+    return course(made) | {
+        "worst": course(made.worst),
+        "verdict": made.verdict,
+        "unmeasured_rounds": made.unmeasured,
+        "curve": [
+            {"seconds": s, "pages": n, "worst": w}
+            for (s, n), (_, w) in zip(measured.points, measured.worst or measured.points, strict=True)
+        ],
+        "text": made.text(),
+    }

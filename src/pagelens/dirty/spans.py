@@ -51,8 +51,10 @@ def joined(start: U64, end: U64) -> Spans:
     """Touching neighbours become one span; the input is ascending and disjoint."""
     if len(start) < 2:
         return Spans(start, end)
-    gap = start[1:] != end[:-1]
-    return Spans(start[np.concatenate(([True], gap))], end[np.concatenate((gap, [True]))])
+    gap = np.flatnonzero(start[1:] != end[:-1])
+    if len(gap) == len(start) - 1:
+        return Spans(start, end)
+    return Spans(np.concatenate((start[:1], start[gap + 1])), np.concatenate((end[gap], end[-1:])))
 
 
 def overlaps(a: Spans, b: Spans) -> tuple[Spans, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -82,6 +84,8 @@ def minus(a: Spans, b: Spans) -> Spans:
     """What is in `a` and not in `b`."""
     if not a or not b:
         return a
+    if a is b:
+        return EMPTY
     holes = Spans(
         np.concatenate((np.zeros(1, np.uint64), b.end)), np.concatenate((b.start, np.array([_TOP])))
     )
@@ -111,4 +115,6 @@ def _merged(start: U64, end: U64) -> Spans:
 
 def same(a: Spans, b: Spans) -> bool:
     """Whether both hold the same spans."""
-    return np.array_equal(a.start, b.start) and np.array_equal(a.end, b.end)
+    if a is b:
+        return True
+    return len(a.start) == len(b.start) and bool((a.start == b.start).all() and (a.end == b.end).all())

@@ -15,10 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.linux import native
+from pagelens.linux.pagemap import PFN_MASK
 from pagelens.vm.errors import CapabilityMissingError
 from pagelens.vm.pages import I64, U64, PageRuns
+from pagelens.vm.units import PAGE_SHIFT
 
 _NONE = np.uint64((1 << 64) - 1)  # no entry: neither file ever has this value
+_PRESENT = 63  # bit of a pagemap entry
+_COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 _GAP = 32  # frames: reading a few frames too many is cheaper than another pread
 
 
@@ -48,24 +52,47 @@ def lookup(name: str, pfn: U64) -> tuple[U64, npt.NDArray[np.bool_]]:
 
 
 def _read(name: str, start: U64, count: U64) -> U64:
+    try:
+        fd = os.open(f"/proc/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return _pread(fd, start, count)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise CapabilityMissingError(
+            f"cannot read /proc/{name}: {exc.strerror}", capability=name, fix="run pagelens as root (sudo)"
+        ) from None
+
+
+def _pread(fd: int, start: U64, count: U64) -> U64:
     # The entries of all runs, one after another; _NONE behind the end of the file.
     out = np.full(int(count.sum()), _NONE, dtype=np.uint64)
     core = native.library()
     core.pl_pread_u64.argtypes = [ctypes.c_int, ctypes.c_size_t] + [ctypes.c_void_p] * 3
     start, count = np.ascontiguousarray(start), np.ascontiguousarray(count)
-    try:
-        fd = os.open(f"/proc/{name}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            error = core.pl_pread_u64(fd, len(start), start.ctypes.data, count.ctypes.data, out.ctypes.data)
-        finally:
-            os.close(fd)
-        if error:
-            raise OSError(-error, os.strerror(-error))
-    except OSError as exc:
-        raise CapabilityMissingError(
-            f"cannot read /proc/{name}: {exc.strerror}", capability=name, fix="run pagelens as root (sudo)"
-        ) from None
+    error = core.pl_pread_u64(fd, len(start), start.ctypes.data, count.ctypes.data, out.ctypes.data)
+    if error:
+        raise OSError(-error, os.strerror(-error))
     return out
+
+
+def in_large_folios(pagemap_fd: int, start: U64, end: U64) -> U64:
+    """uint64[n]: the addresses of those pages of [start, end) (bytes, ascending) that lie in a large folio.
+
+    Raises CapabilityMissingError where frames are hidden (CAP_SYS_ADMIN)."""
+    count = (end - start) >> np.uint64(PAGE_SHIFT)
+    entry = _pread(pagemap_fd, start >> np.uint64(PAGE_SHIFT), count)
+    here = ((entry >> np.uint64(_PRESENT)) & np.uint64(1)).astype(bool) & (entry != _NONE)
+    run = np.repeat(np.arange(len(start)), count.astype(np.int64))
+    within = np.arange(len(entry), dtype=np.uint64) - (np.cumsum(count) - count)[run]
+    address = (start[run] + (within << np.uint64(PAGE_SHIFT)))[here]
+    flags, known = lookup("kpageflags", entry[here] & np.uint64(PFN_MASK))
+    if len(known) and not known.any():
+        raise CapabilityMissingError(
+            "frame numbers are hidden", capability="kpageflags", fix="run pagelens as root (sudo)"
+        )
+    large: U64 = address[known & ((flags & np.uint64(_COMPOUND)) != 0)]
+    return large
 
 
 def annotate(runs: PageRuns) -> PageRuns:
