@@ -24,7 +24,7 @@ from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.verify import verify
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import read_memory
-from pagelens.vm.errors import UsageError
+from pagelens.vm.errors import DamagedInputError, UsageError
 from support.puppet import MADV, MAP_ANON, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_NONE, PROT_READ, RW, Puppet
 from support.scribe import Scribe, process_state
 from support.subjects import Subjects
@@ -303,6 +303,23 @@ def test_a_sleep_is_not_cut_short_with_eintr(tmp_path: Path) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_touched(puppet: Puppet, tmp_path: Path) -> None:
+    area = puppet.mmap(4)
+    puppet.tell("malloc", 100)
+    puppet.write(area, 4, value=1)
+    settle(puppet.pid)
+    dump(puppet.pid, tmp_path / "c")
+    puppet.write(area, 4, value=2)
+    settle(puppet.pid)
+    pack = bytearray((tmp_path / "c" / "pages.pack").read_bytes())
+    pack[len(pack) // 2] ^= 4
+    (tmp_path / "c" / "pages.pack").write_bytes(pack)
+    before = open_side(puppet.pid)
+    with pytest.raises(DamagedInputError, match="block"):
+        rollback(puppet.pid, Stored.open(tmp_path / "c"))
+    assert diff(before, open_side(puppet.pid)).same
 
 
 def altstack(puppet: Puppet, *change: int) -> tuple[int, int, int]:

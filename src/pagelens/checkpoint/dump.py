@@ -18,9 +18,9 @@ from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import OWN, Kind, ProcessState, Rows, compress, per_page
 from pagelens.checkpoint.memory import InMemory
 from pagelens.checkpoint.reuse import Reuse
-from pagelens.checkpoint.state import identities, read_state
+from pagelens.checkpoint.state import identities, prepare, read_state
 from pagelens.checkpoint.store import Writer
-from pagelens.linux import altstack, maps, pagecopy, pagemap, smaps
+from pagelens.linux import maps, pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.vm.units import PAGE_SIZE, AddrRange
@@ -78,7 +78,7 @@ def dump(
             held = Held(pid, timeout=timeout)
             ahead, _ = smaps.read(proc)
             room = _prepared(proc, within)
-            altstack.prepare()
+            prepare()
             with held:
                 state, plan, holes = _observe(proc, held, within, with_files, ahead)
                 if plan.pages * PAGE_SIZE <= memory_budget():

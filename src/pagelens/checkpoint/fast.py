@@ -33,8 +33,8 @@ from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import Kind, per_page
 from pagelens.checkpoint.memory import InMemory, capture
 from pagelens.checkpoint.rollback import rollback_held
-from pagelens.checkpoint.state import children, identities, open_files
-from pagelens.linux import altstack, pagecopy, pagescan
+from pagelens.checkpoint.state import children, identities, open_files, prepare
+from pagelens.linux import pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.native import library
@@ -113,7 +113,7 @@ class Checkpoint:
     def take(cls, pid: int, *, watch: bool = True) -> Checkpoint:
         """Save process `pid` now. Raises UsageError, TargetGoneError, CapabilityMissingError (no userfaultfd
         WP_ASYNC or PAGEMAP_SCAN: Linux 6.7; no PROCMAP_QUERY: 6.11)."""
-        altstack.prepare()
+        prepare()
         proc = Process.open(pid)
         point = cls(proc, watch=watch)
         try:

@@ -17,8 +17,9 @@ import numpy as np
 
 from pagelens.checkpoint.image import Kind
 from pagelens.checkpoint.memory import InMemory, capture
+from pagelens.checkpoint.state import prepare
 from pagelens.checkpoint.stored import Stored
-from pagelens.linux import altstack, pagecopy
+from pagelens.linux import pagecopy
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.vm.units import PAGE_SIZE
@@ -71,7 +72,7 @@ def open_side(what: str | int | Path) -> Side:
     text = str(what)
     if text.isdigit() and not is_checkpoint(text):
         pid = int(text)
-        altstack.prepare()
+        prepare()
         with Process.open(pid) as proc, pagecopy.MemoryFile(pid) as mem, Held(pid) as held:
             return capture(proc, held, mem)
     return Stored.open(text)

@@ -25,9 +25,9 @@ from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import Kind, ProcessState, ThreadState, per_page
 from pagelens.checkpoint.memory import InMemory
 from pagelens.checkpoint.remote import NR, Caller, backing_key
-from pagelens.checkpoint.state import read_state
+from pagelens.checkpoint.state import prepare, read_state
 from pagelens.checkpoint.stored import Stored
-from pagelens.linux import altstack, pagecopy, pagemap, smaps
+from pagelens.linux import pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import Call
 from pagelens.linux.procfs import Process
@@ -76,7 +76,8 @@ def rollback(pid: int, store: Stored, *, accept: Collection[str] = (), dry_run: 
     flat = per_page(store.rows)
     if (flat["kind"] == Kind.UNREADABLE).any():
         raise UsageError(f"{store.path} lacks pages that could not be read; it cannot be rolled back to")
-    altstack.prepare()
+    prepare()
+    store.check(store.locate(flat["start"]))  # all that may be needed; before it is held
     with Process.open(pid, starttime=saved.starttime if pid == saved.pid else None) as proc:
         held = Held(pid)
         with held, pagecopy.MemoryFile(pid, write=True) as mem:
@@ -137,7 +138,6 @@ class _Job:
             raise UsageError(
                 f"the leader of process {self.proc.pid} has exited; it cannot make the calls needed"
             )
-        self.store.hashes(self.store.locate(self.flat["start"]))
         return [c.text for c in found if c.kind in accept], notes
 
     def _needs_calls(self) -> bool:

@@ -155,10 +155,8 @@ class Stored:
             self._cache.move_to_end(number)
             return held
         row = self.blocks[number]
-        offset, stored, pages = int(row["offset"]), int(row["stored"]), int(row["pages"])
-        raw = np.asarray(self._pack[offset : offset + stored])
-        if len(raw) != stored or pagecopy.hash_bytes(raw) != int(row["sum"]):
-            raise DamagedInputError(f"{self.path}/pages.pack: block {number} at byte {offset} is damaged")
+        pages = int(row["pages"])
+        raw = self._raw(number)
         if row["codec"] != RAW:
             import zstandard
 
@@ -174,6 +172,23 @@ class Stored:
         if len(self._cache) > _CACHE_BLOCKS:
             self._cache.popitem(last=False)
         return out
+
+    def _raw(self, number: int) -> np.ndarray:
+        # A block as it lies in the pack, checked.
+        row = self.blocks[number]
+        offset, stored = int(row["offset"]), int(row["stored"])
+        raw = np.asarray(self._pack[offset : offset + stored])
+        if len(raw) != stored or pagecopy.hash_bytes(raw) != int(row["sum"]):
+            raise DamagedInputError(f"{self.path}/pages.pack: block {number} at byte {offset} is damaged")
+        return raw
+
+    def check(self, where: Located) -> None:
+        """Every block that holds contents of these pages is there and has its checksum. DamagedInputError."""
+        data = where.kind == Kind.DATA
+        for number in np.unique(where.origin[data]).tolist():
+            store = self.origin(number)
+            for block in np.unique(where.block[data & (where.origin == number)]).tolist():
+                store._raw(block)
 
     def origin(self, number: int) -> Stored:
         """The checkpoint that holds contents for rows of origin `number` (OWN: this one)."""

@@ -23,14 +23,14 @@ from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.dump import Result, memory_budget, result, slices, store_pages, with_flags
 from pagelens.checkpoint.image import Kind, ProcessState, Rows, compress, per_page
 from pagelens.checkpoint.reuse import Reuse
-from pagelens.checkpoint.state import identities, read_state
+from pagelens.checkpoint.state import identities, prepare, read_state
 from pagelens.checkpoint.store import Writer
 from pagelens.checkpoint.stored import Stored
 from pagelens.dirty import spans
 from pagelens.dirty.epoch import Why
 from pagelens.dirty.pagescan import Pagescan
 from pagelens.dirty.spans import Spans
-from pagelens.linux import altstack, pagecopy, pagescan
+from pagelens.linux import pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.pagescan import Category, Regions
@@ -81,7 +81,7 @@ class Watched:
         self._mem: pagecopy.MemoryFile | None = None
         self._pagemap = -1
         self._vmas = VmaList()
-        altstack.prepare()
+        prepare()
         # Used again by each increment: fresh memory would cost faults while the process is held.
         self._room = pagecopy.buffer(4096, ready=True)
         try:
