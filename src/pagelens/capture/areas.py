@@ -1,10 +1,12 @@
-"""Areas: the vmas of one address space while calls are replayed over it (`spaces`)."""
+"""Areas: the vmas of one address space while calls are replayed over it (`spaces`).
+
+What is put in and taken out; what the kernel then merges or keeps apart is in `merging`.
+"""
 
 from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +16,7 @@ from pagelens.vm.vma import Vma, VmaList
 
 # VmFlags that calls set; all others follow from rights and file. "ac" (VM_ACCOUNT) comes with a private
 # writable mapping and stays when it is made read-only, if it was written: that keeps relro apart from rodata.
-_KEPT = frozenset(
-    ("lo", "lf", "hg", "nh", "dc", "dd", "wf", "sr", "rr", "nr", "gd", "mg", "ht", "um", "uw", "ac")
-)
+_KEPT = frozenset("lo lf hg nh dc dd wf sr rr nr gd mg ht um uw ui ac sl io de pf mm".split())  # noqa: SIM905 (a table)
 # A fault this far below a growing stack is its growth (the limit decides, not the distance).
 _STACK_GAP = 1 << 30
 
@@ -24,50 +24,61 @@ _STACK_GAP = 1 << 30
 @dataclass(frozen=True, slots=True)
 class Area:
     """A vma at some time. made_by: seq of the call that mapped it, -1: there from the start. stack:
-    MAP_STACK."""
+    MAP_STACK. anon: number of its anon_vma, 0: none (never written). forked: that anon_vma is chained to a
+    parent's. shift: bytes by which a moved anonymous area's page offset is ahead of its address."""
 
     vma: Vma
     made_by: int = -1
     stack: bool = False
+    anon: int = 0
+    forked: bool = False
+    shift: int = 0
 
 
 class Space:
-    """The areas of one mm, sorted, without overlap. Mutable."""
+    """The areas of one mm, sorted, without overlap. Mutable. brk: the program break, 0: not known. locks: the
+    flags that new mappings get by mlockall(MCL_FUTURE). anons: numbers of anon_vmas given out."""
 
     def __init__(self, areas: list[Area] | None = None) -> None:
         self.areas = areas or []
         self.starts = [a.vma.start for a in self.areas]
         self.brk = 0
+        self.locks: frozenset[str] = frozenset()
+        self.anons = 0
 
     def copy(self) -> Space:
-        """What a fork child has: without DONTFORK ranges, nothing locked."""
-        kept = []
-        for area in self.areas:
-            flags = area.vma.vm_flags or frozenset()
-            if "dc" in flags:
-                continue
-            if flags & {"lo", "lf"}:
-                area = replace(area, vma=area.vma.replaced(vm_flags=flags - {"lo", "lf"}))  # noqa: PLW2901 (the copy)
-            kept.append(area)
-        out = Space(kept)
-        out.brk = self.brk
+        """The same once more."""
+        out = Space(list(self.areas))
+        out.brk, out.locks, out.anons = self.brk, self.locks, self.anons
         return out
+
+    def new_anon(self) -> int:
+        """The number of a new anon_vma."""
+        self.anons += 1
+        return self.anons
 
     def index(self, addr: int) -> int:
         """Index of the area that holds `addr`, or -1."""
         i = bisect.bisect_right(self.starts, addr) - 1
         return i if i >= 0 and addr < self.areas[i].vma.end else -1
 
-    def _set(self, low: int, high: int, areas: list[Area]) -> None:
+    def after(self, addr: int) -> int:
+        """Index of the first area that ends above `addr`."""
+        i = bisect.bisect_right(self.starts, addr) - 1
+        return i if i >= 0 and addr < self.areas[i].vma.end else i + 1
+
+    def place(self, start: int) -> int:
+        """Index at which an area that starts there is inserted."""
+        return bisect.bisect_left(self.starts, start)
+
+    def set(self, low: int, high: int, areas: list[Area]) -> None:
+        """Replace areas[low:high]."""
         self.areas[low:high] = areas
         self.starts[low:high] = [a.vma.start for a in areas]
 
     def cut(self, start: int, end: int) -> list[Area]:
         """Take [start, end) out; returns what was there, cut to it."""
-        low = bisect.bisect_right(self.starts, start) - 1
-        if low < 0 or self.areas[low].vma.end <= start:
-            low += 1
-        high = bisect.bisect_left(self.starts, end)
+        low, high = self.after(start), bisect.bisect_left(self.starts, end)
         out, left = [], []
         for area in self.areas[low:high]:
             v = area.vma
@@ -77,45 +88,14 @@ class Space:
                 left.append(replace(area, vma=shifted(v, end)))
             inner = shifted(v, start) if v.start < start else v
             out.append(replace(area, vma=inner.replaced(end=min(v.end, end))))
-        self._set(low, high, left)
+        self.set(low, max(low, high), left)
         return out
-
-    def put(self, area: Area) -> None:
-        """Insert into free space, joined with equal neighbours."""
-        i = bisect.bisect_left(self.starts, area.vma.start)
-        low = high = i
-        if i and _mergeable(self.areas[i - 1].vma, area.vma):
-            low = i - 1
-            area = replace(self.areas[low], vma=self.areas[low].vma.replaced(end=area.vma.end))
-        if i < len(self.areas) and _mergeable(area.vma, self.areas[i].vma):
-            high = i + 1
-            area = replace(area, vma=area.vma.replaced(end=self.areas[i].vma.end))
-        self._set(low, high, [area])
-
-    def change(self, start: int, end: int, **fields: Any) -> None:
-        """New fields of what is in [start, end); or `set` and `clear`, frozensets of VmFlags."""
-        for area in self.cut(start, end):
-            v = area.vma
-            if "set" in fields:
-                flags = (v.vm_flags or frozenset()) - fields["clear"] | fields["set"]
-                v = v.replaced(vm_flags=flags)
-            else:
-                v = v.replaced(**fields)
-            self.put(replace(area, vma=v))
 
 
 def shifted(vma: Vma, start: int) -> Vma:
-    """The vma from `start` on, its file offset moved along."""
-    offset = vma.offset + start - vma.start if vma.inode else 0
+    """The vma from `start` on, its offset into the file or shared object moved along."""
+    offset = vma.offset + start - vma.start if vma.inode or vma.shared else 0
     return vma.replaced(start=start, offset=offset)
-
-
-def _mergeable(a: Vma, b: Vma) -> bool:
-    if a.end != b.start or a.prot != b.prot or a.shared != b.shared or a.vm_flags != b.vm_flags:
-        return False
-    if (a.dev, a.inode, a.name) != (b.dev, b.inode, b.name) or a.name.startswith("[v"):
-        return False
-    return not a.inode or a.offset + a.size == b.offset
 
 
 def find(space: Space, addr: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
@@ -159,6 +139,7 @@ class RecordedVmas:
 
         table = capture.table("vmas")
         self._table = table
+        self._accounting = capture.table("accounting", ["snapshot", "vma", "Anonymous", "Swap"])
         snapshot = table.column("snapshot").to_numpy()
         self._rows = np.argsort(snapshot, kind="stable")
         self._snapshot = snapshot[self._rows]
@@ -169,6 +150,16 @@ class RecordedVmas:
         sysv = pc.starts_with(pc.cast(table.column("name"), pa.string()), "/SYSV")
         for row in table.filter(sysv).select(["inode", "start", "end"]).to_pylist():
             self.segments[row["inode"]] = row["end"] - row["start"]
+
+    def anonymous(self, snapshot: int) -> list[int]:
+        """Indices of the vmas of a snapshot that hold, or held, private pages: they have an anon_vma."""
+        import pyarrow.compute as pc
+
+        table = self._accounting
+        mine = table.filter(pc.equal(table.column("snapshot"), snapshot))
+        own = sum(pc.fill_null(mine.column(name), 0).to_numpy() for name in ("Anonymous", "Swap"))
+        vma = mine.column("vma").to_numpy()
+        return sorted(vma[(own > 0) & (vma >= 0)].tolist())
 
     def of(self, snapshot: int) -> VmaList:
         """The list of one snapshot; empty for a number that is not there."""

@@ -1,52 +1,35 @@
 """Address spaces over time: the vma list of each mm at any moment of a capture, replayed from its calls.
 
-Starts from the snapshot at exec (or attach), applies each recorded call that shapes the space, copies on
-fork. So a fault can be joined with what was mapped there *then*: addresses are used again after munmap, and
-the last snapshot knows only the survivors.
+Starts from the snapshot at exec (or attach), applies each recorded call that shapes the space
+(`spacecalls`), copies on fork. So a fault can be joined with what was mapped there *then*: addresses are used
+again after munmap, and the last snapshot knows only the survivors.
 
-Merges are judged by equal rights, flags, file and offset; what the kernel also compares (anon_vma, memory
-policy) is not in a capture, so a list may show one vma where the kernel keeps two, or the other way round.
-Lookups do not depend on that. `agreement` compares the replayed end with the snapshot at exit and says how
-far they agree. The exact rules are the model's business; this is the cheap view that needs no model.
+Which neighbours are one vma depends on which were written, so the lists that are shown (`at`, `changes`)
+follow the recorded faults too, by the kernel's rules (`merging`). Rejected: judging merges by rights, flags
+and file alone (right or wrong as address space layout randomization happened to place the mappings). Lookups
+(`locate`) do not depend on merges and do not read the faults. `agreement` compares the replayed end with the
+snapshot at exit and says how far they agree. What each page held is the business of `why`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.capture.areas import Area, RecordedVmas, Space, find, shifted, space_of
+from pagelens.capture.areas import Area, RecordedVmas, Space, find, space_of
+from pagelens.capture.merging import forked, prepare, rules_of, touched
 from pagelens.capture.reader import Capture
+from pagelens.capture.spacecalls import AT_ENTRY, CALLS, Calls, counts
 from pagelens.linux import elf
 from pagelens.linux.regions import image_tenants
 from pagelens.vm.names import call_text
 from pagelens.vm.regions import Evidence, Kind, Region, Tenant, name_regions
-from pagelens.vm.units import page_up
 from pagelens.vm.vma import Prot, Vma, VmaList
-
-CALLS = frozenset(
-    ("mmap", "munmap", "mprotect", "pkey_mprotect", "mremap", "brk", "madvise", "mlock", "mlock2", "munlock",
-     "mlockall", "munlockall", "shmat", "shmdt")
-)  # fmt: skip
-_ADVICE: dict[int, tuple[str, str]] = {  # advice -> (flag set, flags cleared)
-    0: ("", "sr rr"), 1: ("rr", "sr"), 2: ("sr", "rr"), 10: ("dc", ""), 11: ("", "dc"), 12: ("mg", ""),
-    13: ("", "mg"), 14: ("hg", "nh"), 15: ("nh", "hg"), 16: ("dd", ""), 17: ("", "dd"), 18: ("wf", ""),
-    19: ("", "wf"),
-}  # fmt: skip
-MAP_SHARED, MAP_ANON, MAP_GROWSDOWN, MAP_LOCKED, MAP_NORESERVE, MAP_STACK, MAP_HUGETLB = (
-    1, 0x20, 0x100, 0x2000, 0x4000, 0x20000, 0x40000,
-)  # fmt: skip
-
-
-_LIBRARIES = (
-    "/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/lib64", "/usr/lib", "/usr/local/lib",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +46,42 @@ class Change:
     note: str
 
 
+class Agreement(NamedTuple):
+    """How far the replayed ends are those of the kernel. vmas: of how many, start, end and rights are the
+    same; pages: of how many mapped pages, the rights are. str(): the sentence that is printed."""
+
+    same_vmas: int
+    vmas: int
+    same_pages: int
+    pages: int
+
+    def __str__(self) -> str:
+        text = f"at exit {self.same_vmas:,} of {self.vmas:,} vmas as the kernel had them"
+        if self.same_vmas == self.vmas:
+            return text
+        if self.same_pages == self.pages:
+            return text + "; all mapped pages with their rights, so only merges differ"
+        return text + f", {self.same_pages:,} of {self.pages:,} mapped pages with their rights"
+
+
+@dataclass(frozen=True, slots=True)
+class _Faults:
+    # Faults of one mm in order of time. kind: 0 read, 1 write; failed: 2 write, 3 read.
+    time: npt.NDArray[np.int64]
+    addr: npt.NDArray[np.uint64]
+    kind: npt.NDArray[np.int64]
+
+
 class Spaces:
     """The address spaces of a capture. notes: what the replay could not know."""
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
         self.notes: list[str] = []
-        self._children: dict[int, dict[int, Space]] = {}
+        self._children: dict[tuple[int, bool], dict[int, Space]] = {}
         self.labels: dict[Area, Region] = {}
         self._mms = {r["mm"]: r for r in capture.table("mms").to_pylist()}
         self._vmas = RecordedVmas(capture)
-        self._paths: dict[tuple[str, int], str] = self._vmas.paths
         self._base: dict[int, dict[str, Any]] = {}  # mm -> row of `snapshots` that it starts from
         self._last: dict[int, dict[str, Any]] = {}
         for row in sorted(capture.snapshot_rows(), key=lambda r: r["time_ns"]):
@@ -82,26 +90,18 @@ class Spaces:
             else:
                 self._last[row["mm"]] = row
         self._events = self._read_events()
-        self._stack_nh = _release(capture.meta.get("kernel", "")) >= (6, 7)
-        self._shm_size = self._vmas.segments
+        self._rules = rules_of(capture.meta.get("kernel", ""), capture.meta.get("settings") or {})
+        self._calls = Calls(self._rules, self._vmas.paths, self._vmas.segments, self.notes)
 
     def _read_events(self) -> dict[int, list[dict[str, Any]]]:
-        # mm -> its calls, in order.
+        # mm -> its calls, in order of effect (key `effect`, ns).
         import pyarrow as pa
         import pyarrow.compute as pc
 
         columns = [
-            "seq",
-            "time_ns",
-            "mm",
-            "tid",
-            "name",
-            "args",
-            "result",
-            "detail",
-            "file_dev",
-            "file_inode",
-        ]
+            "seq", "time_ns", "mm", "tid", "name", "args", "result", "detail", "file_dev", "file_inode", "gup",
+            "latency_ns",
+        ]  # fmt: skip
         table = self.capture.events([*columns, "kind"])
         wanted = pc.and_(
             pc.equal(table.column("kind"), "syscall"),
@@ -109,51 +109,110 @@ class Spaces:
         )
         out: dict[int, list[dict[str, Any]]] = {}
         for row in table.filter(wanted).to_pylist():
-            if row["result"] is not None and row["result"] >= 0 and row["mm"] is not None:
-                out.setdefault(row["mm"], []).append(row)
+            if row["result"] is None or row["mm"] is None or not counts(row["name"], row["result"]):
+                continue
+            late = 0 if row["name"] in AT_ENTRY else row["latency_ns"] or 0
+            row["effect"] = row["time_ns"] + late
+            out.setdefault(row["mm"], []).append(row)
+        for rows in out.values():
+            rows.sort(key=lambda r: (r["effect"], r["seq"]))
         return out
+
+    @cached_property
+    def _faults(self) -> dict[int, _Faults]:
+        # mm -> its faults. Where the error code is not recorded, each counts as a write. One that fails may
+        # have made the anon_vma before (do_cow_fault, for a page beyond the end of its file).
+        import pyarrow.compute as pc
+
+        table = self.capture.events(["time_ns", "seq", "mm", "addr", "error_code", "kind", "failed"])
+        table = table.filter(
+            pc.and_(pc.equal(table.column("kind"), "fault"), pc.is_valid(table.column("mm")))
+        )
+        mm = table.column("mm").to_numpy()
+        order = np.argsort(mm, kind="stable")
+        time = table.column("time_ns").to_numpy()[order]
+        addr = pc.fill_null(table.column("addr"), 0).to_numpy()[order]
+        write = (pc.fill_null(table.column("error_code"), 2).to_numpy() & 2) != 0
+        failed = pc.fill_null(table.column("failed"), False).to_numpy()
+        kind = np.where(failed, np.where(write, 2, 3), write)[order]
+        numbers, first = np.unique(mm[order], return_index=True)
+        ends = [*first[1:].tolist(), len(order)]
+        return {
+            int(n): _Faults(time[a:b], addr[a:b], kind[a:b])
+            for n, a, b in zip(numbers, first.tolist(), ends, strict=True)
+        }
+
+    def _touch(self, space: Space, mm: int, since: int, until: int) -> None:
+        # The faults of [since, until): each distinct area is looked at once, not each fault.
+        faults = self._faults.get(mm)
+        if faults is None:
+            return
+        low, high = np.searchsorted(faults.time, [since, until])
+        if low == high:
+            return
+        for kind in (1, 2, 0):
+            at = np.flatnonzero(faults.kind[low:high] == kind) + low
+            addr = np.unique(faults.addr[at]) if len(at) > 1000 else faults.addr[at]
+            while len(addr):
+                start, end = touched(space, int(addr[0]), kind, self._rules)
+                addr = addr[(addr < np.uint64(start)) | (addr >= np.uint64(end))]
 
     @property
     def mms(self) -> list[int]:
         """The numbers of all address spaces."""
         return sorted(self._mms)
 
-    def _start(self, mm: int) -> tuple[int, Space]:
+    def _start(self, mm: int, exact: bool = True) -> tuple[int, Space]:
+        # exact: with the anon_vmas that faults made, as merges need them.
         if mm in self._base:
             base = self._base[mm]
-            return base["time_ns"], space_of(self._vmas.of(base["snapshot"]))
+            space = space_of(self._vmas.of(base["snapshot"]))
+            if exact:
+                for i in self._vmas.anonymous(base["snapshot"]):
+                    prepare(space, i)
+                self._touch(space, mm, 0, base["time_ns"])
+            return base["time_ns"], space
         row = self._mms.get(mm)
         if row is not None and row["origin"] == "fork" and row["parent_mm"] in self._mms:
-            return row["time_ns"], self._forked(row["parent_mm"])[mm].copy()
+            return row["time_ns"], self._forked(row["parent_mm"], exact)[mm].copy()
         self.notes.append(f"mm {mm}: no snapshot at its start, so only what calls mapped is known")
         return 0 if row is None else row["time_ns"], Space()
 
-    def _forked(self, parent: int) -> dict[int, Space]:
+    def _forked(self, parent: int, exact: bool) -> dict[int, Space]:
         # child mm -> what it got; one walk over the parent serves all of its children.
-        if parent not in self._children:
+        key = (parent, exact)
+        if key not in self._children:
             forks = [r for r in self._mms.values() if r["origin"] == "fork" and r["parent_mm"] == parent]
-            began, space = self._start(parent)
-            calls = [c for c in self._events.get(parent, []) if c["time_ns"] >= began]
-            done = 0
-            self._children[parent] = found = {}
+            began, space = self._start(parent, exact)
+            calls = [c for c in self._events.get(parent, []) if c["effect"] >= began]
+            done, at = 0, began
+            self._children[key] = found = {}
             for fork in sorted(forks, key=lambda r: r["time_ns"]):
-                while done < len(calls) and calls[done]["time_ns"] <= fork["time_ns"]:
-                    self._apply(space, calls[done])
+                while done < len(calls) and calls[done]["effect"] <= fork["time_ns"]:
+                    if exact:
+                        self._touch(space, parent, at, calls[done]["effect"])
+                        at = calls[done]["effect"]
+                    self._calls.apply(space, calls[done])
                     done += 1
-                found[fork["mm"]] = space.copy()
-        return self._children[parent]
+                if exact:
+                    self._touch(space, parent, at, fork["time_ns"])
+                    at = max(at, fork["time_ns"])
+                found[fork["mm"]] = forked(space)
+        return self._children[key]
 
     def _walk(self, mm: int, until: int | None = None) -> Iterator[tuple[int, Space, dict[str, Any] | None]]:
-        # (time, space after it, call) for the start (call None) and each call.
-        began, space = self._start(mm)
-        yield began, space, None
+        # (time, space after it, call) for the start (call None) and each call; the last has all faults.
+        at, space = self._start(mm)
+        yield at, space, None
+        end = 1 << 62 if until is None else until
         for row in self._events.get(mm, []):
-            if until is not None and row["time_ns"] > until:
-                return
-            if row["time_ns"] < began:
+            if row["effect"] < at or row["time_ns"] > end:
                 continue
-            self._apply(space, row)
+            self._touch(space, mm, at, row["effect"])
+            at = row["effect"]
+            self._calls.apply(space, row)
             yield row["time_ns"], space, row
+        self._touch(space, mm, at, end)
 
     def at(self, mm: int, time_ns: int) -> list[Area]:
         """The areas of `mm` at `time_ns` (CLOCK_MONOTONIC), calls entered by then done."""
@@ -187,16 +246,16 @@ class Spaces:
             mine = mine[np.argsort(time_ns[mine], kind="stable")]
             calls = self._events.get(int(one), [])
             # First the queries before the start, then those between each two calls.
-            ends = np.searchsorted(time_ns[mine], [c["time_ns"] for c in calls], side="left")
-            began, space = self._start(int(one))
+            ends = np.searchsorted(time_ns[mine], [c["effect"] for c in calls], side="left")
+            began, space = self._start(int(one), exact=False)
             done = 0
             for call, end in zip([*calls, None], [*ends.tolist(), len(mine)], strict=True):
                 if end > done:
                     batch = mine[done:end]
                     out[batch] = self._numbers(space, addr[batch], areas, number)
                     done = end
-                if call is not None and call["time_ns"] >= began:
-                    self._apply(space, call)
+                if call is not None and call["effect"] >= began:
+                    self._calls.apply(space, call)
         return out, areas
 
     def _numbers(
@@ -208,7 +267,7 @@ class Spaces:
         for i in np.unique(found).tolist():
             if i < 0:
                 continue
-            area = space.areas[i]
+            area = replace(space.areas[i], anon=0, forked=False, shift=0)
             if area not in number:
                 number[area] = len(areas)
                 areas.append(area)
@@ -223,144 +282,30 @@ class Spaces:
         vmas, evidence = vma_list(near)
         return next(r for r in name_regions(vmas, evidence) if r.vma == i - low)
 
-    def _apply(self, space: Space, row: dict[str, Any]) -> None:
-        name, args, result = row["name"], row["args"] or [], row["result"]
-        if name == "mmap":
-            self._mmap(space, row, args, result)
-        elif name == "munmap":
-            space.cut(args[0], page_up(args[0] + args[1]))
-        elif name in ("mprotect", "pkey_mprotect"):
-            end = page_up(args[0] + args[1])
-            space.change(args[0], end, prot=Prot(args[2] & 7))
-            if args[2] & 2:
-                self._account(space, args[0], end)
-        elif name == "mremap":
-            self._mremap(space, row, args, result)
-        elif name == "brk":
-            self._brk(space, row, result)
-        elif name == "madvise" and args[2] in _ADVICE:
-            on, off = _ADVICE[args[2]]
-            self._flags(space, args[0], args[1], on, off)
-        elif name in ("mlock", "mlock2"):
-            self._flags(space, args[0], args[1], "lo", "")
-        elif name == "munlock":
-            self._flags(space, args[0], args[1], "", "lo lf")
-        elif name in ("mlockall", "munlockall"):
-            on = "lo" if name == "mlockall" and args and args[0] & 1 else ""
-            if on or name == "munlockall":
-                self._flags(space, 0, 1 << 63, on, "" if on else "lo lf")
-        elif name == "shmat":
-            size = self._shm_size.get(args[0])
-            if size is None:
-                self.notes.append(f"shmat of segment {args[0]}: its size is not in the capture")
-            else:
-                vma = Vma(
-                    result, result + size, Prot(1 if args[2] & 0o10000 else 3), True, 0, "00:01", args[0]
-                )
-                space.cut(vma.start, vma.end)
-                name = f"/SYSV{0:08x} (deleted)"
-                space.put(Area(vma.replaced(name=name, vm_flags=frozenset()), row["seq"]))
-        elif name == "shmdt":
-            i = space.index(args[0])
-            if i >= 0:
-                space.cut(space.areas[i].vma.start, space.areas[i].vma.end)
-
-    def _account(self, space: Space, start: int, end: int) -> None:
-        # A private mapping that becomes writable is accounted from now on.
-        for area in space.cut(start, end):
-            v = area.vma
-            flags = v.vm_flags or frozenset()
-            if not v.shared and "nr" not in flags:
-                flags |= {"ac"}
-            space.put(replace(area, vma=v.replaced(vm_flags=flags)))
-
-    def _flags(self, space: Space, start: int, length: int, on: str, off: str) -> None:
-        end = page_up(start + length)
-        space.change(start, end, set=frozenset(on.split()), clear=frozenset(off.split()))
-
-    def _mmap(self, space: Space, row: dict[str, Any], args: list[int], result: int) -> None:
-        end = result + page_up(args[1])
-        flags = args[3]
-        extra = set()
-        for bit, code in (
-            (MAP_LOCKED, "lo"),
-            (MAP_NORESERVE, "nr"),
-            (MAP_GROWSDOWN, "gd"),
-            (MAP_HUGETLB, "ht"),
-        ):
-            if flags & bit:
-                extra.add(code)
-        if flags & MAP_STACK and self._stack_nh:
-            extra.add("nh")
-        shared = flags & 3 in (1, 3)
-        if args[2] & 2 and not shared and not flags & (MAP_NORESERVE | MAP_HUGETLB):
-            extra.add("ac")
-        dev, inode, name = "00:00", 0, ""
-        if row["file_inode"]:
-            major, minor = row["file_dev"] >> 8 & 0xFFF, row["file_dev"] & 0xFF
-            dev, inode = f"{major:02x}:{minor:02x}", row["file_inode"]
-            name = self._path(dev, inode, row["detail"] or "")
-        elif shared and flags & MAP_ANON:
-            name = "/dev/zero (deleted)"
-        offset = args[5] if inode else 0
-        vma = Vma(result, end, Prot(args[2] & 7), shared, offset, dev, inode, name, frozenset(extra))
-        space.cut(result, end)
-        space.put(Area(vma, row["seq"], bool(flags & MAP_STACK)))
-
-    def _path(self, dev: str, inode: int, name: str) -> str:
-        # An event has a file's name without its directory; snapshots have whole paths. Without them, the
-        # usual library directories are tried, and the inode number decides.
-        key = (dev, inode)
-        if key not in self._paths:
-            found = name
-            for directory in _LIBRARIES if name and "/" not in name else ():
-                path = os.path.join(directory, name)  # noqa: PTH118 (a few strings for each file)
-                with contextlib.suppress(OSError):
-                    if os.stat(path).st_ino == inode:  # noqa: PTH116 (likewise)
-                        found = path
-                        break
-            self._paths[key] = found
-        return self._paths[key]
-
-    def _mremap(self, space: Space, row: dict[str, Any], args: list[int], result: int) -> None:
-        old, old_len, new_len, flags = args[0], page_up(args[1]), page_up(args[2]), args[3]
-        i = space.index(old)
-        if i < 0:
-            return
-        area = space.areas[i]
-        moved = shifted(area.vma, old) if old > area.vma.start else area.vma
-        moved = moved.replaced(start=result, end=result + new_len)
-        # MREMAP_DONTUNMAP leaves the old range; length 0 copies a shared mapping.
-        if result == old or (not flags & 4 and old_len):
-            space.cut(old, old + old_len)
-        space.cut(result, result + new_len)
-        space.put(Area(moved, row["seq"], area.stack))
-
-    def _brk(self, space: Space, row: dict[str, Any], result: int) -> None:
-        heap = next((a.vma for a in space.areas if a.vma.name == "[heap]"), None)
-        old = space.brk or (heap.end if heap else result)
-        space.brk = result
-        low, high = page_up(old), page_up(result)
-        if high > low:
-            rw = Prot.READ | Prot.WRITE
-            space.cut(low, high)
-            flags = frozenset(("ac",))
-            space.put(Area(Vma(low, high, rw, name="[heap]", vm_flags=flags), row["seq"]))
-        elif high < low:
-            space.cut(high, low)
-
-    def agreement(self) -> tuple[int, int]:
-        """(vmas that the replay and the last snapshots share, vmas in those snapshots): start, end and
-        rights."""
-        same = total = 0
+    def agreement(self) -> Agreement:
+        """The replayed ends against the snapshots at exit."""
+        figures = np.zeros(4, np.int64)
         for mm, row in self._last.items():
-            if mm not in self._base:
-                continue
-            replayed = {(a.vma.start, a.vma.end, a.vma.prot) for a in self.at(mm, row["time_ns"])}
-            vmas = self._vmas.of(row["snapshot"])
-            total += len(vmas)
-            same += sum((v.start, v.end, v.prot) in replayed for v in vmas)
-        return same, total
+            if mm in self._base or self._mms.get(mm, {}).get("origin") == "fork":
+                vmas = list(self._vmas.of(row["snapshot"]))
+                figures += _agree([a.vma for a in self.at(mm, row["time_ns"])], vmas)
+        return Agreement(*figures.tolist())
+
+
+def _agree(replayed: list[Vma], vmas: list[Vma]) -> tuple[int, int, int, int]:
+    # The figures of an Agreement; pages by one merge of two sorted lists.
+    shapes = {(v.start, v.end, v.prot) for v in replayed}
+    same = sum((v.start, v.end, v.prot) in shapes for v in vmas)
+    pages, i = 0, 0
+    for v in vmas:
+        while i < len(replayed) and replayed[i].end <= v.start:
+            i += 1
+        j = i
+        while j < len(replayed) and replayed[j].start < v.end:
+            if replayed[j].prot == v.prot and replayed[j].shared == v.shared:
+                pages += (min(v.end, replayed[j].end) - max(v.start, replayed[j].start)) >> 12
+            j += 1
+    return same, len(vmas), pages, sum(v.pages for v in vmas)
 
 
 def vma_list(areas: list[Area]) -> tuple[VmaList, Evidence]:
@@ -394,12 +339,3 @@ def _describe(call: str, gone: tuple[Vma, ...], came: tuple[Vma, ...]) -> str:
     if len(came) > len(gone):
         return f"split: {len(gone)} became {len(came)}"
     return "changed" if call != "mmap" else "mapped over"
-
-
-def _release(kernel: str) -> tuple[int, int]:
-    # A capture cannot be probed any more: MAP_STACK means VM_NOHUGEPAGE since 6.7 (calc_vm_flag_bits).
-    for word in kernel.split():
-        parts = word.split(".")
-        if len(parts) >= 2 and parts[0].isdigit() and parts[1].split("-")[0].isdigit():
-            return int(parts[0]), int(parts[1].split("-")[0])
-    return 0, 0

@@ -97,8 +97,7 @@ def look(capture: Capture, mm: int | None, at: str | None) -> tuple[Snapshot, li
     if not len(vmas):
         raise UsageError(f"nothing was mapped in address space {chosen} at {at}: it did not exist then")
     pid = next(r["pid"] for r in capture.table("mms").to_pylist() if r["mm"] == chosen)
-    same, total = spaces.agreement()
-    method = f"replayed from recorded calls (at exit {same} of {total} vmas as the kernel had them)"
+    method = f"replayed from recorded calls ({spaces.agreement()})"
     shot = Snapshot(pid, time, vmas, method=method, complete=not spaces.notes, notes=tuple(spaces.notes))
     return shot, name_regions(vmas, evidence), list(spaces.notes)
 
@@ -134,5 +133,4 @@ def change_rows(capture: Capture, mm: int | None) -> tuple[list[dict[str, Any]],
         }
         for c in changes
     ]
-    same, total = spaces.agreement()
-    return rows, [f"replayed: at exit {same} of {total} vmas as the kernel had them", *spaces.notes]
+    return rows, [f"replayed: {spaces.agreement()}", *spaces.notes]
