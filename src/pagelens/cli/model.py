@@ -28,6 +28,7 @@ class Command:
     step    one operation at a time, each fault in stages: error code, vma, permission, walk, frame, change
     verify  a scenario on this kernel and in the model, compared after each step
     fuzz    random programs on both, until they disagree; a disagreement is shrunk to a scenario
+    grade   an exercise of the paging lab (docs/lab): your fault handler, mmap, munmap against both
 
     No privilege is needed. The kernel side runs in a child of our own that is fenced from huge pages, KSM,
     NUMA balancing and randomised addresses; nothing on the system is changed.
@@ -36,14 +37,15 @@ class Command:
       $ echo 'write arena[0]' | pagelens model step
       $ pagelens model verify cow.plscn
       $ pagelens model fuzz --seed 1 --ops 20000
+      $ pagelens model grade fault --template -o fault.py; pagelens model grade fault fault.py
 
-    The scenario language is in docs/model.md. Exit code 1: an expectation failed, or model and kernel
-    disagree.
+    The scenario language is in docs/scenarios.md. Exit code 1: an expectation failed, model and kernel
+    disagree, or a graded solution is wrong.
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Subcommands."""
-        subs = parser.add_subparsers(dest="what", required=True, metavar="run|step|verify|fuzz")
+        subs = parser.add_subparsers(dest="what", required=True, metavar="run|step|verify|fuzz|grade")
         run = subs.add_parser("run", help="a scenario in the model", allow_abbrev=False)
         run.add_argument("scenario", metavar="SCENARIO", help="a file in the scenario language; - for stdin")
         _kernel(run, "which kernel to be (default: the profile nearest to this kernel)")
@@ -85,6 +87,11 @@ class Command:
         fuzz.add_argument("--no-shrink", action="store_true", help="keep the failing program as it was")
         fuzz.add_argument("--save", metavar="FILE", help="write the failing scenario to FILE as well")
         _output(fuzz)
+        from pagelens.cli.model_grade import configure
+
+        grade = subs.add_parser("grade", help="an exercise of the paging lab", allow_abbrev=False)
+        configure(grade)
+        _output(grade)
 
     def run(self, args: argparse.Namespace) -> int:
         """Dispatch."""
@@ -97,6 +104,10 @@ class Command:
                 return step(_world(args.kernel), _load(args.scenario) if args.scenario else None)
             case "verify":
                 return _verify(args)
+            case "grade":
+                from pagelens.cli.model_grade import grade
+
+                return grade(args)
             case _:
                 return _fuzz(args)
 

@@ -1,0 +1,61 @@
+"""The paging lab: what a student's file imports (`from pagelens.lab import *`), and the grader behind it.
+
+Only `mini` is imported here: it is the interface that a solution is written against, and it must load in a
+process of little memory. docs/lab is the course.
+"""
+
+from pagelens.lab.mini import (
+    BUS_ADRERR,
+    MAP_ANONYMOUS,
+    MAP_FIXED,
+    MAP_FIXED_NOREPLACE,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    MINOR,
+    PAGE,
+    PF_INSTR,
+    PF_PROT,
+    PF_USER,
+    PF_WRITE,
+    PROT_EXEC,
+    PROT_READ,
+    PROT_WRITE,
+    SEGV_ACCERR,
+    SEGV_MAPERR,
+    TASK_SIZE,
+    VM,
+    ZERO_FRAME,
+    MiniMm,
+    Pte,
+    Vma,
+    page_align,
+)
+
+__all__ = [
+    "BUS_ADRERR",
+    "MAP_ANONYMOUS",
+    "MAP_FIXED",
+    "MAP_FIXED_NOREPLACE",
+    "MAP_NORESERVE",
+    "MAP_PRIVATE",
+    "MAP_SHARED",
+    "MINOR",
+    "PAGE",
+    "PF_INSTR",
+    "PF_PROT",
+    "PF_USER",
+    "PF_WRITE",
+    "PROT_EXEC",
+    "PROT_READ",
+    "PROT_WRITE",
+    "SEGV_ACCERR",
+    "SEGV_MAPERR",
+    "TASK_SIZE",
+    "VM",
+    "ZERO_FRAME",
+    "MiniMm",
+    "Pte",
+    "Vma",
+    "page_align",
+]
