@@ -61,6 +61,9 @@ def trial(work: Path, number: int, rng: random.Random, expected: str) -> str:
     options.append(rng.choice(["lean", "normal", "full"]))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": ENV}
     attached = rng.random() < 0.3
+    if not attached and rng.random() < 0.3:  # without BPF; half of these with every system call stopped
+        options[options.index("--snapshot") + 1] = "full"
+        options += rng.choice([["--method", "perf"], ["--calls", "ptrace"]])
     started = None
     if attached:
         started = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]

@@ -33,7 +33,7 @@ struct seen { /* open addressing by id of the event: which of the three it is */
 
 struct slot { /* of a process: its address space number; of a thread: its figures */
 	uint32_t key, mm;
-	uint64_t recorded, min_flt, maj_flt;
+	uint64_t recorded, min_flt, maj_flt, gup;
 	int counted, followed; /* followed: began under our events, which it inherited */
 };
 
@@ -44,6 +44,7 @@ struct table { /* open addressing by pid or tid */
 
 struct pl_perf_totals {
 	uint64_t recorded, lost, lost_records, min_flt, maj_flt, tasks_started, tasks_gone, tasks_uncounted, recorded_uncounted;
+	uint64_t gup;
 };
 
 struct pl_perf {
@@ -69,6 +70,7 @@ struct pl_perf {
 
 #define PL_PERF_KERNEL 1u /* kernel-mode faults too (needs CAP_PERFMON or perf_event_paranoid < 2) */
 #define PL_PERF_STACKS 2u
+#define PL_PERF_CALLS 4u /* somebody tells the calls (pl_perf_call): MMAP2 records would be a second account of them */
 
 /* sample_id_all trailer: pid tid, time, cpu res, identifier: 4 words from the end. */
 struct trailer {
@@ -92,5 +94,6 @@ struct slot *pl_perf_find(struct slot *slots, size_t cap, uint32_t key);
 struct slot *pl_perf_slot(struct table *t, uint32_t key);
 uint32_t pl_perf_mm_of(struct pl_perf *p, uint32_t pid, int fresh);
 void pl_perf_flush(struct pl_perf *p);
+void pl_perf_emit_call(struct pl_perf *p, struct pl_rec_call *r, const char *text);
 void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h);
 #endif

@@ -155,6 +155,7 @@ static void task_gone(struct pl_perf *p, const struct trailer *t, uint32_t pid, 
 		args[0] = task->min_flt;
 		args[1] = task->maj_flt;
 		args[2] = task->recorded;
+		args[3] = task->gup;
 		p->totals.min_flt += task->min_flt;
 		p->totals.maj_flt += task->maj_flt;
 		task_record(p, PL_EXIT, t, pid, tid, args, NULL);
@@ -205,6 +206,22 @@ static void mapped(struct pl_perf *p, const struct perf_event_header *h, const s
 	emit(p, &r, sizeof r, NULL, 0, path, r.h.ntext);
 }
 
+/* A call that a tracer saw; its thread is stopped. */
+void pl_perf_emit_call(struct pl_perf *p, struct pl_rec_call *r, const char *text)
+{
+	struct slot *task = pl_perf_slot(&p->tasks, r->h.tid);
+	char padded[PL_MAX_TEXT] = {0};
+	size_t n = strnlen(text, PL_MAX_TEXT - 8);
+
+	memcpy(padded, text, n);
+	r->h.mm = pl_perf_mm_of(p, r->h.pid, 0);
+	r->h.ntext = n ? (unsigned char)((n + 8) & ~(size_t)7) : 0;
+	if (task)
+		task->gup += r->h.extra;
+	p->totals.gup += r->h.extra;
+	emit(p, r, sizeof *r, NULL, 0, padded, r->h.ntext);
+}
+
 void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h)
 {
 	const struct trailer *t = (const void *)((const char *)h + h->size - sizeof *t);
@@ -237,7 +254,8 @@ void pl_perf_translate(struct pl_perf *p, const struct perf_event_header *h)
 		task_gone(p, t, w[0], w[2]);
 		break;
 	case PERF_RECORD_MMAP2:
-		mapped(p, h, t);
+		if (!(p->flags & PL_PERF_CALLS))
+			mapped(p, h, t);
 		break;
 	case PERF_RECORD_COMM: /* pid tid comm */
 		if (h->misc & PERF_RECORD_MISC_COMM_EXEC) {

@@ -135,6 +135,7 @@ PL_EXPORT int pl_perf_followed(struct pl_perf *p, uint32_t tid);
 PL_EXPORT uint64_t pl_perf_recorded(struct pl_perf *p, uint32_t tid);
 PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid);
 PL_EXPORT void pl_perf_counters(struct pl_perf *p, uint32_t tid, uint64_t min_flt, uint64_t maj_flt);
+PL_EXPORT void pl_perf_call(struct pl_perf *p, struct pl_rec_call *r, const char *text);
 PL_EXPORT void pl_perf_free(struct pl_perf *p);
 
 /* NULL: out of memory or too many CPUs. */
@@ -169,6 +170,15 @@ PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid)
 	mm = p->procs.cap ? pl_perf_find(p->procs.slots, p->procs.cap, pid)->mm : 0;
 	pthread_mutex_unlock(&p->lock);
 	return mm;
+}
+
+/* Hands over a call of a thread that is stopped at its end; all but the address space's number is filled in. */
+PL_EXPORT void pl_perf_call(struct pl_perf *p, struct pl_rec_call *r, const char *text)
+{
+	pthread_mutex_lock(&p->lock);
+	round_of(p, now_ns(), p->copy);
+	pl_perf_emit_call(p, r, text);
+	pthread_mutex_unlock(&p->lock);
 }
 
 /* Tells the counters of a thread that is at its exit stop, as far as they belong to the recording. */

@@ -164,3 +164,46 @@ def test_attach_follows_threads_of_before_and_after(tmp_path: Path, subjects: Su
     assert faults["lost"] == 0
     # The late thread has ended before: its counters are gone with it, and the summary says so.
     assert "1 tasks whose counters could not be read" in errors
+
+
+def test_calls_by_ptrace_without_privilege(open_path: Path, subjects: Subjects) -> None:
+    program = str(shutil.copy(subjects("calls"), open_path))
+    argv = ["run", "-c", str(open_path / "c.plens"), "--summary-json", str(open_path / "s.json")]
+    warm = ["run", "-c", str(open_path / "warm.plens"), "--calls", "ptrace", "--", "/bin/true"]
+    done = as_nobody([*argv, "--calls", "ptrace", "--", program], [warm], open_path)
+    assert done.returncode == 3, done.stderr
+    base, total, child = done.stdout.split()
+    assert (int(total), child) == (sum(range(64)) + 16, "7"), "the program's own result"
+    summary = json.loads((open_path / "s.json").read_text())
+    faults = summary["faults"]
+    counted = faults["counted_minor"] + faults["counted_major"]
+    assert faults["recorded"] + faults["gup"] + faults["kernel_mode_unseen"] == counted
+    assert faults["lost"] == faults["unexplained"] == 0
+    assert "calls by ptrace" in summary["method"]
+    capture = Capture(open_path / "c.plens")
+    rows = [r for r in capture.events().to_pylist() if r["kind"] == "syscall"]
+    start = int(base, 16)
+    (populate,) = (r for r in rows if r["name"] == "mmap" and r["result"] == start)
+    assert (populate["gup"], populate["args"][1]) == (64, 64 * 4096)
+    (lock,) = (r for r in rows if r["name"] == "mlock")
+    assert lock["gup"] == 32
+    assert faults["gup"] == sum(r["gup"] for r in rows) >= 96
+    names = Counter(r["name"] for r in rows)
+    assert (names["mremap"], names["munlock"]) == (1, 1)
+    assert len({r["tid"] for r in rows if r["name"] == "munmap"}) >= 3, "a thread's and a child's too"
+    (advice,) = (r for r in rows if r["name"] == "madvise" and r["args"][0] == start)
+    hits = [
+        r
+        for r in capture.events().to_pylist()
+        if r["kind"] == "fault"
+        and start <= r["addr"] < start + 16 * 4096
+        and r["time_ns"] > advice["time_ns"]
+    ]
+    assert len(hits) == 16
+
+
+def test_calls_by_ptrace_makes_no_sense_elsewhere(tmp_path: Path) -> None:
+    for other in (("--method", "bpf"), ("--snapshot", "none")):
+        run = record(tmp_path, ["true"], "--calls", "ptrace", *other)
+        assert run.returncode == 125
+        assert run.stderr.startswith("pagelens: --calls ptrace") and run.stderr.count("\n") == 1

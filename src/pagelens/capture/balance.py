@@ -20,7 +20,7 @@ METHOD_PERF = "perf events inherited by the tree, counters at exit stops"
 class Ended:
     """Figures at the end. totals: of the recording (`totals()`); drained, dropped_faults, dropped_others,
     damaged: of the drain; written: faults in the capture; alive: tasks that ran on; error: errno that
-    stopped the writing, or 0."""
+    stopped the writing, or 0. calls: told by a tracer, with the gup faults of each."""
 
     totals: Mapping[str, int]
     drained: int
@@ -35,6 +35,7 @@ class Ended:
     lean: bool
     perf: bool
     kernel_visible: bool
+    calls: bool = False
 
 
 def losses(e: Ended) -> list[tuple[str, int, str]]:
@@ -69,7 +70,8 @@ def balance(e: Ended) -> dict[str, Any]:
     unseen = 0
     if e.perf:
         counted = get("min_flt", 0) + get("maj_flt", 0)
-        unseen = max(0, counted - lost - (e.written - get("recorded_uncounted", 0)))
+        seen = e.written - get("recorded_uncounted", 0) + get("gup", 0)
+        unseen = max(0, counted - lost - seen)
         status = status or ("partial" if unseen else None)
     return build(
         counted_minor=get("min_flt", 0),
@@ -86,5 +88,8 @@ def balance(e: Ended) -> dict[str, Any]:
 
 
 def _perf_method(e: Ended) -> str:
+    if e.calls:
+        blind = "" if e.kernel_visible else "; faults in kernel mode unseen"
+        return f"{METHOD_PERF}; calls by ptrace{blind}"
     blind = "gup faults unseen" if e.kernel_visible else "faults in kernel mode and gup unseen"
     return f"{METHOD_PERF}; {blind}; of the calls only what they mapped (MMAP2), not munmap or madvise"

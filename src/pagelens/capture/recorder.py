@@ -67,7 +67,11 @@ class Recorder:
             else:
                 perf = self._recording if isinstance(self._recording, PerfRecording) else None
                 tracer = Tracer(
-                    program.pid, self._at_exec, self._at_exit, perf.at_task_exit if perf else None
+                    program.pid,
+                    self._at_exec,
+                    self._at_exit,
+                    perf.at_task_exit if perf else None,
+                    perf.at_call if perf and self._settings.calls == "ptrace" else None,
                 )
                 program.release()
                 status = self._trace(tracer)

@@ -50,6 +50,7 @@ class Settings:
     until: str = "tree"
     switches: bool | None = None  # None: with normal and full
     method: str = "auto"  # or bpf, perf
+    calls: str = "auto"  # or ptrace: told by a tracer (method perf)
 
 
 class _Spooler(threading.Thread):
@@ -141,14 +142,20 @@ class Session:
         }
         self.writer = CaptureWriter(path, meta, force=force, max_size=settings.max_size)
         switches = settings.switches if settings.switches is not None else settings.detail != "lean"
-        options = Options(detail=settings.detail, ring_size=settings.ring_size, switches=switches)
+        options = Options(
+            detail=settings.detail,
+            ring_size=settings.ring_size,
+            switches=switches,
+            calls=settings.calls == "ptrace",
+        )
         try:
             recording, method = _open(settings.method, options, self.writer.spool)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             raise
         self.recording: BpfRecording | PerfRecording = recording
-        self.writer.write_meta(method=method, absent=options.absent, ring_size=options.ring_size)
+        calls = "bpf" if method == "bpf" else "ptrace" if options.calls else "mmap2"
+        self.writer.write_meta(method=method, calls=calls, absent=options.absent, ring_size=options.ring_size)
         part_bytes = min(PART_BYTES, settings.max_size or PART_BYTES)
         self._spooler = _Spooler(self.recording, self.writer, part_bytes)
 
@@ -195,6 +202,7 @@ class Session:
             error=(error.errno or errno.EIO) if error else int(stats.error),
             lean=self.settings.detail == "lean",
             perf=isinstance(recording, PerfRecording),
+            calls=self.settings.calls == "ptrace",
             kernel_visible=not isinstance(recording, PerfRecording) or recording.kernel,
         )
         if error and error.errno == errno.EIO:

@@ -43,6 +43,13 @@ class Command:
             help="bpf: everything, needs root; perf: own processes, user mode; auto: bpf, else perf",
         )
         parser.add_argument(
+            "--calls",
+            choices=("auto", "ptrace"),
+            default="auto",
+            help="ptrace: without BPF, see memory calls too, by two stops of every system call (slow);"
+            " implies --method perf",
+        )
+        parser.add_argument(
             "--until",
             choices=("tree", "program"),
             default="tree",
@@ -93,6 +100,12 @@ def _record(args: argparse.Namespace, path: str, command: list[str]) -> int:
 
     settings = recording_settings(args)
     settings.until, settings.method = args.until, args.method
+    if args.calls == "ptrace":
+        if args.method == "bpf":
+            raise UsageError("--calls ptrace is for --method perf; BPF sees the calls itself")
+        if args.snapshot == "none":
+            raise UsageError("--calls ptrace needs snapshots: without them there is no tracer")
+        settings.method, settings.calls = "perf", "ptrace"
     capture = Path(args.capture) if args.capture else default_capture(command[0])
     recorder = Recorder(capture, settings, command=command, force=args.force)
     result = recorder.run(path, command)

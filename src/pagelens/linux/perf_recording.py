@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from pagelens.linux.calls import CallRecorder
 from pagelens.linux.drain import Drain, DrainStats
 from pagelens.linux.perf_tasks import (
     DEFAULT_RING,
@@ -39,7 +40,8 @@ class PerfRecording:
         """Opens nothing but the drain; `arm` opens the events. OSError where the spool cannot be written."""
         self.options = options
         self.kernel = kernel_faults_visible()
-        options.absent = [*ABSENT, *([] if self.kernel else ["faults in kernel mode"])]
+        absent = ABSENT[1:] if options.calls else ABSENT
+        options.absent = [*absent, *([] if self.kernel else ["faults in kernel mode"])]
         self._root = 0
         self._started = False
         self._adopted: dict[int, tuple[int, tuple[int, int]]] = {}
@@ -54,11 +56,13 @@ class PerfRecording:
                 self.drain,
                 kernel=self.kernel,
                 stacks=options.stacks and options.detail != "lean",
+                calls=options.calls,
                 ring_bytes=min(options.ring_size, most),
             )
         except BaseException:
             self.drain.free()
             raise
+        self._calls = CallRecorder(self._perf, kernel=self.kernel) if options.calls else None
 
     def arm(self, pid: int) -> None:
         """Make a task of ours (a HeldProgram) the root of the tree: recorded from its execve on."""
@@ -108,6 +112,8 @@ class PerfRecording:
     def at_exec(self, tid: int) -> None:
         """The root's first exec stop: what it faulted before belongs to the launcher, not to the program (but
         for what execve itself did when the events were on already)."""
+        if self._calls is not None:
+            self._calls.gone(tid)  # its numbers are new
         if tid == self._root and not self._started:
             minor, major = fault_counters(tid, tid)
             self._base = (minor - self._perf.recorded(tid), major)
@@ -115,6 +121,8 @@ class PerfRecording:
 
     def at_task_exit(self, tid: int) -> None:
         """A thread's exit stop: the last moment at which its counters can be read without privilege."""
+        if self._calls is not None:
+            self._calls.gone(tid)
         try:
             minor, major = fault_counters(tid, tid)
         except TargetGoneError:
@@ -122,6 +130,11 @@ class PerfRecording:
         if tid == self._root:
             minor, major = minor - self._base[0], major - self._base[1]
         self._perf.counters(tid, max(0, minor), max(0, major))
+
+    def at_call(self, tid: int) -> None:
+        """A thread's stop at the entry or the exit of a system call (options.calls), once the program has begun."""
+        if self._calls is not None and self._started:
+            self._calls.stop(tid)
 
     def mm_of(self, pid: int) -> int | None:
         """Number of the address space that a recorded process uses now (stop it first); None: not recorded."""
@@ -135,7 +148,7 @@ class PerfRecording:
     def totals(self) -> dict[str, int]:
         """Sums over the tasks that are gone, with the names of BpfRecording's."""
         t = self._perf.totals()
-        known = dict.fromkeys(("gup", "missed", "failed", "tasks_untracked"), 0)
+        known = dict.fromkeys(("missed", "failed", "tasks_untracked"), 0)
         names = [name for name, *_ in PerfTotals._fields_]
         sums = {name: int(getattr(t, name)) for name in names}
         sums["min_flt"] += self._live_min

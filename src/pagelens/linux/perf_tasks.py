@@ -14,6 +14,7 @@ import ctypes
 import errno
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +27,8 @@ from pagelens.vm.units import PAGE_SIZE
 
 _KERNEL = 1
 _STACKS = 2
+_CALLS = 4
+_SYSCALL, _LATENCY, _FILE = 2, 8, 128  # PL_SYSCALL, PL_F_LATENCY, PL_F_FILE
 DEFAULT_RING = 128 * PAGE_SIZE  # what kernel.perf_event_mlock_kb lets an ordinary user map
 
 
@@ -36,7 +39,7 @@ class PerfTotals(ctypes.Structure):
         (name, ctypes.c_uint64)
         for name in (
             *("recorded", "lost", "lost_records", "min_flt", "maj_flt"),
-            *("tasks_started", "tasks_gone", "tasks_uncounted", "recorded_uncounted"),
+            *("tasks_started", "tasks_gone", "tasks_uncounted", "recorded_uncounted", "gup"),
         )
     )
     recorded: int
@@ -48,6 +51,23 @@ class PerfTotals(ctypes.Structure):
     tasks_gone: int
     tasks_uncounted: int
     recorded_uncounted: int
+    gup: int
+
+
+class CallRecord(ctypes.Structure):
+    """struct pl_rec_call of native/bpf/record.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint8) for name in ("kind", "flags", "nframes", "ntext")),
+        ("nr", ctypes.c_int16),
+        ("cpu", ctypes.c_uint16),
+        *((name, ctypes.c_uint32) for name in ("pid", "tid", "mm", "extra")),
+        *((name, ctypes.c_uint64) for name in ("time_ns", "latency_ns", "ip")),
+        ("result", ctypes.c_int64),
+        ("args", ctypes.c_uint64 * 6),
+        ("dev", ctypes.c_uint64),
+        ("ino", ctypes.c_uint64),
+    )
 
 
 @functools.cache
@@ -62,6 +82,8 @@ def _core() -> ctypes.CDLL:
     lib.pl_perf_mm.restype = ctypes.c_uint32
     lib.pl_perf_counters.argtypes = [handle, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64]
     lib.pl_perf_totals.argtypes = [handle, handle]
+    lib.pl_perf_call.argtypes = [handle, handle, ctypes.c_char_p]
+    lib.pl_perf_call.restype = None
     lib.pl_perf_followed.argtypes = [handle, ctypes.c_uint32]
     lib.pl_perf_recorded.restype = ctypes.c_uint64
     lib.pl_perf_recorded.argtypes = [handle, ctypes.c_uint32]
@@ -85,17 +107,24 @@ def kernel_faults_visible() -> bool:
 class PerfTasks:
     """Records completed faults of tasks, and of all that they fork from then on, into a drain.
 
-    kernel: kernel-mode faults too. stacks: user call chains by frame pointers. ring_bytes: for each CPU, a power
+    kernel: kernel-mode faults too. stacks: user call chains by frame pointers. calls: they are told by `call`, so
+    that what perf says of mappings is dropped. ring_bytes: for each CPU, a power
     of two times 4 KiB; without privilege kernel.perf_event_mlock_kb and RLIMIT_MEMLOCK limit it.
     """
 
     def __init__(
-        self, drain: Drain | None, *, kernel: bool, stacks: bool = False, ring_bytes: int = DEFAULT_RING
+        self,
+        drain: Drain | None,
+        *,
+        kernel: bool,
+        stacks: bool = False,
+        calls: bool = False,
+        ring_bytes: int = DEFAULT_RING,
     ) -> None:
         pages = max(1, ring_bytes // PAGE_SIZE)
         if pages & (pages - 1):
             raise ValueError(f"ring_bytes must be a power of two times {PAGE_SIZE}, not {ring_bytes}")
-        flags = (_KERNEL if kernel else 0) | (_STACKS if stacks else 0)
+        flags = (_KERNEL if kernel else 0) | (_STACKS if stacks else 0) | (_CALLS if calls else 0)
         cpus = os.sysconf("SC_NPROCESSORS_CONF")
         self._handle: int | None = _core().pl_perf_new(cpus, pages, drain.handle if drain else None, flags)
         if not self._handle:
@@ -138,6 +167,29 @@ class PerfTasks:
     def recorded(self, tid: int) -> int:
         """Faults recorded of a thread that is stopped now."""
         return int(_core().pl_perf_recorded(self._handle, tid))
+
+    def call(
+        self,
+        pid: int,
+        tid: int,
+        number: int,
+        *,
+        times: tuple[int, int],
+        ip: int,
+        args: Sequence[int],
+        result: int,
+        gup: int,
+        file: tuple[int, int] | None,
+        text: str,
+    ) -> None:
+        """A system call of a thread that is stopped at its end. times: ns of entry and return. file: (device as the
+        kernel numbers it, inode); text: its name."""
+        record = CallRecord(kind=_SYSCALL, nr=number, pid=pid, tid=tid, extra=gup, ip=ip, result=result)
+        record.flags = _LATENCY | (_FILE if file else 0)
+        record.time_ns, record.latency_ns = times[0], times[1] - times[0]
+        record.args = tuple(args)
+        record.dev, record.ino = file or (0, 0)
+        _core().pl_perf_call(self._handle, ctypes.byref(record), os.fsencode(text))
 
     def counters(self, tid: int, min_flt: int, maj_flt: int) -> None:
         """Tell the counters of a thread at its exit stop, without what came before the recording."""

@@ -98,12 +98,14 @@ def default_ring(cpus: int) -> int:
 
 @dataclass
 class Options:
-    """What to record. ring_size: bytes per CPU, a power of two; 0: `default_ring`."""
+    """What to record. ring_size: bytes per CPU, a power of two; 0: `default_ring`. calls: a tracer tells them
+    (perf only)."""
 
     detail: str = "normal"
     ring_size: int = 0
     stacks: bool = True
     switches: bool = False
+    calls: bool = False
     absent: list[str] = field(default_factory=list)
 
 

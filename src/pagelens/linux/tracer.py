@@ -1,8 +1,9 @@
-"""Stops at exec and exit of a process tree, by ptrace, for snapshots and for nothing else.
+"""Stops at exec and exit of a process tree, by ptrace, for snapshots; on request at system calls too.
 
 PTRACE_SEIZE with the EXEC, EXIT, FORK, VFORK and CLONE options: no signal is sent, no system call is
-slowed, and when the tracer dies the kernel detaches every tracee (no PTRACE_O_EXITKILL). Rejected:
-PTRACE_ATTACH (sends SIGSTOP), stopping by signals (a killed recorder would leave the program stopped).
+slowed (unless they are asked for), and when the tracer dies the kernel detaches every tracee (no
+PTRACE_O_EXITKILL). Rejected: PTRACE_ATTACH (sends SIGSTOP), stopping by signals (a killed recorder would leave the
+program stopped).
 
 What it changes all the same (ptrace(2)): TracerPid is ours, so a debugger or LeakSanitizer inside the tree
 cannot attach. `run --snapshot none` uses no ptrace.
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pagelens.linux import ptrace
 from pagelens.vm.errors import TargetGoneError
 
+_O_SYSGOOD = 1  # system-call stops are marked by bit 7 of the signal
 _O_FORK, _O_VFORK, _O_CLONE, _O_EXEC, _O_EXIT = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 6
 _E_VFORK, _E_EXEC, _E_EXIT = 2, 4, 6
 _GETEVENTMSG = 0x4201
@@ -40,17 +42,22 @@ class Tracer:
         on_exec: Callable[[int], None],
         on_last_exit: Callable[[int], None],
         on_task_exit: Callable[[int], None] | None = None,
+        on_call: Callable[[int], None] | None = None,
     ) -> None:
-        """Seizes `root`. The callbacks get the id of a process (on_task_exit: of any thread) that is stopped.
+        """Seizes `root`. The callbacks get the id of a process (on_task_exit, on_call: of any thread) that is stopped.
+        on_call: at the entry and the exit of every system call, which slows each by two stops.
 
         OSError (EPERM) where ptrace is not allowed.
         """
         self._root = root
         self._on_exec, self._on_exit = on_exec, on_last_exit
         self._on_task_exit = on_task_exit
+        self._on_call = on_call
+        self._go = ptrace.PTRACE_SYSCALL if on_call else ptrace.PTRACE_CONT
         self._exiting: set[int] = set()
         self._borrowers: set[int] = set()  # vfork children that use their parent's address space
         options = _O_FORK | _O_VFORK | _O_CLONE | _O_EXEC | _O_EXIT
+        options |= _O_SYSGOOD if on_call else 0
         ptrace.request(ptrace.PTRACE_SEIZE, root, 0, options)
 
     def step(self) -> tuple[int, int] | None:
@@ -66,22 +73,26 @@ class Tracer:
         event, sig = status >> 16, os.WSTOPSIG(status)
         if event == ptrace.PTRACE_EVENT_STOP:
             stopped = sig in ptrace.STOP_SIGNALS
-            _ptrace(ptrace.PTRACE_LISTEN if stopped else ptrace.PTRACE_CONT, tid)
+            _ptrace(ptrace.PTRACE_LISTEN if stopped else self._go, tid)
         elif event == _E_EXEC:
             self._borrowers.discard(tid)
             self._call(self._on_exec, tid)
-            _ptrace(ptrace.PTRACE_CONT, tid)
+            _ptrace(self._go, tid)
         elif event == _E_EXIT:
             self._exit_stop(tid)
-            _ptrace(ptrace.PTRACE_CONT, tid)
+            _ptrace(self._go, tid)
         elif event:
             if event == _E_VFORK:
                 message = ctypes.c_ulong()
                 if _ptrace(_GETEVENTMSG, tid, ctypes.addressof(message)):
                     self._borrowers.add(message.value)
-            _ptrace(ptrace.PTRACE_CONT, tid)
+            _ptrace(self._go, tid)
+        elif sig == ptrace.SIGTRAP | 0x80:
+            if self._on_call is not None:
+                self._call(self._on_call, tid)
+            _ptrace(self._go, tid)
         else:
-            _ptrace(ptrace.PTRACE_CONT, tid, sig)
+            _ptrace(self._go, tid, sig)
         return None
 
     def _exit_stop(self, tid: int) -> None:

@@ -85,7 +85,8 @@ def load(capture: Capture) -> Facts:
     settings = dict(capture.meta.get("settings") or {})
     # Address spaces that were there before us may share pages by forks that nobody recorded.
     origins = capture.table("mms", ["mm", "origin"]).to_pylist()
-    settings["calls"] = capture.meta.get("method") == "bpf"
+    known = capture.meta.get("calls") or capture.meta.get("method")  # method: captures of old
+    settings["calls"] = known in ("bpf", "ptrace")
     settings["older"] = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
     facts = Facts(_joined(faults), tuple(calls), tuple(tasks), first, last, settings, onto)
