@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from pagelens.model.abi import SHIFT, VM_ACCESS, VM_GROWSDOWN
 from pagelens.model.files import File
+from pagelens.vm.vma import Vma
 
 STACK_GUARD_GAP = 256 << SHIFT
 
@@ -32,7 +33,9 @@ class AnonVma:
 class Area:
     """One vm_area_struct. pgoff in pages; event: id of the event that put it into its present state."""
 
-    __slots__ = ("anon_vma", "born", "chain", "end", "event", "file", "flags", "name", "pgoff", "start")
+    __slots__ = (
+        "anon_vma", "born", "chain", "end", "event", "file", "flags", "name", "pgoff", "shown", "start",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Area:
         self.chain: list[AnonVma] = []
         self.event = event
         self.born = event
+        self.shown: tuple[object, Vma] | None = None  # its last record (export), and what it was made of
 
     @property
     def pages(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
@@ -35,7 +37,7 @@ PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_SWAP, PM_PRESENT = (
     1 << bit for bit in (55, 56, 58, 61, 62, 63)
 )
 _FRAME = np.uint64(FRAME_SHIFT)
-_BIT = {flag: np.uint64(flag.bit_length() - 1) for flag in (SD, ANON, ZERO, GUARD, SPECIAL)}
+_FLAGS = np.uint64((1 << FRAME_SHIFT) - 1)
 PSS_SHIFT = 12
 
 
@@ -64,24 +66,28 @@ def _codes(mm: Mm, flags: int) -> frozenset[str]:
 
 def vma_list(mm: Mm) -> VmaList:
     """All areas as vm.Vma. Offsets are those that maps prints: 0 without a file."""
-    out = []
-    for area in mm.areas:
-        file = area.file
-        flags = area.flags
-        out.append(
-            Vma(
-                area.start,
-                area.end,
-                Prot(flags & 7),
-                bool(flags & VM_MAYSHARE),
-                area.pgoff << SHIFT if file is not None else 0,
-                file.dev if file is not None else "00:00",
-                file.inode if file is not None else 0,
-                area_name(mm, area),
-                _codes(mm, flags),
-            )
-        )
-    return VmaList(out)
+    return VmaList(_vma(mm, area) for area in mm.areas)
+
+
+def _vma(mm: Mm, area: Area) -> Vma:
+    # Most areas stay as they are from one look to the next, so each keeps its last record.
+    state = (area.start, area.end, area.flags, area.pgoff, area_name(mm, area))
+    if area.shown is not None and area.shown[0] == state:
+        return area.shown[1]
+    file, flags = area.file, area.flags
+    vma = Vma(
+        area.start,
+        area.end,
+        Prot(flags & 7),
+        bool(flags & VM_MAYSHARE),
+        area.pgoff << SHIFT if file is not None else 0,
+        file.dev if file is not None else "00:00",
+        file.inode if file is not None else 0,
+        state[4],
+        _codes(mm, flags),
+    )
+    area.shown = (state, vma)
+    return vma
 
 
 def pagemap(mm: Mm, start: int, npages: int) -> U64:
@@ -102,23 +108,35 @@ def pagemap(mm: Mm, start: int, npages: int) -> U64:
     return out
 
 
-def _encode(mm: Mm, pte: U64) -> U64:
-    # By shifts: the bits of the model's entries move to where pagemap has them.
-    profile = mm.profile
-    one = np.uint64(1)
-    frames = pte >> _FRAME
-    present = pte & one  # P is bit 0
-    plain = present & ~((pte >> _BIT[ZERO]) | (pte >> _BIT[SPECIAL]))
-    single = (mm.machine.frames.mapcount[frames.astype(np.int64)] == 1).astype(np.uint64)
-    out = (present << np.uint64(63)) | frames
-    out |= (plain & ~(pte >> _BIT[ANON])) << np.uint64(61)
-    out |= (plain & single) << np.uint64(56)
-    if profile.soft_dirty:
-        out |= (present & (pte >> _BIT[SD])) << np.uint64(55)
-    out |= ((pte >> _BIT[ZERO]) & one) * np.uint64(mm.machine.zero_frame)
+@lru_cache(maxsize=16)
+def _entries(soft_dirty: bool, guard_bit: bool, zero_frame: int) -> U64:
+    # What pagemap shows for each combination of the model's PTE flags, exclusive as if mapped once.
+    flags = np.arange(1 << FRAME_SHIFT, dtype=np.uint64)
+    out = np.zeros(len(flags), np.uint64)
+
+    def put(bits: int, needs: int, without: int = 0) -> None:
+        out[(flags & np.uint64(needs | without)) == np.uint64(needs)] |= np.uint64(bits)
+
+    put(PM_PRESENT, P)
+    put(PM_FILE, P, ZERO | SPECIAL | ANON)
+    put(PM_EXCLUSIVE, P, ZERO | SPECIAL)
+    put(zero_frame, ZERO)
+    if soft_dirty:
+        put(PM_SOFT_DIRTY, P | SD)
     # pte_to_pagemap_entry: whatever is there and not present reads as swapped, guard markers too.
-    guard = PM_SWAP | (PM_GUARD if profile.pagemap_guard_bit else 0)
-    out |= ((pte >> _BIT[GUARD]) & one) * np.uint64(guard)
+    put(PM_SWAP | (PM_GUARD if guard_bit else 0), GUARD)
+    return out
+
+
+def _encode(mm: Mm, pte: U64) -> U64:
+    # By table: a shift for each bit took most of the time of a live comparison.
+    profile = mm.profile
+    table = _entries(profile.soft_dirty, profile.pagemap_guard_bit, mm.machine.zero_frame)
+    out = table[(pte & _FLAGS).view(np.int64)]
+    frames = pte >> _FRAME
+    several = mm.machine.frames.mapcount[frames.view(np.int64)] != 1
+    out &= ~(several.astype(np.uint64) << np.uint64(56))
+    out |= frames
     return out
 
 

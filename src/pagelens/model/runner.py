@@ -173,7 +173,7 @@ class ModelWorld:
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """The vmas with VmFlags, harness included; smaps fields of each, and status."""
-        snapshot = self.snapshot(proc)
+        snapshot = self.processes[proc].snapshot(pages=False)
         accounting = snapshot.accounting
         assert accounting is not None
         if self.machine.profile.status_rss_lags:

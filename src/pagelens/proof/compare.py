@@ -72,6 +72,7 @@ def bits_text(entry: int) -> str:
 class _Before:
     # The last look at a process, for the trivial predictor.
     vmas: VmaList
+    spans: list[tuple[int, int]] = field(default_factory=list)
     windows: dict[int, U64] = field(default_factory=dict)
 
 
@@ -138,43 +139,43 @@ class Comparison:
     def _look(self, op: Op, proc: str, found: list[Disagreement]) -> None:
         real, ours = self.kernel.vmas(proc), self.model.vmas(proc)
         before = self._before.get(proc)
-        keys = [self._key(v) for v in real]
-        wanted = {key_of(v): v for v in ours}
-        missing = [v for v, key in zip(real, keys, strict=True) if key not in wanted]
-        extra = set(wanted).difference(keys)
-        known = set(map(self._key, before.vmas)) if before else set()
         total = max(len(real), len(ours), 1)
-        trivial = total - max(len(known.symmetric_difference(keys)), 0)
-        self.agreement.count("vmas", total - max(len(missing), len(extra)), max(trivial, 0), total)
-        if missing or extra:
-            text = [vma_text(wanted[key]) for key in sorted(extra)] or ["none"]
+        missing: list[Vma] = []
+        extra: list[Vma] = []
+        if not _same(real, ours):
+            here, there = set(map(key_of, real)), set(map(key_of, ours))
+            missing = [v for v in real if key_of(v) not in there]
+            extra = [v for v in ours if key_of(v) not in here]
             kernel = ", ".join(map(vma_text, missing)) or "none"
-            found.append(self._differs("vmas", op, proc, "vmas", kernel, ", ".join(text)))
+            text = ", ".join(map(vma_text, extra)) or "none"
+            found.append(self._differs("vmas", op, proc, "vmas", kernel, text))
+        self.agreement.count("vmas", total - max(len(missing), len(extra)), _stayed(before, real, total), total)
         now = _Before(real)
-        for start, pages in windows([*real, *ours] if missing or extra else real):
+        if missing or extra:
+            now.spans = windows([*real, *ours])
+        else:
+            now.spans = before.spans if before is not None and before.vmas is real else windows(real)
+        for start, pages in now.spans:
             entries = self.kernel.pagemap(proc, start, pages) & self.mask
             models = self.model.pagemap(proc, start, pages) & self.mask
             now.windows[start] = entries
-            wrong = np.flatnonzero(entries != models)
+            odd = entries != models
+            wrong = np.count_nonzero(odd)
             was = before.windows.get(start) if before else None
             stayed = 0
             if was is not None:
                 n = min(len(was), pages)
-                stayed = int((was[:n] == entries[:n]).sum())
-            self.agreement.count("pages", pages - len(wrong), stayed, pages)
-            if len(wrong):
-                first = int(wrong[0])
+                stayed = int(np.count_nonzero(was[:n] == entries[:n]))
+            self.agreement.count("pages", pages - wrong, stayed, pages)
+            if wrong:
+                first = int(odd.argmax())
                 found.append(
                     self._differs(
-                        "pages", op, proc, f"page {start + first * PAGE_SIZE:#x} ({len(wrong)} differ)",
+                        "pages", op, proc, f"page {start + first * PAGE_SIZE:#x} ({wrong} differ)",
                         bits_text(int(entries[first])), bits_text(int(models[first])),
                     )
                 )  # fmt: skip
         self._before[proc] = now
-
-    def _key(self, vma: Vma) -> tuple[object, ...]:
-        # Inode numbers differ between the worlds, so files are matched as they first appear.
-        return key_of(vma)
 
     def checkpoint(self) -> list[Disagreement]:
         """smaps with VmFlags, and status, of every process."""
@@ -195,6 +196,7 @@ class Comparison:
         found: list[Disagreement],
     ) -> None:
         rows = {v.start: i for i, v in enumerate(ours)}
+        columns = {f: (real.column(f).tolist(), model.column(f).tolist()) for f in real.fields if f in model.fields}
         harness = {start for start, _ in self.kernel.setting.harness}
         fields = [f for f in real.fields if f in model.fields and f not in LEFT_OUT]
         # A field of its own on one side (6.1 has no KSM:) is one disagreement.
@@ -211,7 +213,7 @@ class Comparison:
                 continue
             row = rows[vma.start]
             for f in fields:
-                a, b = int(real.column(f)[i]), int(model.column(f)[row])
+                a, b = columns[f][0][i], columns[f][1][row]
                 compared += 1
                 if a != b:
                     wrong += 1
@@ -238,6 +240,28 @@ class Comparison:
                     kernel, text = f"{real.status[f]} B", f"{model.status[f]} B"
                     found.append(self._differs("accounting", None, proc, f"{f} of status", kernel, text))
         self.agreement.count("accounting", compared - wrong, None, compared)
+
+
+def _same(real: VmaList, ours: VmaList) -> bool:
+    # Field by field: most lists are equal, and tuples for all of them cost more than the look itself.
+    return len(real) == len(ours) and all(
+        a.start == b.start
+        and a.end == b.end
+        and a.prot == b.prot
+        and a.shared == b.shared
+        and a.offset == b.offset
+        and a.name == b.name
+        for a, b in zip(real, ours, strict=True)
+    )
+
+
+def _stayed(before: _Before | None, real: VmaList, total: int) -> int:
+    # What predicting no change gets right. A world gives the same object for the same line of maps.
+    if before is None:
+        return max(total - len(real), 0)
+    if before.vmas is real:
+        return total
+    return max(total - len(set(map(id, before.vmas)) ^ set(map(id, real))), 0)
 
 
 def key_of(vma: Vma) -> tuple[object, ...]:

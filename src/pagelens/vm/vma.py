@@ -8,6 +8,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from operator import attrgetter
 from typing import overload
 
 import numpy as np
@@ -95,9 +97,17 @@ class VmaList(Sequence[Vma]):
     """The vmas of one address space, sorted by address, without overlap."""
 
     def __init__(self, vmas: Iterable[Vma] = ()) -> None:
-        self._vmas: tuple[Vma, ...] = tuple(sorted(vmas, key=lambda v: v.start))
-        self.starts: npt.NDArray[np.uint64] = np.array([v.start for v in self._vmas], dtype=np.uint64)
-        self.ends: npt.NDArray[np.uint64] = np.array([v.end for v in self._vmas], dtype=np.uint64)
+        self._vmas: tuple[Vma, ...] = tuple(sorted(vmas, key=attrgetter("start")))
+
+    @cached_property
+    def starts(self) -> npt.NDArray[np.uint64]:
+        """First address of each vma."""
+        return np.array([v.start for v in self._vmas], dtype=np.uint64)
+
+    @cached_property
+    def ends(self) -> npt.NDArray[np.uint64]:
+        """Address behind each vma."""
+        return np.array([v.end for v in self._vmas], dtype=np.uint64)
 
     def find(self, addr: int) -> Vma | None:
         """The vma that holds addr, or None (unlike the kernel's find_vma, which may return the next one)."""
