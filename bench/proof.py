@@ -13,7 +13,7 @@ from pagelens.proof.campaign import Bench, Result
 from pagelens.proof.compare import windows
 from pagelens.proof.oracle import Oracle
 from pagelens.proof.probes import probe_profile
-from pagelens.proof.randomprog import Mix
+from pagelens.proof.mix import Mix
 
 PROGRAMS, LENGTH = 10, 400
 

@@ -16,7 +16,7 @@ from pagelens.proof.probes import (
     probe_profile,
     probe_program,
 )
-from pagelens.proof.randomprog import Mix
+from pagelens.proof.mix import Mix
 
 CPU = max(os.sched_getaffinity(0))
 # Rules that no probe can show without what this kernel may lack.

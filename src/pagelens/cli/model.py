@@ -252,7 +252,8 @@ def _verify(args: argparse.Namespace) -> int:
 def _fuzz(args: argparse.Namespace) -> int:
     from pagelens.proof.campaign import fuzz
     from pagelens.proof.probes import has_protection_keys
-    from pagelens.proof.randomprog import Mix
+    from pagelens.proof.mix import Mix
+    from pagelens.proof.reach import RULES
 
     if args.ops < 1 or args.processes < 1:
         raise UsageError("--ops and --processes must be at least 1")
@@ -274,12 +275,17 @@ def _fuzz(args: argparse.Namespace) -> int:
         "operations": result.agreement.operations,
         "disagreements": len(result.failed_seeds),
         "scenario": result.scenario or None,
+        "succeeded": result.agreement.succeeded,
+        "reached": {rule: result.reached[rule] for rule in RULES},
     }
     emit_object(args, value, _fuzz_text(result, seed, how))
     return 1 if result.failed_seeds else 0
 
 
 def _fuzz_text(result: Result, seed: int, how: str) -> str:
+    from pagelens.proof.reach import RULES
+
+    reached = sorted(RULES, key=lambda rule: result.reached[rule])
     done = result.agreement
     lines = [
         f"kernel {platform.release()} against model {how}, seed {seed}:"
@@ -287,6 +293,7 @@ def _fuzz_text(result: Result, seed: int, how: str) -> str:
         f" {100 * done.succeeded // max(done.operations, 1)} % succeeded,"
         f" {len(result.failed_seeds)} disagreements",
         done.text(),
+        "rules reached: " + ", ".join(f"{rule} {result.reached[rule]:,}" for rule in reached),
     ]
     lines += [f"fence {f.name} is open: {f.how}" for f in result.fences if not f.ok]
     if result.failing:

@@ -98,7 +98,7 @@ def do_madvise(mm: Mm, start: int, length: int, advice: int, event: int) -> int:
     if end == start:
         return 0
     populating = advice in (abi.MADV_POPULATE_READ, abi.MADV_POPULATE_WRITE)
-    if populating and mm.profile.populate_stops_at_hole:
+    if populating and (not _has_hole(mm, start, end) or mm.profile.populate_stops_at_hole):
         return _populate(mm, start, end, advice)
     unmapped = 0
     at = start
@@ -123,6 +123,11 @@ def do_madvise(mm: Mm, start: int, length: int, advice: int, event: int) -> int:
     return unmapped
 
 
+def _has_hole(mm: Mm, start: int, end: int) -> bool:
+    areas = mm.areas.overlapping(start, end)
+    return sum(min(a.end, end) - max(a.start, start) for a in areas) < end - start
+
+
 def _one(mm: Mm, area: Area, start: int, end: int, advice: int, event: int) -> int:
     # madvise_vma_behavior.
     flags = area.flags
@@ -133,8 +138,9 @@ def _one(mm: Mm, area: Area, start: int, end: int, advice: int, event: int) -> i
         if advice == abi.MADV_FREE:
             return _free(mm, area, start, end)
         zap_range(mm, start, end, event=event)
-        if mm.profile.pt_reclaim:
-            _reclaim_tables(mm, start, end)
+        empty = _empty_tables(mm, start, end)
+        if empty and mm.profile.pt_reclaim:  # zap_pte_range with reclaim_pt
+            mm.tables.pte_tables.difference_update(empty)
         return 0
     if advice in (abi.MADV_COLD, abi.MADV_PAGEOUT):
         if flags & (VM_LOCKED | VM_PFNMAP | VM_HUGETLB):
@@ -254,7 +260,7 @@ def _guard_install(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
     profile = mm.profile
     if area.flags & (VM_SPECIAL | VM_HUGETLB | VM_LOCKED):
         return EINVAL
-    if not profile.guard_file and (not area.is_anon or not area.flags & VM_WRITE):
+    if (not area.is_anon or not area.flags & VM_WRITE) and not profile.guard_file:
         return EINVAL
     if profile.guard_vma_flag:
         area.flags |= VM_MAYBE_GUARD
@@ -275,7 +281,7 @@ def _guard_remove(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
     # madvise_guard_remove.
     if area.flags & (VM_SPECIAL | VM_HUGETLB):
         return EINVAL
-    if not mm.profile.guard_file and (not area.is_anon or not area.flags & VM_WRITE):
+    if (not area.is_anon or not area.flags & VM_WRITE) and not mm.profile.guard_file:
         return EINVAL
     for _first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
         hit = chunk.pte[part] == np.uint64(GUARD)
@@ -284,15 +290,17 @@ def _guard_remove(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
     return 0
 
 
-def _reclaim_tables(mm: Mm, start: int, end: int) -> None:
-    # zap_pte_range with reclaim_pt (CONFIG_PT_RECLAIM): a PTE table wholly inside that is empty now goes.
+def _empty_tables(mm: Mm, start: int, end: int) -> list[int]:
+    # PTE tables wholly inside the range that hold nothing (any more).
     tables = mm.tables
+    empty = []
     for number in range((start + (1 << 21) - 1) >> 21, end >> 21):
         if number in tables.pte_tables:
             chunk = tables.chunks.get(number >> 6)
             base = (number & 63) << 9
             if chunk is None or not chunk.pte[base : base + 512].any():
-                tables.pte_tables.discard(number)
+                empty.append(number)
+    return empty
 
 
 def _populate(mm: Mm, start: int, end: int, advice: int) -> int:

@@ -48,9 +48,10 @@ def area_name(mm: Mm, area: Area) -> str:
     if area.name:
         return area.name
     # vma_is_initial_heap: strictly overlapping; a neighbour that only touches the heap was named so in 6.1.
-    touching = 0 if mm.profile.heap_name_overlaps else 1
-    if area.start < mm.brk + touching and area.end > mm.start_brk - touching:
-        return "[heap]"
+    if area.start <= mm.brk and area.end >= mm.start_brk:
+        overlaps = area.start < mm.brk and area.end > mm.start_brk
+        if overlaps or not mm.profile.heap_name_overlaps:
+            return "[heap]"
     start_stack = mm.layout.start_stack
     if start_stack and area.start <= start_stack <= area.end:
         return "[stack]"
@@ -109,7 +110,7 @@ def pagemap(mm: Mm, start: int, npages: int) -> U64:
 
 
 @lru_cache(maxsize=16)
-def _entries(soft_dirty: bool, guard_bit: bool, zero_frame: int) -> U64:
+def _entries(soft_dirty: bool, zero_frame: int) -> U64:
     # What pagemap shows for each combination of the model's PTE flags, exclusive as if mapped once.
     flags = np.arange(1 << FRAME_SHIFT, dtype=np.uint64)
     out = np.zeros(len(flags), np.uint64)
@@ -124,19 +125,22 @@ def _entries(soft_dirty: bool, guard_bit: bool, zero_frame: int) -> U64:
     if soft_dirty:
         put(PM_SOFT_DIRTY, P | SD)
     # pte_to_pagemap_entry: whatever is there and not present reads as swapped, guard markers too.
-    put(PM_SWAP | (PM_GUARD if guard_bit else 0), GUARD)
+    put(PM_SWAP, GUARD)
     return out
 
 
 def _encode(mm: Mm, pte: U64) -> U64:
     # By table: a shift for each bit took most of the time of a live comparison.
     profile = mm.profile
-    table = _entries(profile.soft_dirty, profile.pagemap_guard_bit, mm.machine.zero_frame)
+    table = _entries(profile.soft_dirty, mm.machine.zero_frame)
     out = table[(pte & _FLAGS).view(np.int64)]
     frames = pte >> _FRAME
     several = mm.machine.frames.mapcount[frames.view(np.int64)] != 1
     out &= ~(several.astype(np.uint64) << np.uint64(56))
     out |= frames
+    guard = pte == np.uint64(GUARD)
+    if guard.any() and profile.pagemap_guard_bit:
+        out[guard] |= np.uint64(PM_GUARD)
     return out
 
 

@@ -44,7 +44,6 @@ from pagelens.model.abi import (
 )
 from pagelens.model.area import STACK_GUARD_GAP, AnonVma, Area, attach
 from pagelens.model.frames import F_ANON, F_DIRTY
-from pagelens.model.merge import ignored_flags
 from pagelens.model.placement import MMAP_MIN_ADDR
 from pagelens.model.space import Mm
 
@@ -86,7 +85,7 @@ class AccessResult:
 
 def execute_only(mm: Mm, area: Area) -> bool:
     """vma_is_pkey_exec_only: the processor refuses reads and writes."""
-    return mm.profile.pku and area.flags & VM_ACCESS == VM_EXEC
+    return area.flags & VM_ACCESS == VM_EXEC and mm.profile.pku
 
 
 def wants_writenotify(mm: Mm, area: Area) -> bool:
@@ -126,7 +125,7 @@ def _reusable(area: Area) -> AnonVma | None:
 
 def _anon_compatible(mm: Mm, left: Area, right: Area) -> bool:
     # anon_vma_compatible: flags may differ in what mprotect changes.
-    mask = ~(VM_ACCESS | ignored_flags(mm))
+    mask = ~(VM_ACCESS | mm.merge_ignores)
     return (
         left.end == right.start
         and left.file is right.file
@@ -324,6 +323,8 @@ def fault_around(mm: Mm, area: Area, page: int, index: int, event: int) -> bool:
     """do_fault_around, filemap_map_pages: map cached neighbours into empty PTEs; true if `page` was one."""
     file = area.file
     assert file is not None
+    if not file.map_pages:
+        return False
     # The window starts at the aligned page or where the vma starts, and is 16 pages from there: clamping the
     # start moves the end with it.
     first = max(page & ~(FAULT_AROUND_PAGES - 1), area.start >> SHIFT, page & ~511)
@@ -344,6 +345,22 @@ def fault_around(mm: Mm, area: Area, page: int, index: int, event: int) -> bool:
         map_file_page(mm, area, p, frame, write=False, event=event)
         hit = hit or p == page
     return hit
+
+
+def unshare(mm: Mm, area: Area, page: int, pte: int, event: int) -> None:
+    """do_wp_page with FAULT_FLAG_UNSHARE (gup_must_unshare): a page that is only read by pin, made exclusive.
+    A copy stays read-only and clean."""
+    frames = mm.machine.frames
+    frame = pte >> FRAME_SHIFT
+    if frames.mapcount[frame] == 1:
+        mm.tables.put(page, pte | AE, event)
+        return
+    anon_prepare(mm, area)
+    new = frames.alloc(F_ANON, event)
+    frames.mapcount[new] = 1
+    mm.tables.put(page, P | A | AE | ANON | pte & SD | new << FRAME_SHIFT, event)
+    frames.unmap(frame)
+    mm.tables.flush(page << SHIFT, (page + 1) << SHIFT, "unshare")
 
 
 def _wp_fault(mm: Mm, area: Area, page: int, pte: int, event: int) -> str:

@@ -33,6 +33,7 @@ class File:
         "frame_flags",
         "inode",
         "machine",
+        "map_pages",
         "name",
         "noexec",
         "not_uptodate",
@@ -72,7 +73,8 @@ class File:
         self.inode = inode or machine.next_inode()
         self.page_mkwrite = not shmem
         self.thp_align = False  # get_unmapped_area = thp_get_unmapped_area (ext4, xfs, btrfs)
-        self.close_hook = False
+        self.close_hook = False  # vm_ops->close; of what is modelled only System V segments have it
+        self.map_pages = True  # vm_ops->map_pages: fault-around
         self.users = 0  # areas that map it
         self.opens = 1  # open descriptors; shared anonymous memory has none
         self.charged = 0  # pages charged at once (shmem_acct_size), given back with the object

@@ -155,9 +155,9 @@ def do_msync(mm: Mm, start: int, length: int, flags: int) -> int:
     if flags & MS_ASYNC and flags & MS_SYNC:
         return EINVAL
     end = start + page_align(length)
-    if end > U64_MAX or (length and end == start):
+    if end > U64_MAX:
         return ENOMEM
-    if end == start:
+    if end == start:  # a length so near to 2^64 that it rounds to nothing is nothing
         return 0
     unmapped = 0
     area = mm.areas.find(start)

@@ -161,17 +161,10 @@ def mmap_region(mm: Mm, file: File | None, addr: int, length: int, vm: int, pgof
     end = addr + length
     pages = length >> SHIFT
     machine = mm.machine
-    if not mm.may_expand(vm, pages):
-        covered = sum(min(a.end, end) - max(a.start, addr) for a in mm.areas.overlapping(addr, end)) >> SHIFT
-        if not mm.may_expand(vm, pages - covered):
-            return ENOMEM
-    if mm.areas.overlapping(addr, end):
-        error = do_munmap_range(mm, addr, end, event)
-        if error:
-            return ENOMEM
-    if (vm & (VM_NORESERVE | VM_SHARED | VM_WRITE)) == VM_WRITE:  # accountable_mapping
-        if mm.charge(pages):
-            return ENOMEM
+    accountable = (vm & (VM_NORESERVE | VM_SHARED | VM_WRITE)) == VM_WRITE
+    if _make_room(mm, addr, end, vm, accountable, event):
+        return ENOMEM
+    if accountable:
         vm |= VM_ACCOUNT
     area = None
     if file is not None or not vm & VM_SHARED:
@@ -197,6 +190,26 @@ def mmap_region(mm: Mm, file: File | None, addr: int, length: int, vm: int, pgof
     return addr
 
 
+def _make_room(mm: Mm, addr: int, end: int, vm: int, accountable: bool, event: int) -> int:
+    # Limits, charge, and the end of what lay there: 0 or ENOMEM.
+    pages = (end - addr) >> SHIFT
+    doomed = mm.areas.overlapping(addr, end)
+    if not doomed:
+        return 0 if mm.may_expand(vm, pages) and not (accountable and mm.charge(pages)) else ENOMEM
+    if not mm.profile.mmap_gathers_first:
+        covered = sum(min(a.end, end) - max(a.start, addr) for a in doomed) >> SHIFT
+        if not mm.may_expand(vm, pages - covered) or do_munmap_range(mm, addr, end, event):
+            return ENOMEM
+        return ENOMEM if accountable and mm.charge(pages) else 0
+    doomed = gather(mm, addr, end, event)
+    if not doomed or not mm.may_expand(vm, pages - sum(a.pages for a in doomed)):
+        return ENOMEM
+    accounted = sum(a.pages for a in doomed if a.flags & VM_ACCOUNT)
+    if accountable and mm.charge(pages - accounted):
+        return ENOMEM
+    return do_munmap_range(mm, addr, end, event, uncharge=not accountable)
+
+
 def do_munmap(mm: Mm, start: int, length: int, event: int) -> int:
     """do_vmi_munmap: 0 or -errno."""
     size = mm.layout.task_size
@@ -208,18 +221,28 @@ def do_munmap(mm: Mm, start: int, length: int, event: int) -> int:
     return do_munmap_range(mm, start, end, event)
 
 
+def gather(mm: Mm, start: int, end: int, event: int) -> list[Area]:
+    """vms_gather_munmap_vmas: the areas of the range, split at both edges; none where a split would pass
+    max_map_count."""
+    area = mm.areas.find(start)
+    if area is not None and start > area.start:
+        if end < area.end and mm.map_count >= mm.machine.max_map_count:
+            return []
+        split(mm, area, start, event)
+    doomed = mm.areas.overlapping(start, end)
+    if doomed[-1].end > end:
+        split(mm, doomed[-1], end, event)
+    return doomed
+
+
 def do_munmap_range(mm: Mm, start: int, end: int, event: int, *, uncharge: bool = True) -> int:
     """do_vmi_align_munmap: split at both edges, detach, zap, free tables. uncharge: false for a move."""
     area = mm.areas.find(start)
     if area is None or area.start >= end:
         return 0
-    if start > area.start:
-        if end < area.end and mm.map_count >= mm.machine.max_map_count:
-            return ENOMEM
-        area = split(mm, area, start, event)
-    doomed = mm.areas.overlapping(start, end)
-    if doomed[-1].end > end:
-        split(mm, doomed[-1], end, event)
+    doomed = gather(mm, start, end, event)
+    if not doomed:
+        return ENOMEM
     for area in doomed:
         mm.areas.remove(area)
         mm.stat_account(area.flags, -area.pages)

@@ -7,31 +7,19 @@ reaches the same results by its eight cases, except where the profile's rules sa
 
 from __future__ import annotations
 
-from pagelens.model.abi import ENOMEM, SHIFT, VM_MAYBE_GUARD, VM_SOFTDIRTY, VM_SPECIAL
+from pagelens.model.abi import ENOMEM, SHIFT, VM_SPECIAL
 from pagelens.model.area import AnonVma, Area, clone_chain, unlink_chain
 from pagelens.model.files import File
 from pagelens.model.space import Mm
 
 
-def ignored_flags(mm: Mm) -> int:
-    """Flags that need not match for a merge: VM_SOFTDIRTY, later all of VMA_STICKY_FLAGS."""
-    return VM_SOFTDIRTY | (VM_MAYBE_GUARD if mm.profile.guard_vma_flag else 0)
-
-
-def sticky_flags(mm: Mm) -> int:
-    """VMA_STICKY_FLAGS: a merged area has them if any part had."""
-    return (VM_SOFTDIRTY if mm.profile.sticky_softdirty else 0) | (
-        VM_MAYBE_GUARD if mm.profile.guard_vma_flag else 0
-    )
-
-
 def _is_mergeable(mm: Mm, area: Area, flags: int, file: File | None, name: str) -> bool:
     # is_mergeable_vma.
-    if (area.flags ^ flags) & ~ignored_flags(mm):
+    if (area.flags ^ flags) & ~mm.merge_ignores:
         return False
     if area.file is not file:
         return False
-    if mm.profile.merge_close_forbids_any and area.close_hook:
+    if area.close_hook and mm.profile.merge_close_forbids_any:
         return False
     return _anon_name(area.name) == _anon_name(name)
 
@@ -50,15 +38,15 @@ def _anon_mergeable(
     mm: Mm, source: AnonVma | None, target: Area, middle: Area | None, copied: Area | None
 ) -> bool:
     # is_mergeable_anon_vma.
+    if source is target.anon_vma:
+        return True
+    if source is not None and target.anon_vma is not None:
+        return False
     if not mm.profile.merge_unfaulted_target:
-        if (source is None or target.anon_vma is None) and len(target.chain) == 1:
-            return True
-        return source is target.anon_vma
-    if target.anon_vma is None and source is not None:
+        return len(target.chain) == 1
+    if target.anon_vma is None:
         return not (_fork_child(middle) or _fork_child(copied))
-    if target.anon_vma is not None and source is None:
-        return not _fork_child(target)
-    return source is target.anon_vma
+    return not _fork_child(target)
 
 
 def _compatible(left: Area, right: Area) -> bool:
@@ -123,11 +111,11 @@ def merge_new(
             left = _anon_mergeable(mm, following.anon_vma, prev, None, None)
         else:
             right = _compatible(prev, following) and not following.close_hook
-    sticky = flags & sticky_flags(mm)
+    sticky = flags & mm.sticky_flags
     if left and prev is not None:
         if right and following is not None:
             _dup_anon(prev, following)
-            sticky |= following.flags & sticky_flags(mm)
+            sticky |= following.flags & mm.sticky_flags
             new_end = following.end
             _drop(mm, following)
             mm.areas.resize(prev, prev.start, new_end, prev.pgoff)
@@ -170,7 +158,7 @@ def modify(mm: Mm, area: Area, start: int, end: int, flags: int, event: int) -> 
     """
     merged = _merge_existing(mm, area, start, end, flags, event)
     if merged is not None:
-        return merged, flags | merged.flags & sticky_flags(mm)
+        return merged, flags | merged.flags & mm.sticky_flags
     limit = mm.machine.max_map_count
     if area.start < start:
         if mm.map_count >= limit:
@@ -216,7 +204,7 @@ def _merge_existing(mm: Mm, middle: Area, start: int, end: int, flags: int, even
         return None
     if left and right and following is not None and following.close_hook:
         right = False
-    mask = sticky_flags(mm)
+    mask = mm.sticky_flags
     sticky = flags & mask
     if left and prev is not None:
         sticky |= prev.flags & mask

@@ -21,14 +21,12 @@ def move_tables(mm: Mm, old: int, new: int, length: int, event: int) -> None:
     while at < end:
         to = new + (at - old)
         extent = min((at | _PMD_MASK) + 1 - at, end - at, (to | _PMD_MASK) + 1 - to)
-        if at >> 39 in tables.pud_tables:
-            # get_old_pud, alloc_new_pud: a table above for the target, even where nothing is moved under it.
+        number = at >> 21
+        if at >> 30 in tables.pmd_tables:
+            # get_old_pud, alloc_new_pud: a table above for the target, even where nothing moves under it.
             tables.pud_tables.add(to >> 39)
             if tables.levels == 5:
                 tables.p4d_tables.add(to >> 48)
-        number = at >> 21
-        if at >> 30 in tables.pmd_tables:
-            tables.pud_tables.add(to >> 39)  # alloc_new_pud, whatever lies below
         if number in tables.pte_tables:
             target = to >> 21
             whole = extent == PMD_SIZE and target not in tables.pte_tables

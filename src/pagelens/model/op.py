@@ -24,6 +24,7 @@ MAP_WORDS = {
     "droppable": 0x08,
     "fixed": 0x10,
     "anon": 0x20,
+    "32bit": 0x40,
     "growsdown": 0x100,
     "locked": 0x2000,
     "noreserve": 0x4000,
@@ -37,6 +38,11 @@ MSYNC_WORDS = {"async": 1, "invalidate": 2, "sync": 4}
 MLOCKALL_WORDS = {"current": 1, "future": 2, "onfault": 4}
 MLOCK2_WORDS = {"onfault": 1}
 FALLOCATE_WORDS = {"keep": 1, "punch": 2}
+SHMAT_WORDS = {"rnd": 0x2000, "remap": 0x4000}
+RLIMIT_WORDS = {"data": 2, "stack": 3, "memlock": 8, "as": 9}
+UNLIMITED = (1 << 64) - 1
+# Bits that mprotect takes beside rights: `rw+growsdown`.
+PROT_WORDS = {"sem": 8, "bad": 0x10, "growsdown": 0x0100_0000, "growsup": 0x0200_0000}
 ADVICE_WORDS = {
     "normal": 0,
     "random": 1,
@@ -82,6 +88,8 @@ RANGED = frozenset(
         "read",
         "write",
         "exec",
+        "peek",
+        "poke",
     }
 )
 NAMES = RANGED | {
@@ -97,9 +105,14 @@ NAMES = RANGED | {
     "pwrite",
     "fallocate",
     "clear_refs",
+    "shmat",
+    "rlimit",
+    "uncap",
 }
 # Those that only one process sees: after them no other process can differ.
-LOCAL = frozenset({"brk", "mlock", "mlock2", "munlock", "mprotect", "mlockall", "munlockall"})
+LOCAL = frozenset(
+    {"brk", "mlock", "mlock2", "munlock", "mprotect", "mlockall", "munlockall", "rlimit", "uncap"}
+)
 
 # Two regions that every scenario has. The arena's middle is a multiple of 512 GiB, so that its two halves
 # lie in different page tables on every level; `heap` is where brk starts.
@@ -129,7 +142,9 @@ class Place:
 class Op:
     """One operation of process (or thread) `proc`.
 
-    name: one of NAMES. result: the name that its result gets (a region, file, process or thread). place,
+    name: one of NAMES. `peek` and `poke` are process_vm_readv and process_vm_writev by another process;
+    `shmat` makes a System V segment, attaches it and marks it for removal; `uncap` gives up all capabilities.
+    result: the name that its result gets (a region, file, process or thread). place,
     length: bytes. flags: the system call's own flags, advice or level of clear_refs. new_place, new_length:
     mremap's target. file, offset: file name and byte offset.
     """
@@ -187,8 +202,9 @@ def errno_name(result: int) -> str:
 
 
 def prot_text(prot: int) -> str:
-    """ "rw" of 3, "none" of 0."""
-    return "".join(letter for letter, bit in PROTS.items() if prot & bit) or "none"
+    """ "rw" of 3, "none" of 0; what is no right follows: "rw+growsdown"."""
+    rights = "".join(letter for letter, bit in PROTS.items() if prot & bit) or "none"
+    return "+".join([rights, *(word for word, bit in PROT_WORDS.items() if prot & bit)])
 
 
 def flag_words(flags: int, words: dict[str, int]) -> list[str]:
@@ -262,6 +278,14 @@ def format_op(op: Op) -> str:
             words = [range_text(Place(op.file, op.offset), op.length), *flag_words(op.flags, FALLOCATE_WORDS)]
         case "clear_refs":
             words = [str(op.flags)]
+        case "shmat":
+            words = [size_text(op.length)]
+            if op.place is not None:
+                words += ["at", str(op.place)]
+            words += [prot_text(op.prot), *flag_words(op.flags, SHMAT_WORDS)]
+        case "rlimit":
+            what = {number: word for word, number in RLIMIT_WORDS.items()}[op.flags]
+            words = [what, "unlimited" if op.length == UNLIMITED else size_text(op.length)]
     if op.name in RANGED and op.place is not None:
         words.insert(0, range_text(op.place, op.length))
     head = f"{op.proc}: " if op.proc != "main" else ""

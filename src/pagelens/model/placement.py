@@ -14,6 +14,7 @@ from pagelens.model.abi import (
     PMD_SIZE,
     SHIFT,
     VM_GROWSDOWN,
+    page_align,
 )
 from pagelens.model.files import File
 from pagelens.model.space import Mm
@@ -32,13 +33,13 @@ def get_unmapped_area(mm: Mm, file: File | None, addr: int, length: int, pgoff: 
     # f_op->get_unmapped_area: shmem and the file systems that align huge pages have one.
     own_method = flags & MAP_SHARED if file is None else file.shmem or file.thp_align
     if (file is not None and not file.shmem and file.thp_align) or (
-        profile.thp
-        and profile.thp_align_anon
-        and not own_method
-        and (file is None or not profile.thp_align_file_test)
+        not own_method
         and not addr
         and not flags & MAP_FIXED
         and length % PMD_SIZE == 0
+        and profile.thp
+        and profile.thp_align_anon
+        and (file is None or not profile.thp_align_file_test)
     ):
         addr = _thp_area(mm, addr, length, pgoff, flags)
     else:
@@ -87,9 +88,12 @@ def _area_topdown(mm: Mm, addr: int, length: int, flags: int) -> int:
         low, high = mm.layout.mmap_legacy_base, mm.layout.task_size
     else:
         low, high = 0x4000_0000, 0x8000_0000
-    if addr and not flags & MAP_32BIT:
+    if length > high:
+        return ENOMEM
+    if addr:
+        addr = page_align(addr)
         area = mm.areas.find(addr)
-        if addr <= mm.layout.task_size - length and (area is None or addr + length <= area.start_gap):
+        if addr <= high - length and (area is None or addr + length <= area.start_gap):
             return addr
     return _unmapped_area(mm, length, max(low, MMAP_MIN_ADDR), high)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pagelens.model import batch
 from pagelens.model.abi import (
+    AE,
+    ANON,
     EFAULT,
     FRAME_SHIFT,
     PAGE,
@@ -28,7 +30,7 @@ from pagelens.model.abi import (
 )
 from pagelens.model.area import Area
 from pagelens.model.batch import anon_pages, first_guard
-from pagelens.model.fault import execute_only, handle
+from pagelens.model.fault import execute_only, handle, unshare
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
 
@@ -61,6 +63,10 @@ def gup(
     for page in range(start >> SHIFT, end >> SHIFT):
         while True:
             pte = tables.get(page)
+            if remote and not write and pte & (P | ANON | AE | ZERO) == P | ANON:
+                unshare(mm, area, page, pte, event)
+                machine.count_fault(False, gup=True)
+                continue
             if pte & P and (not write or pte & W):
                 if write and not pte & (D | ZERO | SPECIAL):
                     machine.frames.flags[pte >> FRAME_SHIFT] |= F_DIRTY  # follow_page_pte, FOLL_TOUCH

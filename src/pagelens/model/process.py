@@ -15,6 +15,7 @@ from pagelens.model import (
     provenance,
     refs,
     remap,
+    sysv,
 )
 from pagelens.model.abi import CLONE_THREAD, CLONE_VFORK, CLONE_VM, EFAULT, ENOMEM, PAGE
 from pagelens.model.area import Area
@@ -170,6 +171,38 @@ class Process:
         event = self._enter()
         result = lock.do_msync(self.mm, addr, length, flags)
         return self._done(event, "msync", (addr, length, flags), result, (addr, addr + length))
+
+    def shmat(self, addr: int, length: int, prot: int, flags: int = 0) -> int:
+        """shmget(2) of a private segment, shmat(2), shmctl(2) IPC_RMID: the address or -errno."""
+        event = self._enter()
+        result, fill = sysv.do_shmat(self.mm, addr, length, prot, flags, event)
+        if fill:
+            populate.populate_range(self.mm, result, result + fill, ignore_errors=True)
+        span = (result, result + length) if result >= 0 else (0, 0)
+        return self._done(event, "shmat", (addr, length, prot, flags), result, span)
+
+    def setrlimit(self, resource: int, limit: int) -> int:
+        """setrlimit(2) of the soft limit, in bytes: RLIMIT_DATA, STACK, MEMLOCK, AS. 0 or -EINVAL."""
+        event = self._enter()
+        result = self.mm.limits.set(resource, limit)
+        return self._done(event, "setrlimit", (resource, limit), result)
+
+    def drop_capabilities(self) -> int:
+        """capset(2) to nothing: RLIMIT_MEMLOCK holds from now on."""
+        event = self._enter()
+        limits = self.mm.limits
+        limits.cap_ipc_lock = limits.cap_sys_admin = limits.cap_sys_rawio = False
+        return self._done(event, "capset", (), 0)
+
+    def remote(self, addr: int, length: int, *, write: bool) -> int:
+        """process_vm_writev(2) or process_vm_readv(2) by a process that is not modelled: its faults are not
+        counted here. Bytes, or -EFAULT where nothing could be reached."""
+        event = self._enter()
+        self.machine.running = None
+        done = populate.remote_access(self.mm, addr, length, write=write)
+        name = "process_vm_writev" if write else "process_vm_readv"
+        result = done if done or not length else EFAULT
+        return self._done(event, name, (self.pid, addr, length), result, (addr, addr + done))
 
     def clear_refs(self, kind: int) -> int:
         """A write of 1 to 5 into /proc/PID/clear_refs."""

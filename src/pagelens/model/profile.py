@@ -35,6 +35,9 @@ class Profile:
     mprotect_unaccounts: bool = True
     # calc_vm_flag_bits: MAP_STACK sets VM_NOHUGEPAGE (6.7, "mm: mmap: map MAP_STACK to VM_NOHUGEPAGE").
     stack_nohugepage: bool = True
+    # __mmap_region gathers what it replaces, and so splits it, before it tests limits; on failure all is put back
+    # (vms_gather_munmap_vmas, 6.12). In 6.1 limits come first, and a charge that fails leaves a hole.
+    mmap_gathers_first: bool = True
     # -- placement
     # __get_unmapped_area: anonymous, no hint, length a multiple of 2 MiB: aligned to 2 MiB (6.7, and 6.13
     # for the multiple, backported to 6.12).
@@ -126,6 +129,7 @@ PROFILES: dict[str, Profile] = {
         populate_stops_at_hole=False,
         mremap_checks_first=False,
         mmap_merges_right_first=True,
+        mmap_gathers_first=False,
         merge_unfaulted_target=False,
         mprotect_unaccounts=False,
         stack_nohugepage=False,
@@ -178,7 +182,7 @@ PROFILES: dict[str, Profile] = {
 
 def get_profile(profile: str | Profile) -> Profile:
     """A profile by name. UsageError names those that exist."""
-    if isinstance(profile, Profile):
+    if not isinstance(profile, str):
         return profile
     try:
         return PROFILES[profile]

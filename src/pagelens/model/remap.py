@@ -130,10 +130,8 @@ def _new_order(r: _Remap) -> int:
         if error:
             return error
     limit = mm.machine.max_map_count
-    if mm.profile.mremap_counts_exactly:
-        if mm.map_count + 4 + (1 if r.flags & MREMAP_DONTUNMAP else 0) > limit:
-            return ENOMEM
-    elif r.to_new_place and mm.map_count + 2 >= limit - 3:
+    exactly = mm.map_count + 4 + (1 if r.flags & MREMAP_DONTUNMAP else 0) > limit
+    if _refused(r, exactly, r.to_new_place and mm.map_count + 2 >= limit - 3):
         return ENOMEM
     if r.flags & MREMAP_FIXED and r.old_len == r.new_len and mm.profile.mremap_multi_vma:
         return _move_many(r)
@@ -229,6 +227,9 @@ def _move_many(r: _Remap) -> int:
     if not spans or spans[0][0] > start:
         return EFAULT
     for low, high in spans:
+        area = mm.areas.at(low)
+        if area is not None and area.file is not None and area.file.close_hook and (low > start or high < end):
+            return EFAULT  # vma_multi_allowed: System V segments choose their own place
         r.addr, r.new_addr = low, target + (low - start)
         r.old_len = r.new_len = high - low
         error = _prepare(r, mm.areas.at(low))
@@ -275,10 +276,8 @@ def _move(r: _Remap, area: Area) -> int:
     mm = r.mm
     keep = bool(r.flags & MREMAP_DONTUNMAP)
     limit = mm.machine.max_map_count
-    if mm.profile.mremap_counts_exactly:
-        if mm.map_count + 2 + (1 if keep and area.flags & VM_LOCKED else 0) > limit:
-            return ENOMEM
-    elif mm.map_count >= limit - 3:
+    exactly = mm.map_count + 2 + (1 if keep and area.flags & VM_LOCKED else 0) > limit
+    if _refused(r, exactly, mm.map_count >= limit - 3):
         return ENOMEM
     end = r.addr + r.old_len
     if keep and area.flags & VM_LOCKED and mm.profile.dontunmap_pre_split:
@@ -316,17 +315,22 @@ def _move(r: _Remap, area: Area) -> int:
     return r.new_addr
 
 
+def _refused(r: _Remap, exactly: bool, roughly: bool) -> bool:
+    # The test of the vma limit, as this kernel makes it.
+    return exactly if exactly == roughly or r.mm.profile.mremap_counts_exactly else roughly
+
+
 def _realignment(r: _Remap, source: Area | None, new: Area) -> int:
     # try_realign_addr: bytes by which both ends may start earlier, so that a whole table moves at once.
     offset = r.addr & _PMD_MASK
-    if not r.mm.profile.mremap_realigns or not offset or offset != r.new_addr & _PMD_MASK:
+    if not offset or offset != r.new_addr & _PMD_MASK:
         return 0
     if r.old_len < PMD_SIZE - offset or source is None:
         return 0
     for area, addr in ((source, r.addr), (new, r.new_addr)):
         if area.start != addr or r.mm.areas.overlapping(addr - offset, addr):
             return 0
-    return offset
+    return offset if r.mm.profile.mremap_realigns else 0
 
 
 def _copy_area(r: _Remap, area: Area, keep: bool) -> Area:

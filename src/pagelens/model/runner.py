@@ -37,11 +37,22 @@ class ModelWorld:
 
     def __init__(self, profile: str | Profile, setting: Setting | None = None) -> None:
         self.setting = setting or Setting(text_pages=0, region_pages=0)
-        self.machine = Machine(profile, max_map_count=self.setting.max_map_count)
+        self.machine = Machine(
+            profile,
+            max_map_count=self.setting.max_map_count,
+            memory_pages=self.setting.memory_pages,
+            overcommit=self.setting.overcommit,
+        )
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
         layout = Layout(mmap_base=self.setting.mmap_base, start_brk=self.setting.brk)
-        limits = Limits(memlock=self.setting.memlock, cap_ipc_lock=self.setting.ipc_lock)
+        limits = Limits(
+            self.setting.address_space,
+            self.setting.data,
+            self.setting.stack,
+            self.setting.memlock,
+            cap_ipc_lock=self.setting.ipc_lock,
+        )
         main = self.machine.spawn(layout=layout, limits=limits)
         self.processes: dict[str, Process] = {"main": main}
         self._threads: set[str] = set()
@@ -123,6 +134,14 @@ class ModelWorld:
                 return self.files[op.file].pwrite(op.length, op.offset)
             case "fallocate":
                 return self.files[op.file].fallocate(op.flags, op.offset, op.length)
+            case "shmat":
+                return process.shmat(addr, op.length, op.prot, op.flags)
+            case "rlimit":
+                return process.setrlimit(op.flags, op.length)
+            case "uncap":
+                return process.drop_capabilities()
+            case "peek" | "poke":
+                return process.remote(addr, op.length, write=op.name == "poke")
             case _:
                 return self._process_call(process, op)
 

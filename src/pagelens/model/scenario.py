@@ -176,7 +176,7 @@ def _define(op: Op, scope: _Scope) -> None:
         return
     if op.result in ("arena", "heap", "main", "expect", "on"):
         raise _Bad(f"{op.result!r} is taken")
-    if op.name == "mmap":
+    if op.name in ("mmap", "shmat"):
         scope.regions[op.result] = op.length
     elif op.name == "mremap":
         scope.regions[op.result] = op.new_length
@@ -276,6 +276,20 @@ def _operation(name: str, proc: str, result: str, words: list[str], scope: _Scop
                 kw["flags"] = w.flags(ops.FALLOCATE_WORDS)
         case "clear_refs":
             kw["flags"] = _int(w.take("the level, 1 to 5"))
+        case "shmat":
+            length = _size(w.take("the number of pages"))
+            if w.left and w.left[0] == "at":
+                w.take("at")
+                place = _place(w.take("the place after `at`"), scope)
+            kw["prot"] = _prot(w.take("the protection (r, rw, rx, rwx)"))
+            kw["flags"] = w.flags(ops.SHMAT_WORDS)
+        case "rlimit":
+            word = w.take("the resource")
+            if word not in ops.RLIMIT_WORDS:
+                raise _Bad(f"no resource {word!r}; known: {' '.join(ops.RLIMIT_WORDS)}")
+            kw["flags"] = ops.RLIMIT_WORDS[word]
+            word = w.take("the number of pages, or unlimited")
+            length = ops.UNLIMITED if word == "unlimited" else _size(word)
     w.end()
     return Op(name, proc, result, place, length, **kw)  # type: ignore[arg-type]
 
@@ -356,10 +370,15 @@ def _size(word: str) -> int:
 
 
 def _prot(word: str) -> int:
-    if word == "none":
-        return 0
+    rights, *rest = word.split("+")
     value = 0
-    for letter in word:
+    for extra in rest:
+        if extra not in ops.PROT_WORDS:
+            raise _Bad(f"not known behind `+`: {extra!r} ({', '.join(ops.PROT_WORDS)})")
+        value |= ops.PROT_WORDS[extra]
+    if rights == "none":
+        return value
+    for letter in rights:
         if letter not in ops.PROTS:
             raise _Bad(f"not a protection: {word!r} (none, r, rw, rx …)")
         value |= ops.PROTS[letter]

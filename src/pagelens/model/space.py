@@ -11,13 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pagelens.model.abi import (
+    EINVAL,
     ENOMEM,
     PAGE,
     SHIFT,
     VM_EXEC,
     VM_GROWSDOWN,
     VM_LOCKED,
+    VM_MAYBE_GUARD,
     VM_SHARED,
+    VM_SOFTDIRTY,
     VM_WRITE,
 )
 from pagelens.model.area import AreaTree
@@ -42,6 +45,15 @@ class Limits:
     cap_ipc_lock: bool = True
     cap_sys_admin: bool = True
     cap_sys_rawio: bool = True
+
+    def set(self, resource: int, limit: int) -> int:
+        """A soft limit by its number (include/uapi/asm-generic/resource.h): 0, or -EINVAL for one that paging
+        does not know."""
+        names = {2: "data", 3: "stack", 8: "memlock", 9: "address_space"}
+        if resource not in names:
+            return EINVAL
+        setattr(self, names[resource], min(limit, UNLIMITED))
+        return 0
 
 
 @dataclass(slots=True)
@@ -82,6 +94,11 @@ class Mm:
     def __init__(self, machine: Machine, layout: Layout, limits: Limits | None = None) -> None:
         self.machine = machine
         self.profile = machine.profile
+        # Flags that need not match for a merge: VM_SOFTDIRTY, later all of VMA_STICKY_FLAGS; and those that a
+        # merged area has if any part had them.
+        guard = VM_MAYBE_GUARD if self.profile.guard_vma_flag else 0
+        self.merge_ignores = VM_SOFTDIRTY | guard
+        self.sticky_flags = guard | (VM_SOFTDIRTY if self.profile.sticky_softdirty else 0)
         self.number = machine.next_mm()
         self.layout = layout
         self.limits = replace(limits) if limits else Limits()

@@ -32,8 +32,13 @@ class Setting:
     brk: int = 0x1000_1000
     mmap_base: int = TASK_SIZE - 0x800_0000
     memlock: int = 8 << 20  # RLIMIT_MEMLOCK
+    stack: int = 8 << 20  # RLIMIT_STACK, RLIMIT_DATA, RLIMIT_AS
+    data: int = 1 << 63
+    address_space: int = 1 << 63
     ipc_lock: bool = True  # CAP_IPC_LOCK: the limit does not hold
     max_map_count: int = 65530
+    memory_pages: int = 1 << 30  # MemTotal: a larger private mapping is refused (overcommit_memory 0)
+    overcommit: int = 0  # vm.overcommit_memory; 2 depends on what else runs, see docs/fidelity.md
     rss_exact: bool = True  # status sums the counters exactly (6.2); before, each task keeps up to 64 back
 
     @property
@@ -58,7 +63,7 @@ class Names:
 
     def learn(self, op: Op, result: int) -> None:
         """Keep what `op` gave, if it succeeded."""
-        if op.result and op.name in ("mmap", "mremap"):
+        if op.result and op.name in ("mmap", "mremap", "shmat"):
             if result >= 0:
                 self.regions[op.result] = result
             else:

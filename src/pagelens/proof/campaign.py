@@ -18,7 +18,9 @@ from pagelens.model.scenario import format_scenario
 from pagelens.proof.agreement import Agreement
 from pagelens.proof.compare import Comparison, Disagreement
 from pagelens.proof.oracle import Fence, Oracle
-from pagelens.proof.randomprog import Generator, Mix
+from pagelens.proof.mix import Mix
+from pagelens.proof.randomprog import Generator
+from pagelens.proof.reach import counted
 from pagelens.proof.shrink import shrink
 from pagelens.vm.units import HPAGE_SIZE
 
@@ -29,7 +31,7 @@ CHECKPOINT_EVERY = 100
 @dataclass(slots=True)
 class Result:
     """What a run found. failing: the (shrunk) program of the first disagreement. seed: that of the failing
-    program, else of the first. used: how often each operation (and advice) was done, and succeeded."""
+    program, else of the first. used: how often each operation was done, and succeeded. reached: how often each rule of the profile mattered."""
 
     seed: int
     agreement: Agreement = field(default_factory=Agreement)
@@ -37,6 +39,7 @@ class Result:
     failing: list[Op] = field(default_factory=list)
     fences: tuple[Fence, ...] = ()
     used: Counter[str] = field(default_factory=Counter)
+    reached: Counter[str] = field(default_factory=Counter)
     programs: int = 0
     failed_seeds: list[int] = field(default_factory=list)
 
@@ -64,7 +67,7 @@ class Bench:
         """One given program, to its first disagreement; counts go into `result`."""
         with Oracle(self.cpu) as oracle:
             result.fences = oracle.fences
-            comparison = self._comparison(oracle)
+            comparison = self._comparison(oracle, result)
             try:
                 for i, op in enumerate(program):
                     if found := comparison.step(op):
@@ -89,7 +92,7 @@ class Bench:
         program: list[Op] = []
         with Oracle(self.cpu) as oracle:
             result.fences = oracle.fences
-            comparison = self._comparison(oracle)
+            comparison = self._comparison(oracle, result)
             try:
                 while len(program) < length:
                     op = generator.next(oracle)
@@ -105,8 +108,8 @@ class Bench:
             finally:
                 result.agreement.add(comparison.agreement)
 
-    def _comparison(self, oracle: Oracle) -> Comparison:
-        model = ModelWorld(self.profile, oracle.setting)
+    def _comparison(self, oracle: Oracle, result: Result) -> Comparison:
+        model = ModelWorld(counted(self.profile, result.reached), oracle.setting)
         return Comparison(oracle, model, soft_dirty=self.profile.soft_dirty)
 
     def shrunk(self, program: Sequence[Op], kinds: frozenset[str]) -> tuple[list[Op], list[Disagreement]]:
@@ -120,8 +123,8 @@ class Bench:
 
 
 def _frees_tables(op: Op) -> bool:
-    # A range of a whole page table: VmPTE is looked at before something else changes it.
-    return op.length >= HPAGE_SIZE and op.name in ("madvise", "munmap", "mremap")
+    # A range that may free a whole page table: VmPTE is looked at before something else changes it.
+    return op.length >= HPAGE_SIZE // 2 and op.name in ("madvise", "munmap", "mremap")
 
 
 def _count(used: Counter[str], op: Op, outcome: Outcome | None) -> None:

@@ -11,7 +11,6 @@ programs beside it, and a killed proof would leave it so).
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import select
@@ -31,6 +30,7 @@ from pagelens.linux.procfs import Process
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import Names, Setting, undefined
+from pagelens.proof.calls import SPECIAL
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
 from pagelens.vm.units import PAGE_SIZE
@@ -44,7 +44,6 @@ _SLOT_SIZE, _SLOTS = 0x8000, 16
 _ZEROS = _SLOTS - 1  # the slot that nobody runs in: 32 KiB of zeros to write from
 _COMMAND = struct.Struct("<8Q")
 _REPLY = struct.Struct("<q2Q2q3Q")
-_NAME_AT = 48  # offset of the last two argument words in a slot: a file name lies there
 _U64 = (1 << 64) - 1
 
 _FORK = 0x8000 | 0x400 | 17  # CLONE_PARENT: we reap it; CLONE_FILES: one table of files; SIGCHLD
@@ -52,8 +51,8 @@ _THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SI
 _TOUCH = {"read": _READ, "write": _WRITE, "exec": _EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
-    "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "pwrite": 18, "mremap": 25, "msync": 26, "madvise":
-    28, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152, "set_mempolicy":
+    "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "pwrite": 18, "mremap": 25, "msync": 26,
+    "madvise": 28, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152, "set_mempolicy":
     238, "fallocate": 285, "memfd": 319, "mlock2": 325,
 }  # fmt: skip
 
@@ -144,20 +143,20 @@ class Oracle:
         self._pids.add(pid)
         self.cpu = cpu  # inherited from this thread
         self._open("main", 0, pid, "main")
-        if self._send("main", _UNMAP_REST).result < 0:
+        if self.send("main", _UNMAP_REST).result < 0:
             raise OracleError("the oracle child cannot unmap its stack and vdso (sealed mappings?)")
         # It has executed itself anew meanwhile: what we opened is of the old address space.
         self._shut(self._channels["main"])
         self._open("main", 0, pid, "main")
-        self._send("main", _SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
+        self.send("main", _SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
         self.setting = self._measure()
         self.settle("main")
         self.fences = self._verify(pid)
 
     def _measure(self) -> Setting:
-        probe = self._send("main", _SYSCALL, _NR["mmap"], 0, PAGE_SIZE, 0, 0x22, _U64, 0).result
-        self._send("main", _SYSCALL, _NR["munmap"], probe, PAGE_SIZE)
-        brk = self._send("main", _SYSCALL, _NR["brk"], 0).result
+        probe = self.send("main", _SYSCALL, _NR["mmap"], 0, PAGE_SIZE, 0, 0x22, _U64, 0).result
+        self.send("main", _SYSCALL, _NR["munmap"], probe, PAGE_SIZE)
+        brk = self.send("main", _SYSCALL, _NR["brk"], 0).result
         vmas = maps.parse(self._read_maps(self._channels["main"]))
         default = Setting()
         inside = [v for v in vmas if v.start in (default.text, default.region)]
@@ -169,17 +168,21 @@ class Oracle:
         caps = next(
             (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff")), 0
         )
-        memlock = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         return Setting(
             text_pages=inside[0].pages,
             region_pages=inside[1].pages,
             brk=brk,
             mmap_base=probe + PAGE_SIZE,
-            memlock=1 << 63 if memlock == resource.RLIM_INFINITY else memlock,
+            memlock=_limit(resource.RLIMIT_MEMLOCK),
+            stack=_limit(resource.RLIMIT_STACK),
+            data=_limit(resource.RLIMIT_DATA),
+            address_space=_limit(resource.RLIMIT_AS),
             ipc_lock=bool(caps >> 14 & 1),
             # The child has populated its region, so a kernel that sums exactly shows all of it.
             rss_exact=f"RssShmem:\t{inside[1].pages * 4:8d} kB" in status,
             max_map_count=_figure("/proc/sys/vm/max_map_count", 65530),
+            memory_pages=os.sysconf("SC_PHYS_PAGES"),
+            overcommit=_figure("/proc/sys/vm/overcommit_memory", 0),
         )
 
     def _verify(self, pid: int) -> tuple[Fence, ...]:
@@ -191,9 +194,9 @@ class Oracle:
         swaps = len(Path("/proc/swaps").read_text().splitlines()) - 1
         ksm = _figure("/sys/kernel/mm/ksm/run", 0)
         numa = _figure("/proc/sys/kernel/numa_balancing", 0)
-        policy_ok = self._send("main", _SYSCALL, _NR["set_mempolicy"], 4).result == 0
+        policy_ok = self.send("main", _SYSCALL, _NR["set_mempolicy"], 4).result == 0
         pinned = self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}
-        again = self._send("main", _SETTLE, 0, self.setting.text, self.setting.text_pages)
+        again = self.send("main", _SETTLE, 0, self.setting.text, self.setting.text_pages)
         return (
             Fence("aslr", bool(persona & 0x40000), f"personality {persona:#x}"),
             Fence("thp", "THP_enabled:\t0" in status, "PR_SET_THP_DISABLE, read back from status"),
@@ -215,7 +218,29 @@ class Oracle:
             fds = self._channels[leader].map_fd, self._channels[leader].pagemap_fd
         self._channels[name] = _Channel(slot, tid, process, poll, *fds, leader)
 
-    def _send(self, proc: str, what: int, nr: int = 0, *args: int) -> Outcome:
+    def call(self, proc: str, number: int, *args: int) -> Outcome:
+        """One system call in the child."""
+        return self.send(proc, _SYSCALL, number, *args)
+
+    def slot_address(self, proc: str) -> int:
+        """Where the slot of a process or thread lies in the child; its command's six words start at 16."""
+        return self.setting.region + self._channels[proc].slot * _SLOT_SIZE
+
+    @property
+    def zeros(self) -> tuple[int, int]:
+        """(address, bytes) of memory that nobody uses."""
+        return self.setting.region + _ZEROS * _SLOT_SIZE, _SLOT_SIZE
+
+    def process(self, proc: str) -> Process:
+        """/proc/PID of a process, or of the process of a thread."""
+        return self._channels[proc].process
+
+    def leader_pid(self, proc: str) -> int:
+        """The pid that a process or thread belongs to."""
+        return self._channels[self._channels[proc].leader].tid
+
+    def send(self, proc: str, what: int, nr: int = 0, *args: int) -> Outcome:
+        """One command to the child (native/oracle/oracle.c), and what came of it."""
         channel = self._channels[proc]
         words = [a & _U64 for a in args] + [0] * (6 - len(args))
         command, reply = self._pipes[channel.slot]
@@ -232,7 +257,7 @@ class Oracle:
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later."""
-        self._send(proc, _SETTLE, 0, self.setting.text, self.setting.text_pages)
+        self.send(proc, _SETTLE, 0, self.setting.text, self.setting.text_pages)
 
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
@@ -242,9 +267,13 @@ class Oracle:
         if op.name in _TOUCH:
             assert op.place is not None
             addr = self.names.resolve(op.place)
-            return self._send(op.proc, _TOUCH[op.name], 0, addr, op.length // PAGE_SIZE)
-        if op.name in ("fork", "thread", "exit", "clear_refs", "memfd", "pwrite"):
+            return self.send(op.proc, _TOUCH[op.name], 0, addr, op.length // PAGE_SIZE)
+        if op.name in ("fork", "thread", "exit"):
             return self._special(op)
+        if op.name in SPECIAL:
+            outcome = SPECIAL[op.name](self, op)
+            self.names.learn(op, outcome.result)
+            return outcome
         addr = self.names.resolve(op.place) if op.place is not None else 0
         args: tuple[int, ...] = (addr, op.length)
         match op.name:
@@ -264,7 +293,7 @@ class Oracle:
                 args = (self.files[op.file], op.length)
             case "fallocate":
                 args = (self.files[op.file], op.flags, op.offset, op.length)
-        outcome = self._send(op.proc, _SYSCALL, _NR[op.name], *args)
+        outcome = self.send(op.proc, _SYSCALL, _NR[op.name], *args)
         self.names.learn(op, outcome.result)
         return outcome
 
@@ -275,7 +304,7 @@ class Oracle:
                 raise OracleError(f"more than {_ZEROS} processes and threads at once")
             slot = self._free.pop()
             flags = _FORK if op.name == "fork" else _THREAD
-            made = self._send(op.proc, _CLONE, 0, flags, slot)
+            made = self.send(op.proc, _CLONE, 0, flags, slot)
             if made.result < 0:
                 self._free.append(slot)
                 return made
@@ -284,32 +313,8 @@ class Oracle:
             self._open(op.result, slot, made.result, op.result if op.name == "fork" else channel.leader)
             self.settle(op.result)
             return Outcome(0, made.faults)
-        if op.name == "exit":
-            self._exit(op.proc, channel)
-            return Outcome(0)
-        if op.name == "clear_refs":
-            fd = channel.process.fd("clear_refs", os.O_WRONLY)
-            try:
-                os.write(fd, b"%d\n" % op.flags)
-                result = 0
-            except OSError as exc:
-                result = -(exc.errno or errno.EIO)
-            finally:
-                os.close(fd)
-            self.settle(op.proc)
-            return Outcome(result)
-        if op.name == "memfd":
-            name = op.result.encode()[:15].ljust(16, b"\0")
-            at = self.setting.region + channel.slot * _SLOT_SIZE + _NAME_AT
-            low, high = struct.unpack("<2Q", name)
-            made = self._send(op.proc, _SYSCALL, _NR["memfd"], at, 0, 0, 0, low, high)
-            if made.result < 0:
-                return made
-            self.files[op.result] = made.result
-            return self._send(op.proc, _SYSCALL, _NR["ftruncate"], made.result, op.length)
-        zeros = self.setting.region + _ZEROS * _SLOT_SIZE
-        length = min(op.length, _SLOT_SIZE)
-        return self._send(op.proc, _SYSCALL, _NR["pwrite"], self.files[op.file], zeros, length, op.offset)
+        self._exit(op.proc, channel)
+        return Outcome(0)
 
     def _exit(self, name: str, channel: _Channel) -> None:
         is_thread = name != channel.leader
@@ -413,6 +418,11 @@ class Oracle:
         self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _limit(number: int) -> int:
+    soft = resource.getrlimit(number)[0]
+    return 1 << 63 if soft == resource.RLIM_INFINITY else soft
 
 
 def _figure(path: str, default: int) -> int:

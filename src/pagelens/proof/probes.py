@@ -36,6 +36,17 @@ PROBES: dict[str, str] = {
         write arena[4]
         mmap 2 at arena[2] rw private anon fixed
         """,
+    "mmap_gathers_first": """\
+        mmap 8 at arena[0] rw private anon fixed
+        rlimit data 1
+        mmap 4 at arena[2] rw private anon fixed
+        mmap 8 at arena[4] rw private anon fixed
+        """,
+    "merge_close_forbids_any": """\
+        shmat 4 at arena[0] rw
+        mprotect arena[0:2] r
+        mprotect arena[2] r
+        """,
     "mprotect_unaccounts": """\
         mmap 2 at arena[0] r private anon fixed
         mmap 2 at arena[2] rw private anon fixed
@@ -113,7 +124,6 @@ PROBES: dict[str, str] = {
 # soft_dirty is probed by itself.
 NOT_PROBED = frozenset(
     {
-        "merge_close_forbids_any",
         "thp_align_file_test",
         "mremap_counts_exactly",
         "soft_dirty",

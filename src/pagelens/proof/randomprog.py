@@ -11,79 +11,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import pairwise
 
 from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
 from pagelens.model.world import Names, World
+from pagelens.proof.mix import ADVICE, FAR, HUGE, LIMITS, LOCKING, PROTS, WEIGHTS, Mix
+from pagelens.proof.recipes import RECIPES, Ground
 from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
 _ARENA_END = ARENA_BASE + ARENA_PAGES * PAGE_SIZE
-_PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
-# Advice with its weight. Without pageout: which pages reclaim can isolate is its own affair (docs/fidelity.md).
-_ADVICE = {
-    "dontneed": 8,
-    "free": 4,
-    "populate_read": 4,
-    "populate_write": 4,
-    "dontfork": 2,
-    "dofork": 2,
-    "wipeonfork": 2,
-    "keeponfork": 2,
-    "mergeable": 2,
-    "unmergeable": 1,
-    "hugepage": 2,
-    "nohugepage": 2,
-    "dontdump": 1,
-    "dodump": 1,
-    "random": 1,
-    "sequential": 1,
-    "normal": 2,
-    "willneed": 1,
-    "cold": 1,
-    "dontneed_locked": 2,
-    "guard_install": 4,
-    "guard_remove": 2,
-    "remove": 1,
-}
-_WEIGHTS = {
-    "mmap": 18,
-    "munmap": 7,
-    "mprotect": 12,
-    "mremap": 9,
-    "madvise": 10,
-    "write": 20,
-    "read": 14,
-    "exec": 2,
-    "brk": 4,
-    "mlock": 2,
-    "mlock2": 1,
-    "munlock": 2,
-    "mlockall": 0.3,
-    "munlockall": 0.5,
-    "msync": 2,
-    "fork": 1.5,
-    "exit": 1.5,
-    "thread": 0.5,
-    "memfd": 0.5,
-    "ftruncate": 0.6,
-    "pwrite": 1,
-    "fallocate": 0.8,
-    "clear_refs": 0.5,
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Mix:
-    """What a program is made of. processes: at most so many at once. without: operations or advice left out
-    (what this kernel or this user cannot do); "exec_only" leaves out mappings that may only be executed.
-    weights: overrides."""
-
-    processes: int = 3
-    without: frozenset[str] = frozenset()
-    weights: dict[str, float] = field(default_factory=dict)
-
 
 class Generator:
     """An endless random program. The same seed against the same answers gives the same program."""
@@ -91,14 +29,20 @@ class Generator:
     def __init__(self, seed: int, mix: Mix | None = None) -> None:
         self.random = random.Random(seed)
         self.mix = mix or Mix()
-        table = {**_WEIGHTS, **self.mix.weights}
-        self._prots = tuple(p for p in _PROTS if p != 4 or "exec_only" not in self.mix.without)
-        self._names = [n for n in table if n not in self.mix.without]
+        table = {**WEIGHTS, **self.mix.weights}
+        self._prots = tuple(p for p in PROTS if p != 4 or "exec_only" not in self.mix.without)
+        # A page that was locked waits in a per-CPU batch that holds a reference, and a read by pin then copies it
+        # (docs/fidelity.md): programs that peek do not lock.
+        self._locks = self.random.random() < 0.6
+        apart = {"peek"} if self._locks else LOCKING
+        self._names = [n for n in table if n not in self.mix.without | apart]
         self._weights = [table[n] for n in self._names]
-        advice = {a: w for a, w in _ADVICE.items() if a not in self.mix.without}
+        advice = {a: w for a, w in ADVICE.items() if a not in self.mix.without}
         self._advice, self._advice_weights = list(advice), list(advice.values())
         self._files: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self._queue: list[Op] = []
+        self._tight: dict[str, str] = {}
         self._counter = 0
         self._leaders: set[str] = set()
 
@@ -106,9 +50,17 @@ class Generator:
         """The next operation, chosen by the vmas that `world` has now."""
         r = self.random
         procs = list(world.alive())
+        while self._queue:
+            op = self._queue.pop(0)
+            if op.proc in procs:
+                return op
         self._leaders = {p for p in procs if world.is_leader(p)}
         proc = r.choice(procs)
         vmas = world.vmas(proc)
+        if r.random() < 0.055:
+            self._queue = self._recipe(proc, vmas, world.names)
+            if self._queue:
+                return self._queue.pop(0)
         while True:
             if len(vmas) < 4 and r.random() < 0.5:
                 name = "mmap"
@@ -119,6 +71,13 @@ class Generator:
             op = self._make(name, proc, procs, vmas, world.names)
             if op is not None:
                 return op
+
+    def _recipe(self, proc: str, vmas: VmaList, names: Names) -> list[Op]:
+        r = self.random
+        names_of = list(RECIPES)
+        recipe, _ = RECIPES[r.choices(names_of, [RECIPES[n][1] for n in names_of])[0]]
+        ground = Ground(r, proc, vmas, self._place, self._name, names, self._locks)
+        return [op for op in recipe(ground) if op.name not in self.mix.without]
 
     def _name(self, prefix: str) -> str:
         self._counter += 1
@@ -195,7 +154,7 @@ class Generator:
                 return self._mmap(proc, vmas, names)
             case "brk":
                 at = names.regions["heap"] + r.choice((0, 1, 2, 3, 5, 8, 13, 30)) * PAGE_SIZE
-                odd = r.choice((0, 0, 0, 1, 100, 4095))
+                odd = r.choice((0, 0, 0, 1, 100, 4095, -PAGE_SIZE)) if r.random() < 0.97 else 1 << 40
                 return Op("brk", proc, place=self._place(at + odd, names))
             case "mlockall":
                 return Op(name, proc, flags=r.choice((1, 1, 2, 3, 5, 6, 7, 4)))
@@ -209,7 +168,14 @@ class Generator:
                 # The last process stays: with it its threads would go, and nobody be left.
                 return Op(name, proc) if self._leaders > {proc} or proc not in self._leaders else None
             case "clear_refs":
-                return Op(name, proc, flags=4)
+                return Op(name, proc, flags=r.choice((4, 4, 4, 1, 2, 3, 5, 6)))
+            case "rlimit":
+                return self._rlimit(proc)
+            case "uncap":
+                # Capabilities are a thread's own; the model knows processes.
+                return Op(name, proc) if len(self._leaders) == len(procs) else None
+            case "shmat":
+                return self._shmat(proc, vmas, names)
             case "memfd":
                 if len(self._files) >= 4:
                     return None
@@ -226,6 +192,9 @@ class Generator:
         if addr < heap:
             # The heap starts right behind the text of the child, which must live.
             addr, length = heap, max(length - (heap - addr), PAGE_SIZE)
+        if name in ("peek", "poke"):
+            odd = r.choice((0, 0, 0, 1, 4000))
+            return Op(name, proc, place=self._place(addr + odd, names), length=min(length, 64 * PAGE_SIZE))
         if name in ops.ACCESSES:
             pages = length // PAGE_SIZE
             if r.random() < 0.6:
@@ -237,6 +206,10 @@ class Generator:
             length += r.choice((1, -1, 100))
         elif r.random() < 0.01:
             length = 0
+        elif r.random() < 0.01:
+            length = r.choice(HUGE)
+        elif r.random() < 0.005:
+            return self._ranged(Op(name, proc, place=Place("", r.choice(FAR)), length=PAGE_SIZE), vmas, names)
         op = Op(name, proc, place=self._place(addr, names), length=max(length, 0))
         return self._ranged(op, vmas, names)
 
@@ -245,12 +218,16 @@ class Generator:
         common = {"name": op.name, "proc": op.proc, "place": op.place, "length": op.length}
         match op.name:
             case "mprotect":
-                return Op(**common, prot=r.choice(self._prots))  # type: ignore[arg-type]
+                odd = r.choices((0, 0x0100_0000, 0x0200_0000, 0x0300_0000, 8, 16), (90, 6, 1, 1, 1, 1))[0]
+                return Op(**common, prot=r.choice(self._prots) | odd)  # type: ignore[arg-type]
             case "madvise":
                 word = r.choices(self._advice, self._advice_weights)[0]
                 if op.length == HPAGE_SIZE and r.random() < 0.5 and "dontneed" in self._advice:
                     word = "dontneed"  # may free the table itself (PT_RECLAIM)
-                return Op(**common, flags=ops.ADVICE_WORDS[word])  # type: ignore[arg-type]
+                if word.startswith("populate") and r.random() < 0.4:
+                    common = {**common, **self._over_hole(vmas, names)}
+                advice = ops.ADVICE_WORDS[word] if r.random() < 0.99 else r.choice((5, 7, 26, 99, 104))
+                return Op(**common, flags=advice)  # type: ignore[arg-type]
             case "mlock2":
                 return Op(**common, flags=r.choice((0, 1, 1, 1, 2)))  # type: ignore[arg-type]
             case "msync":
@@ -259,11 +236,22 @@ class Generator:
                 return self._mremap(op, vmas, names)
         return op
 
+    def _over_hole(self, vmas: VmaList, names: Names) -> dict[str, object]:
+        # A range from one vma over a hole into the next, where there is a small one.
+        gaps = [(a, b) for a, b in pairwise(vmas) if a.end < b.start <= a.end + 64 * PAGE_SIZE]
+        if not gaps:
+            return {}
+        a, b = self.random.choice(gaps)
+        start = max(a.start, a.end - 4 * PAGE_SIZE)
+        return {"place": self._place(start, names), "length": b.start + PAGE_SIZE - start}
+
     def _mremap(self, op: Op, vmas: VmaList, names: Names) -> Op:
         r = self.random
         pages = max(op.length // PAGE_SIZE, 0)
         new = max(1, pages + r.choice((0, 0, 1, 2, 5, 16, -1, -2, -5)))
         flags = r.choice((0, 1, 1, 1, 3, 3, 3, 5, 7, 7))
+        if r.random() < 0.02:
+            flags = r.choice((2, 4, 6, 8, 9))
         target = None
         if flags & 2 or r.random() < 0.05:
             target = self._place(self._target(new * PAGE_SIZE, vmas), names)
@@ -271,9 +259,8 @@ class Generator:
             new = pages
         result = self._name("m")
         self._sizes[result] = new * PAGE_SIZE
-        return Op(
-            "mremap", op.proc, result, op.place, op.length, 0, flags, target, new * PAGE_SIZE
-        )  # fmt: skip
+        size = new * PAGE_SIZE if r.random() < 0.98 else r.choice((0, new * PAGE_SIZE - 1, *HUGE))
+        return Op("mremap", op.proc, result, op.place, op.length, 0, flags, target, size)
 
     def _mmap(self, proc: str, vmas: VmaList, names: Names) -> Op:
         r = self.random
@@ -293,9 +280,9 @@ class Generator:
         for word, chance in (
             ("populate", 0.06), ("noreserve", 0.05), ("growsdown", 0.04), ("stack", 0.05), ("locked", 0.02),
         ):  # fmt: skip
-            if r.random() < chance:
+            if r.random() < chance and (self._locks or word != "locked"):
                 flags |= ops.MAP_WORDS[word]
-        if r.random() < 0.01 and not file:
+        if r.random() < 0.11 and not file:
             flags = (flags & ~3) | ops.MAP_WORDS["droppable"] | ops.ANONYMOUS
         place: Place | None = None
         where = r.random()
@@ -313,13 +300,48 @@ class Generator:
         elif where < 0.80:
             # A hint that is not fixed: beside or on top of something.
             place = self._place(self._target(pages * PAGE_SIZE, vmas) + r.choice((0, 0, 5)), names)
-        elif where < 0.84 and not flags & ops.MAP_WORDS["populate"]:
+        elif where < 0.90 and not flags & ops.MAP_WORDS["populate"]:
             pages = r.choice((511, 512, 513, 1024))
         length = pages * PAGE_SIZE
-        if r.random() < 0.02:
+        odd = r.random()
+        if odd < 0.02:
             length -= r.choice((1, 4000))
+        elif odd < 0.03:
+            length = r.choice((0, *HUGE))
+        elif odd < 0.04:
+            flags |= r.choice((ops.MAP_WORDS["32bit"], 3, 0x0400_0000))
+        elif odd < 0.045 and not flags & ops.MAP_WORDS["fixed"]:
+            place = Place("", r.choice(FAR))
+        elif odd < 0.05:
+            offset += r.choice((1, 100))
         self._sizes[result] = pages * PAGE_SIZE
         return Op("mmap", proc, result, place, length, prot, flags, file=file, offset=offset)
+
+    def _shmat(self, proc: str, vmas: VmaList, names: Names) -> Op:
+        r = self.random
+        pages = r.choice((2, 3, 4, 4, 6, 8))
+        result = self._name("s")
+        place: Place | None = None
+        flags = 0
+        if r.random() < 0.8:
+            addr = self._target(pages * PAGE_SIZE, vmas)
+            flags = r.choices((0, 0x4000, 0x2000), (3, 6, 1))[0]
+            place = self._place(addr + (r.choice((0, 0, 1, 100)) if flags & 0x2000 else 0), names)
+        self._sizes[result] = pages * PAGE_SIZE
+        return Op("shmat", proc, result, place, pages * PAGE_SIZE, r.choice((3, 3, 3, 3, 1, 7)), flags)
+
+    def _rlimit(self, proc: str) -> Op:
+        # A limit that holds is lifted before another is set.
+        r = self.random
+        tight = self._tight.pop(proc, "")
+        what = tight or r.choice(list(LIMITS))
+        limit = LIMITS[what][-1] if tight else r.choice(LIMITS[what])
+        if what == "memlock" and tight:
+            limit = 2048
+        if not tight:
+            self._tight[proc] = what
+        length = ops.UNLIMITED if limit is None else limit * PAGE_SIZE
+        return Op("rlimit", proc, length=length, flags=ops.RLIMIT_WORDS[what])
 
     def _like(self, near: Vma, addr: int, flags: int) -> tuple[int, str, int, int]:
         # The same kind as the neighbour, so that they may merge.

@@ -1,0 +1,165 @@
+"""Short sequences on which one rule decides, for rules that operations picked one by one seldom reach.
+
+Each is varied at random and lands among whatever the program has already made. Rejected: more weight for the
+single operations (three of them must meet at one place, and a program of nothing else would reach nothing else).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pagelens.model import op as ops
+from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
+from pagelens.model.world import Names
+from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
+from pagelens.vm.vma import VmaList
+
+_ANON = ops.PRIVATE | ops.ANONYMOUS | ops.FIXED
+_FAR_TABLES = 0x2000_0000_0000  # table-aligned, where nothing else lies
+
+
+@dataclass(slots=True)
+class Ground:
+    """What a recipe needs of the generator. locks: whether this program may lock memory."""
+
+    random: random.Random
+    proc: str
+    vmas: VmaList
+    place: Callable[[int, Names], Place]
+    name: Callable[[str], str]
+    names: Names
+    locks: bool
+
+    def at(self, addr: int) -> Place:
+        """An address as a program names it."""
+        return self.place(addr, self.names)
+
+    def map(self, addr: int, pages: int, prot: int = 3, flags: int = _ANON) -> Op:
+        """mmap at a fixed address."""
+        return Op("mmap", self.proc, self.name("m"), self.at(addr), pages * PAGE_SIZE, prot, flags)
+
+    def on(self, name: str, addr: int, pages: int, *, prot: int = 0, flags: int = 0) -> Op:
+        """An operation on a range."""
+        return Op(name, self.proc, place=self.at(addr), length=pages * PAGE_SIZE, prot=prot, flags=flags)
+
+    def move(self, addr: int, pages: int, target: int, flags: int) -> Op:
+        """mremap without change of size."""
+        size = pages * PAGE_SIZE
+        return Op("mremap", self.proc, self.name("m"), self.at(addr), size, 0, flags, self.at(target), size)
+
+    def spot(self, pages: int) -> int:
+        """An address of the arena with room for `pages`."""
+        return ARENA_BASE + self.random.randrange(ARENA_PAGES - pages) * PAGE_SIZE
+
+
+def realign(g: Ground) -> list[Op]:
+    """A move between equal offsets within a table, to the table's end (mremap_realigns)."""
+    r = g.random
+    offset = r.randint(4, 500)
+    pages = HPAGE_PAGES - offset + r.choice((0, 0, 1, 100))
+    source = _FAR_TABLES + r.randrange(8) * 4 * HPAGE_SIZE + offset * PAGE_SIZE
+    target = source + r.choice((2, 2, -2, 64)) * HPAGE_SIZE
+    last = g.on("munmap", target, pages)
+    return [
+        g.on("munmap", source - offset * PAGE_SIZE, 4 * HPAGE_PAGES),
+        g.on("munmap", target - offset * PAGE_SIZE, 2 * HPAGE_PAGES),
+        g.map(source, pages),
+        g.on("write", source, r.choice((1, 3))),
+        g.move(source, pages, target, r.choice((3, 7, 7))),
+        g.on("write", target + r.randrange(2) * PAGE_SIZE, 1),
+        *([last] if r.random() < 0.7 else []),
+    ]
+
+
+def heap_neighbour(g: Ground) -> list[Op]:
+    """A mapping that touches the heap (heap_name_overlaps)."""
+    r = g.random
+    start = g.names.regions["heap"]
+    pages = r.choice((1, 2, 3))
+    flags = _ANON if r.random() < 0.8 else ops.SHARED | ops.ANONYMOUS | ops.FIXED
+    return [
+        g.on("munmap", start, 40),
+        Op("brk", g.proc, place=Place("heap", pages * PAGE_SIZE)),
+        g.map(start + pages * PAGE_SIZE, r.choice((1, 2)), r.choice((1, 3, 7)), flags),
+    ]
+
+
+def empty_table(g: Ground) -> list[Op]:
+    """A whole table emptied by advice (pt_reclaim)."""
+    r = g.random
+    start = ARENA_MIDDLE if r.random() < 0.5 else ARENA_MIDDLE - HPAGE_SIZE
+    word = r.choice(("dontneed", "dontneed", "dontneed", "dontneed_locked"))
+    return [
+        g.map(start, HPAGE_PAGES),
+        g.on("write", start + r.randrange(HPAGE_PAGES - 4) * PAGE_SIZE, r.choice((1, 2, 4))),
+        g.on("madvise", start, HPAGE_PAGES, flags=ops.ADVICE_WORDS[word]),
+    ]
+
+
+def close_hook(g: Ground) -> list[Op]:
+    """Parts of a System V segment that may merge (merge_close_forbids_any)."""
+    r = g.random
+    pages = r.choice((3, 4, 6, 8))
+    at = g.spot(pages)
+    cut = r.randint(1, pages - 2)
+    return [
+        Op("shmat", g.proc, g.name("s"), g.at(at), pages * PAGE_SIZE, 3, ops.SHMAT_WORDS["remap"]),
+        g.on("mprotect", at, cut, prot=1),
+        g.on("mprotect", at + cut * PAGE_SIZE, r.randint(1, pages - cut), prot=1),
+        *([g.on("write", at, pages)] if r.random() < 0.5 else []),
+    ]
+
+
+def move_locked(g: Ground) -> list[Op]:
+    """MREMAP_DONTUNMAP of a part of a locked mapping (dontunmap_pre_split, dontunmap_locks_twice)."""
+    r = g.random
+    if not g.locks:
+        return []
+    pages = r.choice((2, 3, 4, 6))
+    at = g.spot(pages)
+    first = r.randrange(pages)
+    count = r.randint(1, pages - first)
+    return [
+        g.map(at, pages),
+        g.on("mlock", at, pages),
+        g.move(at + first * PAGE_SIZE, count, g.spot(count), 7),
+    ]
+
+
+def between(g: Ground) -> list[Op]:
+    """A mapping between two of its kind that have anon_vmas of their own (mmap_merges_right_first)."""
+    r = g.random
+    a, b, c = (r.randint(1, 3) for _ in range(3))
+    at = g.spot(a + b + c)
+    middle, right = at + a * PAGE_SIZE, at + (a + b) * PAGE_SIZE
+    ends = [(g.map(at, a), g.on("write", at, 1)), (g.map(right, c), g.on("write", right, 1))]
+    r.shuffle(ends)
+    return [g.on("munmap", middle, b), *(op for pair in ends for op in pair), g.map(middle, b)]
+
+
+def locked_replaced(g: Ground) -> list[Op]:
+    """A mapping over part of another that a limit refuses (mmap_gathers_first)."""
+    r = g.random
+    pages = r.choice((4, 6, 8))
+    at = g.spot(2 * pages)
+    resource = ops.RLIMIT_WORDS[r.choice(("data", "as"))]
+    return [
+        g.map(at, pages),
+        Op("rlimit", g.proc, length=PAGE_SIZE, flags=resource),
+        g.map(at + r.randint(1, pages - 1) * PAGE_SIZE, r.choice((1, 2, pages)), 3),
+        Op("rlimit", g.proc, length=ops.UNLIMITED, flags=resource),
+    ]
+
+
+# With their weights.
+RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
+    "realign": (realign, 1.4),
+    "heap neighbour": (heap_neighbour, 1.2),
+    "empty table": (empty_table, 1.3),
+    "close hook": (close_hook, 0.8),
+    "move locked": (move_locked, 2.5),
+    "between": (between, 0.9),
+    "replaced under a limit": (locked_replaced, 0.5),
+}
