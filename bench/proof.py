@@ -11,9 +11,9 @@ import time
 from pagelens.model.runner import ModelWorld
 from pagelens.proof.campaign import Bench, Result
 from pagelens.proof.compare import windows
+from pagelens.proof.mix import Mix
 from pagelens.proof.oracle import Oracle
 from pagelens.proof.probes import probe_profile
-from pagelens.proof.mix import Mix
 
 PROGRAMS, LENGTH = 10, 400
 

@@ -7,6 +7,7 @@ import pytest
 
 from pagelens.model.profile import PROFILES
 from pagelens.proof.campaign import Bench, fuzz
+from pagelens.proof.mix import Mix
 from pagelens.proof.probes import (
     NOT_PROBED,
     PROBES,
@@ -16,7 +17,6 @@ from pagelens.proof.probes import (
     probe_profile,
     probe_program,
 )
-from pagelens.proof.mix import Mix
 
 CPU = max(os.sched_getaffinity(0))
 # Rules that no probe can show without what this kernel may lack.

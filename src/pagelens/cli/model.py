@@ -251,8 +251,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _fuzz(args: argparse.Namespace) -> int:
     from pagelens.proof.campaign import fuzz
-    from pagelens.proof.probes import has_protection_keys
     from pagelens.proof.mix import Mix
+    from pagelens.proof.probes import has_protection_keys
     from pagelens.proof.reach import RULES
 
     if args.ops < 1 or args.processes < 1:
@@ -283,12 +283,13 @@ def _fuzz(args: argparse.Namespace) -> int:
 
 
 def _fuzz_text(result: Result, seed: int, how: str) -> str:
+    from pagelens.proof.mix import GENERATOR
     from pagelens.proof.reach import RULES
 
     reached = sorted(RULES, key=lambda rule: result.reached[rule])
     done = result.agreement
     lines = [
-        f"kernel {platform.release()} against model {how}, seed {seed}:"
+        f"kernel {platform.release()} against model {how}, seed {seed} of generator {GENERATOR}:"
         f" {done.operations:,} operations in {result.programs:,} programs,"
         f" {100 * done.succeeded // max(done.operations, 1)} % succeeded,"
         f" {len(result.failed_seeds)} disagreements",

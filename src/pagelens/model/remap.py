@@ -228,7 +228,12 @@ def _move_many(r: _Remap) -> int:
         return EFAULT
     for low, high in spans:
         area = mm.areas.at(low)
-        if area is not None and area.file is not None and area.file.close_hook and (low > start or high < end):
+        if (
+            area is not None
+            and area.file is not None
+            and area.file.close_hook
+            and (low > start or high < end)
+        ):
             return EFAULT  # vma_multi_allowed: System V segments choose their own place
         r.addr, r.new_addr = low, target + (low - start)
         r.old_len = r.new_len = high - low

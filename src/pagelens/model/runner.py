@@ -45,7 +45,11 @@ class ModelWorld:
         )
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
-        layout = Layout(mmap_base=self.setting.mmap_base, start_brk=self.setting.brk)
+        layout = Layout(
+            mmap_base=self.setting.mmap_base,
+            start_brk=self.setting.brk,
+            start_stack=self.setting.start_stack,
+        )
         limits = Limits(
             self.setting.address_space,
             self.setting.data,

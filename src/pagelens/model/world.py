@@ -31,6 +31,7 @@ class Setting:
     region_pages: int = 128
     brk: int = 0x1000_1000
     mmap_base: int = TASK_SIZE - 0x800_0000
+    start_stack: int = 0  # of what exec made: maps names [stack] whatever lies there now; 0: unknown
     memlock: int = 8 << 20  # RLIMIT_MEMLOCK
     stack: int = 8 << 20  # RLIMIT_STACK, RLIMIT_DATA, RLIMIT_AS
     data: int = 1 << 63

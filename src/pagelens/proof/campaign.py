@@ -17,8 +17,8 @@ from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import format_scenario
 from pagelens.proof.agreement import Agreement
 from pagelens.proof.compare import Comparison, Disagreement
-from pagelens.proof.oracle import Fence, Oracle
 from pagelens.proof.mix import Mix
+from pagelens.proof.oracle import Fence, Oracle
 from pagelens.proof.randomprog import Generator
 from pagelens.proof.reach import counted
 from pagelens.proof.shrink import shrink
@@ -31,7 +31,8 @@ CHECKPOINT_EVERY = 100
 @dataclass(slots=True)
 class Result:
     """What a run found. failing: the (shrunk) program of the first disagreement. seed: that of the failing
-    program, else of the first. used: how often each operation was done, and succeeded. reached: how often each rule of the profile mattered."""
+    program, else of the first. used: how often each operation was done, and succeeded. reached:
+    how often each rule of the profile mattered (proof.reach)."""
 
     seed: int
     agreement: Agreement = field(default_factory=Agreement)

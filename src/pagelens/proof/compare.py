@@ -149,7 +149,9 @@ class Comparison:
             kernel = ", ".join(map(vma_text, missing)) or "none"
             text = ", ".join(map(vma_text, extra)) or "none"
             found.append(self._differs("vmas", op, proc, "vmas", kernel, text))
-        self.agreement.count("vmas", total - max(len(missing), len(extra)), _stayed(before, real, total), total)
+        self.agreement.count(
+            "vmas", total - max(len(missing), len(extra)), _stayed(before, real, total), total
+        )
         now = _Before(real)
         if missing or extra:
             now.spans = windows([*real, *ours])
@@ -160,7 +162,7 @@ class Comparison:
             models = self.model.pagemap(proc, start, pages) & self.mask
             now.windows[start] = entries
             odd = entries != models
-            wrong = np.count_nonzero(odd)
+            wrong = int(np.count_nonzero(odd))
             was = before.windows.get(start) if before else None
             stayed = 0
             if was is not None:
@@ -196,7 +198,9 @@ class Comparison:
         found: list[Disagreement],
     ) -> None:
         rows = {v.start: i for i, v in enumerate(ours)}
-        columns = {f: (real.column(f).tolist(), model.column(f).tolist()) for f in real.fields if f in model.fields}
+        columns = {
+            f: (real.column(f).tolist(), model.column(f).tolist()) for f in real.fields if f in model.fields
+        }
         harness = {start for start, _ in self.kernel.setting.harness}
         fields = [f for f in real.fields if f in model.fields and f not in LEFT_OUT]
         # A field of its own on one side (6.1 has no KSM:) is one disagreement.

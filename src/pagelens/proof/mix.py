@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+# Raised when the same seed gives another program, so that a recorded seed says what it is a seed of.
+GENERATOR = 2
 PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
 # Advice with its weight. Without pageout: which pages reclaim can isolate is its own affair (docs/fidelity.md).
 ADVICE = {
@@ -63,7 +65,12 @@ WEIGHTS = {
 }
 LOCKING = frozenset({"mlock", "mlock2", "munlock", "mlockall", "munlockall"})
 # Limits in pages; None: none. Tight ones are lifted soon (`Generator._rlimit`), so that most operations succeed.
-LIMITS = {"as": (250, 500, 1000, None), "data": (30, 100, 300, None), "stack": (4, 20, 2048), "memlock": (0, 8, 64)}
+LIMITS = {
+    "as": (250, 500, 1000, None),
+    "data": (30, 100, 300, None),
+    "stack": (4, 20, 2048),
+    "memlock": (0, 8, 64),
+}
 # Lengths whose end overflows or lies beyond user space: each must be refused with the right error.
 HUGE = (1 << 47, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 4095, (1 << 64) - 1)
 FAR = (0, 0xF000, 0x7FFF_FFFF_E000, 0x7FFF_FFFF_F000, 1 << 47, 1 << 63, (1 << 64) - 4096)

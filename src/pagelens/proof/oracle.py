@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 import pagelens
 from pagelens.linux import maps, smaps
-from pagelens.linux.procfs import Process
+from pagelens.linux.procfs import Process, TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import Names, Setting, undefined
@@ -173,6 +173,7 @@ class Oracle:
             region_pages=inside[1].pages,
             brk=brk,
             mmap_base=probe + PAGE_SIZE,
+            start_stack=TaskStat.parse(self._channels["main"].process.read("stat")).start_stack,
             memlock=_limit(resource.RLIMIT_MEMLOCK),
             stack=_limit(resource.RLIMIT_STACK),
             data=_limit(resource.RLIMIT_DATA),

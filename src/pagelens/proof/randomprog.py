@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from pagelens.model import op as ops
@@ -22,6 +23,7 @@ from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
 _ARENA_END = ARENA_BASE + ARENA_PAGES * PAGE_SIZE
+
 
 class Generator:
     """An endless random program. The same seed against the same answers gives the same program."""
@@ -51,9 +53,9 @@ class Generator:
         r = self.random
         procs = list(world.alive())
         while self._queue:
-            op = self._queue.pop(0)
-            if op.proc in procs:
-                return op
+            queued = self._queue.pop(0)
+            if queued.proc in procs:
+                return queued
         self._leaders = {p for p in procs if world.is_leader(p)}
         proc = r.choice(procs)
         vmas = world.vmas(proc)
@@ -225,9 +227,9 @@ class Generator:
                 if op.length == HPAGE_SIZE and r.random() < 0.5 and "dontneed" in self._advice:
                     word = "dontneed"  # may free the table itself (PT_RECLAIM)
                 if word.startswith("populate") and r.random() < 0.4:
-                    common = {**common, **self._over_hole(vmas, names)}
+                    op = self._over_hole(op, vmas, names)
                 advice = ops.ADVICE_WORDS[word] if r.random() < 0.99 else r.choice((5, 7, 26, 99, 104))
-                return Op(**common, flags=advice)  # type: ignore[arg-type]
+                return replace(op, flags=advice)
             case "mlock2":
                 return Op(**common, flags=r.choice((0, 1, 1, 1, 2)))  # type: ignore[arg-type]
             case "msync":
@@ -236,14 +238,14 @@ class Generator:
                 return self._mremap(op, vmas, names)
         return op
 
-    def _over_hole(self, vmas: VmaList, names: Names) -> dict[str, object]:
-        # A range from one vma over a hole into the next, where there is a small one.
+    def _over_hole(self, op: Op, vmas: VmaList, names: Names) -> Op:
+        # The range goes from one vma over a hole into the next, where there is a small one.
         gaps = [(a, b) for a, b in pairwise(vmas) if a.end < b.start <= a.end + 64 * PAGE_SIZE]
         if not gaps:
-            return {}
+            return op
         a, b = self.random.choice(gaps)
         start = max(a.start, a.end - 4 * PAGE_SIZE)
-        return {"place": self._place(start, names), "length": b.start + PAGE_SIZE - start}
+        return replace(op, place=self._place(start, names), length=b.start + PAGE_SIZE - start)
 
     def _mremap(self, op: Op, vmas: VmaList, names: Names) -> Op:
         r = self.random

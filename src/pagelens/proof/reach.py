@@ -31,4 +31,4 @@ class Counted:
 
 def counted(profile: Profile, reached: Counter[str]) -> Profile:
     """`profile`, counting."""
-    return cast(Profile, Counted(profile, reached))
+    return cast("Profile", Counted(profile, reached))
