@@ -13,6 +13,7 @@ from pagelens.report.cases import (
     count_zero,
     drop_data,
     every_write,
+    paging_lab,
     save_and_roll_back,
     thread_dirty,
     who_wrote,
@@ -95,6 +96,22 @@ def test_6_what_a_later_read_sees(lab: Lab) -> None:
         "munmap": "SIGSEGV",
     }
     assert ways["MADV_DONTNEED"] == {"present_before": 64, "present_after": 0, "reads": "zeros", "faults": 64}
+
+
+def test_10_the_kernel_agrees_and_a_list_is_slower_than_a_tree(lab: Lab) -> None:
+    answer = paging_lab.run(lab)
+    figures = answer.figures
+    assert answer.complete and figures["disagreements"] == 0
+    assert figures["flushes"] == {"copy-on-write": 2, "zap": 3, "mprotect": 2, "fork write-protects": 1}
+    assert figures["executable"]["vmas"] >= figures["executable"]["loads"] >= 2
+    limit = figures["limit"]
+    assert limit["vmas"] == figures["max_map_count"] + 1
+    assert (limit["split"], limit["one_more"], limit["two_more"]) == ("ENOMEM", "mapped", "ENOMEM")
+    few, many = figures["find_vma"][1], figures["find_vma"][-1]
+    assert many["vmas"] / few["vmas"] > 100
+    # A list costs what it is long; the tree a level more for sixteen times the vmas.
+    assert many["list_ns"] > 20 * few["list_ns"]
+    assert many["list_ns"] > 5 * many["kernel_ns"]
 
 
 @recorder

@@ -282,5 +282,5 @@ class MiniMm:
 
     def flush_tlb(self, start: int, end: int) -> None:
         """Flush what processors may remember of [start, end). Owed wherever an entry lost its frame, got
-        another one, or lost its write permission; never where an entry only gained something."""
+        another one, or lost a permission. Not owed where an entry only gained: a stale one costs a spurious fault."""
         self.flushes.append((start, end))

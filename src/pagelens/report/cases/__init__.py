@@ -30,6 +30,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(4, "Can I save a process, and put it back?", "save_and_roll_back", 3),
     Entry(6, "Keep the range, drop the data?", "drop_data", 2),
     Entry(7, "Which pages does a program write?", "every_write", 3),
+    Entry(10, "The paging lab: what happens, and what does it cost?", "paging_lab", 3),
     Entry(11, "Who copied the parent?", "workers", 10),
 )
 
