@@ -64,7 +64,11 @@ def prepare(target: Path) -> None:
             build(source.stem)
         home = _home(source.stem)
         if (_cache() / home).is_dir():
-            shutil.copytree(_cache() / home, target / home, dirs_exist_ok=True)
+            # Directories in it are another session's compiler at work.
+            (target / home).mkdir(parents=True, exist_ok=True)
+            for built in (_cache() / home).iterdir():
+                if built.is_file():
+                    shutil.copy2(built, target / home / built.name)
 
 
 if __name__ == "__main__":

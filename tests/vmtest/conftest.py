@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -25,10 +24,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def cached() -> None:
     """Skips where booting a guest would first have to download it (`./dev test-kernels` does)."""
+    from vmtest import newer
     from vmtest.cache import cache_dir
 
-    if shutil.which("qemu-system-x86_64") is None:
-        pytest.skip("missing capability: qemu (apt-get install qemu-system-x86)")
+    if not newer.is_here("qemu-system-x86"):
+        pytest.skip("missing capability: qemu (./dev test-kernels fetches it)")
     index = cache_dir() / "kernels/index.json"
     if not index.exists() or not {"6.1", "6.12"} <= set(json.loads(index.read_text())):
         pytest.skip("missing capability: kernel cache (./dev test-kernels fills it)")

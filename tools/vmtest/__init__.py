@@ -8,6 +8,6 @@ Rejected: KVM (not to be had inside most virtual machines and containers; TCG wo
 virtiofs for the root (Debian's cloud kernels have no 9p, and virtiofs needs a daemon), one big initramfs
 (unpacked at every boot and kept in memory, which shows in every figure about memory).
 
-fetch.py kernels; packages.py what goes into the image; rootfs.py, image.py the disks; qemu.py the machine;
-verdict.py how a guest ended; matrix.py `./dev test-kernels`.
+fetch.py kernels; newer.py qemu and CRIU; packages.py what goes into the image; rootfs.py, image.py the disks;
+qemu.py the machine; verdict.py how a guest ended; matrix.py `./dev test-kernels`.
 """

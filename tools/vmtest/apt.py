@@ -105,17 +105,23 @@ class Apt:
         found = (re.match(r"Inst (\S+) \((\S+)", line) for line in lines)
         return [f"{m[1]}={m[2]}" for m in found if m]
 
-    def _about(self, name: str) -> dict[str, str]:
-        record = _run(["apt-cache", *self._options, "show", "--no-all-versions", name])
-        return dict(line.split(": ", 1) for line in record.splitlines() if re.match(r"[\w-]+: ", line))
+    def _about(self, names: list[str]) -> list[dict[str, str]]:
+        # In one go: each start of apt-cache reads all of the lists.
+        text = _run(["apt-cache", *self._options, "show", "--no-all-versions", *names])
+        records = [
+            dict(line.split(": ", 1) for line in record.splitlines() if re.match(r"[\w-]+: ", line))
+            for record in text.strip().split("\n\n")
+        ]
+        if len(records) != len(names):
+            raise VmtestError(f"apt-cache knows {len(records)} of {len(names)} packages: run it once more")
+        return records
 
     def download(self, names: list[str], into: Path) -> list[Package]:
         """Downloads packages (`name` or `name=version`) into a directory; returns them with their hashes."""
         into.mkdir(parents=True, exist_ok=True)
         _run(["apt-get", *self._options, "download", *names], cwd=into)
         done = []
-        for name in names:
-            about = self._about(name)
+        for about in self._about(names):
             file = into / (
                 f"{about['Package']}_{about['Version'].replace(':', '%3a')}_{about['Architecture']}.deb"
             )

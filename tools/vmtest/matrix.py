@@ -116,14 +116,7 @@ def _one(plan: Plan, kernel: fetch.Kernel, allowed: list[skips.Allowed], lock: t
     results = (plan.results or plan.root / "build/vmtest") / kernel.name
     shutil.rmtree(results, ignore_errors=True)
     lines = _Lines(kernel.name, lock)
-    for attempt in range(3):
-        verdict = qemu.run(machine, lines.write, lines.write, results)
-        if verdict.good or verdict.boot_s is not None:
-            break
-        # TCG with several threads now and then loses the race of the kernel's own code patching while it boots
-        # (an int3 oops in sched_clock_cpu, before any test): that says nothing of the tests.
-        if attempt < 2:
-            lines.write(f"boot failed, once more: {verdict.report().splitlines()[0]}\n".encode())
+    verdict = qemu.run(machine, lines.write, lines.write, results)
     lines.flush()
     return judge(kernel, verdict, results, allowed)
 

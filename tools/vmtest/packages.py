@@ -1,8 +1,7 @@
 """What a guest's root is made of: this machine's own Debian packages, Python, and CRIU.
 
 The files of installed packages are taken as they lie here, so a guest's C library and tools are the ones that
-the subject programs and the virtual environment were made with. CRIU comes from a newer Debian with its own
-libraries beside it (bookworm's does not know the kernels of the matrix).
+the subject programs and the virtual environment were made with. CRIU comes from a newer Debian (newer.py).
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vmtest.apt import Apt, unpack
-from vmtest.cache import kernels_dir, locked
 from vmtest.errors import VmtestError
 
 # With what they depend on. gcc: a test that compiles something odd still works in a guest.
@@ -100,19 +97,3 @@ def environment_stamp() -> str:
     site = Path(next(p for p in sys.path if p.endswith("site-packages")))
     names = sorted(p.name for p in site.glob("*.dist-info"))
     return hashlib.sha256("\n".join([sys.version, *names]).encode()).hexdigest()
-
-
-def criu_tree() -> tuple[str, Path]:
-    """(version, unpacked tree) of trixie's CRIU and all its libraries, fetched once."""
-    with locked("criu"):
-        root = kernels_dir() / "criu"
-        stamp = root / "version"
-        if not stamp.exists():
-            apt = Apt(("trixie",))
-            apt.update()
-            wanted = apt.closure("criu")
-            packages = apt.download(wanted, root / "packages")
-            for package in packages:
-                unpack(package.file, root / "tree")
-            stamp.write_text(next(p.version for p in packages if p.name == "criu"))
-        return stamp.read_text(), root / "tree"
