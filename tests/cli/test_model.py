@@ -1,6 +1,8 @@
 """`pagelens model` as a user runs it: output, exit codes, errors, without privilege."""
 
 import json
+import os
+import pty
 import subprocess
 import sys
 
@@ -126,3 +128,41 @@ def test_step_from_a_pipe_reports_nonsense_and_goes_on():
     assert "? no operation 'nonsense'" in done.stdout
     assert "names something that does not exist" in done.stdout
     assert "rw-p" in done.stdout
+
+
+def on_terminal(*lines):
+    """`model step` on a terminal; each line is typed when the one before was read. Its output and exit code."""
+    pid, fd = pty.fork()
+    if not pid:
+        os.environ["PYTHONPATH"] = str(ROOT / "src")
+        os.execv(sys.executable, [sys.executable, "-m", "pagelens.cli.main", "model", "step"])
+    out = b""
+    todo = list(lines)
+    try:
+        while True:
+            if todo and (out.endswith(b"> ") or out.endswith(b"(Enter) ")):
+                os.write(fd, todo.pop(0))
+            try:
+                data = os.read(fd, 4096)
+            except OSError:  # EIO: the other end is closed
+                break
+            if not data:
+                break
+            out += data
+    finally:
+        os.close(fd)
+    return out.decode(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_step_on_a_terminal_waits_at_each_stage_and_ends_with_its_input():
+    out, code = on_terminal(b"a = mmap 1 rw private anon\n", b"read a[0]\n", b"\n", b"\n", b"\4", b"\4")
+    assert code == 0
+    assert out.count("(Enter)") == 3
+    assert "the zero page, read-only" in out
+    assert "bug" not in out
+
+
+def test_step_says_where_expectations_belong():
+    done = piped("a = mmap 1 rw private anon\nexpect faults 0\n", "step")
+    assert "expectations are for scenarios" in done.stdout
+    assert done.returncode == 5

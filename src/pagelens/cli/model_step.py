@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterable
 
@@ -26,6 +27,9 @@ _SHOWS = ("maps", "smaps", "pagemap", "tables", "events")
 def step(world: ModelWorld, scenario: Scenario | None) -> int:
     """Run operations one at a time. Returns 0, or 5 if a line of a pipe made no sense."""
     terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (line editing and history of input())
     print(f"model {world.machine.profile.name}; help for help" if terminal else world.machine.profile.name)
     for op in scenario.operations if scenario else ():
         print(f"> {op}")
@@ -45,7 +49,8 @@ def step(world: ModelWorld, scenario: Scenario | None) -> int:
             try:
                 op = parse_op(text)
             except DamagedInputError as error:
-                print(f"? {error}")
+                expects = text.split(":")[-1].split()[:1] == ["expect"]
+                print("? expectations are for scenarios (pagelens model run)" if expects else f"? {error}")
                 bad = 5
                 continue
             if not terminal:
@@ -66,6 +71,16 @@ def _lines(terminal: bool) -> Iterable[str]:
             return
 
 
+def _enter() -> bool:
+    # False at the end of input: the access is told to its end without waiting, and the next prompt ends all.
+    try:
+        input("  (Enter) ")
+    except EOFError:
+        print()
+        return False
+    return True
+
+
 def _do(world: ModelWorld, op: Op, terminal: bool) -> None:
     process = world.processes.get(op.proc)
     if process is None:
@@ -79,7 +94,7 @@ def _do(world: ModelWorld, op: Op, terminal: bool) -> None:
         addr = world.names.resolve(op.place)
         for i, stage in enumerate(access_stages(process, addr, op.name)):
             if i and terminal:
-                input("  (Enter) ")
+                terminal = _enter()
             where = f"   [{stage.kernel}]" if stage.kernel else ""
             print(f"  {stage.name:<11} {stage.text}{where}")
         return

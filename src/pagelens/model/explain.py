@@ -35,6 +35,9 @@ _ERROR_BITS = (
 )
 _PTE_BITS = ((P, "present"), (W, "writable"), (A, "accessed"), (D, "dirty"), (ANON, "anonymous"))
 
+# Where the kernel ends up with an access that it refuses (arch/x86/mm/fault.c).
+_SIGNALLED = {("SEGV", 1): "bad_area", ("SEGV", 2): "bad_area_access_error", ("BUS", 2): "do_sigbus"}
+
 
 @dataclass(frozen=True, slots=True)
 class Stage:
@@ -99,7 +102,9 @@ def access_stages(process: Process, addr: int, kind: str) -> Iterator[Stage]:
         yield Stage("permission", f"{right} is {'refused' if refused else 'allowed'}", "access_error")
     if result.signal is None:
         yield Stage("walk", _walk(process, addr), "__handle_mm_fault")
-    yield Stage("result", _result(result, before, mm.tables.get(page)), "handle_pte_fault")
+    anon = area is None or area.is_anon
+    kernel = _SIGNALLED.get((result.signal or "", result.si_code), "handle_pte_fault")
+    yield Stage("result", _result(result, before, mm.tables.get(page), anon), kernel)
     yield Stage("changed", _changes(process, counts, before, mm.tables.get(page)), "")
 
 
@@ -115,7 +120,7 @@ def _new_bits(before: int, after: int) -> str:
     return " and ".join(word for bit, word in _PTE_BITS if after & ~before & bit) or "nothing"
 
 
-def _result(result: AccessResult, before: int, after: int) -> str:
+def _result(result: AccessResult, before: int, after: int, anon: bool) -> str:
     fault = result.faults[-1]
     if result.signal is not None:
         what = {("SEGV", 1): "SEGV_MAPERR", ("SEGV", 2): "SEGV_ACCERR", ("BUS", 2): "BUS_ADRERR"}
@@ -125,7 +130,8 @@ def _result(result: AccessResult, before: int, after: int) -> str:
     if not before & P and after & ZERO:
         how = "the zero page, read-only: the first write will fault again (do_anonymous_page)"
     elif not before & P and after & ANON:
-        how = "a new frame of the process's own (do_anonymous_page or do_cow_fault)"
+        made = "do_anonymous_page" if anon else "do_cow_fault: the page's copy"
+        how = f"a new frame of the process's own ({made})"
     elif not before & P:
         how = "a page of the file's cache (do_read_fault or do_shared_fault)"
     elif before & ZERO:
