@@ -435,6 +435,29 @@ def test_fast_rollbacks_undo_whatever_was_done(puppet: Puppet, tmp_path: Path) -
 
 
 @pytest.mark.requires("uffd-wp-async")
+def test_fast_rollbacks_of_many_scattered_pages(puppet: Puppet) -> None:
+    # More regions than one answer of PAGEMAP_SCAN takes at a time (512), up to the end of the mapping.
+    pages = 4096
+    area = puppet.mmap(pages)
+    puppet.write(area, pages - 100, value=5)
+    puppet.tell("malloc", 100)
+    settle(puppet.pid)
+    with Checkpoint.take(puppet.pid, watch=False) as point:
+        for stride, dropped in ((2, 0), (3, 1500), (1, 0), (2, 900)):
+            puppet.tell("write", area, pages * PAGE, stride * PAGE, 77)
+            if dropped:
+                puppet.sys("madvise", area + 700 * PAGE, dropped * PAGE, MADV["DONTNEED"])
+            settle(puppet.pid)
+            done = point.rollback()
+            assert done.fast
+            expected = pages // stride if stride < 3 else -(-pages // 3) + dropped * 2 // 3
+            assert abs(done.written_pages - expected - (dropped // 2 if stride == 2 else 0)) < 20
+            settle(puppet.pid)
+            raw = read_memory(puppet.pid, area, pages * PAGE)
+            assert raw[::PAGE] == b"\x05" * (pages - 100) + bytes(100)
+
+
+@pytest.mark.requires("uffd-wp-async")
 def test_sigkill_of_a_process_that_holds_a_checkpoint_leaves_the_target_alone(puppet: Puppet) -> None:
     program = (
         "import sys, time\nfrom pagelens.checkpoint.fast import Checkpoint\n"

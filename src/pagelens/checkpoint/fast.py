@@ -214,7 +214,7 @@ class Checkpoint:
         if self.watch:
             self._look(accept)
         fast = self._fast
-        why = _WHY[_lib().pl_fast_rollback(ctypes.byref(fast), 0)]
+        why = _WHY[_lib().pl_fast_rollback(ctypes.byref(fast))]
         if not why:
             self.rollbacks += 1
             return Back(fast.written + fast.zeroed, fast.hold_ns, True)
@@ -337,6 +337,6 @@ def _lib() -> Any:
         lib.pl_fast_guards.restype = ctypes.c_uint64
         for name in ("pl_fast_guards", "pl_fast_arm"):
             getattr(lib, name).argtypes = [ctypes.c_void_p]
-        lib.pl_fast_rollback.argtypes = [ctypes.c_void_p, ctypes.c_int]
+        lib.pl_fast_rollback.argtypes = [ctypes.c_void_p]
         lib._pl_fast_ready = True  # type: ignore[attr-defined]
     return lib

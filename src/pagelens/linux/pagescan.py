@@ -120,6 +120,10 @@ def scan(
                     if left <= 0:
                         return _joined(parts)
             walked: int = _ARG.unpack(arg)[_WALK_END]
+            if vec_len:
+                # do_pagemap_scan sets walk_end only where it is 0: after more than 512 regions it can be that of
+                # an earlier part, whose regions would come twice. With room left, all was walked.
+                walked = end if found < vec_len else max(walked, int(row["end"][-1]))
             if walked <= start:  # cannot happen by the interface's contract; never spin on it
                 raise PagelensError(f"PAGEMAP_SCAN stands still at {start:#x}")
             start = walked
