@@ -90,7 +90,7 @@ static void translate_sample(struct pl_perf *p, const struct perf_event_header *
 	struct pl_rec_fault r = {0};
 	uint64_t frames[PL_MAX_FRAMES];
 	struct slot *task;
-	size_t n = 0;
+	size_t n = 0, room;
 
 	if (which_of(p, s->id) == EV_SIDE)
 		return;
@@ -99,8 +99,9 @@ static void translate_sample(struct pl_perf *p, const struct perf_event_header *
 		r.h.flags |= PL_F_USER;
 	if (which_of(p, s->id) == EV_MAJ)
 		r.h.flags |= PL_F_MAJOR;
+	room = h->size > sizeof *h + sizeof *s ? (h->size - sizeof *h - sizeof *s) / 8 : 0;
 	if (p->flags & PL_PERF_STACKS)
-		for (uint64_t i = 0; i < s->nr && n < PL_MAX_FRAMES; i++)
+		for (uint64_t i = 0; i < s->nr && i < room && n < PL_MAX_FRAMES; i++)
 			if (s->ips[i] < (uint64_t)PERF_CONTEXT_MAX)
 				frames[n++] = s->ips[i];
 	r.h.nframes = (unsigned char)n;

@@ -243,6 +243,11 @@ static size_t empty_ring(struct pl_drain *d, struct ring *r)
 
 		if (len & RB_BUSY)
 			break;
+		if (size + 8UL > end - pos) {   /* longer than what was written: nothing behind it can be found */
+			d->stats.damaged++;
+			pos = end;
+			break;
+		}
 		if (!(len & RB_DISCARD))
 			take(d, at + 8, size);
 		pos += (size + 8UL + 7) & ~7UL;

@@ -1,0 +1,140 @@
+"""The drain (native/ring) on rings that the test fills: wrap, records in the making, damage, stacks, a full disk.
+
+`./dev check` runs tests/native with the C core under AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from support.rings import BUSY, DISCARD, FAULT, HEAD, PAGE, ROWS, SWITCH, SYSCALL, Ring, record
+
+RAW = 64
+
+
+def test_records_around_the_end(tmp_path: Path) -> None:
+    """Many times around a ring of one page, records across its end."""
+    with Ring(tmp_path, at=PAGE - 24) as ring:
+        for i in range(300):
+            ring.put(record(FAULT, frames=(i, 7)))
+            ring.put(record(SYSCALL, text=b"name\0\0\0\0"))
+            assert ring.drain.rotate() == i
+            assert ring.consumer == ring.producer
+            assert len(ring.rows(i, "faults")) == ROWS["faults"]
+            assert len(ring.rows(i, "calls")) == ROWS["calls"]
+            assert ring.rows(i, "text") == b"name\0\0\0\0"
+            assert ring.rows(i, "stacks") == struct.pack("<4Q", i, 2, i, 7)
+        assert (ring.stats.faults, ring.stats.damaged, ring.stats.error) == (300, 0, 0)
+
+
+def test_a_record_in_the_making_stops_the_pass(tmp_path: Path) -> None:
+    with Ring(tmp_path) as ring:
+        ring.put(record(FAULT))
+        ring.put(record(FAULT), DISCARD)
+        ring.put(record(SWITCH), BUSY)
+        before = ring.producer - 8 - len(record(SWITCH))
+        ring.put(record(SWITCH))
+        ring.drain.rotate()
+        assert ring.consumer == before
+        assert (len(ring.rows(0, "faults")), ring.rows(0, "switches")) == (ROWS["faults"], b"")
+
+
+def test_damaged_records_are_counted(tmp_path: Path) -> None:
+    """Too short for what their heads say, of no kind, longer than what was written: none is read beyond."""
+    long = HEAD.pack(FAULT, 0, 255, 255, -1, 0, 1, 1, 1, 0, 5, 0, 0) + bytes(8)
+    with Ring(tmp_path) as ring:
+        for data in (b"", b"\x01", long[:20], long, record(SYSCALL)[:60], record(77), record(0)[:40]):
+            ring.put(data)
+        ring.put(record(FAULT))
+        ring.drain.rotate()
+        assert (ring.stats.damaged, ring.stats.faults) == (7, 1)
+        ring.put(record(FAULT), length=3 * PAGE)
+        ring.put(record(FAULT))
+        ring.drain.rotate()
+        assert (ring.stats.damaged, ring.consumer) == (8, ring.producer)
+
+
+def test_random_records(tmp_path: Path) -> None:
+    """Heads of random bytes: each is taken or damaged, and the next pass goes on."""
+    chance = random.Random(5)
+    with Ring(tmp_path, 64 * PAGE) as ring:
+        for _ in range(40):
+            for _ in range(100):
+                data = bytearray(chance.randbytes(chance.choice((8, 56, 120, 300, 1500))))
+                data[0] = chance.randrange(1, 11)
+                ring.put(bytes(data))
+            ring.drain.rotate()
+            assert ring.consumer == ring.producer
+        assert ring.stats.damaged + sum(ring.stats.taken) == 4000
+        assert min(ring.stats.damaged, sum(ring.stats.taken)) > 100
+
+
+def test_raw_stacks(tmp_path: Path) -> None:
+    """Registers and stack: none, a full copy, and counts that cannot be."""
+    sizes = (17, 17 + 1, 17 + 128, 17 + 129, 16, 255)
+    with Ring(tmp_path, 16 * PAGE) as ring:
+        for n in sizes:
+            ring.put(record(FAULT, flags=RAW, frames=tuple(range(n))))
+        ring.drain.rotate()
+        rows = np.frombuffer(ring.rows(0, "raw"), np.uint8).reshape(-1, ROWS["raw"])
+        assert rows[:, 16:20].view("<u4").ravel().tolist() == [0, 8, 1024]
+        faults = np.frombuffer(ring.rows(0, "faults"), "<i8").reshape(-1, 8)
+        assert faults[:, 7].tolist() == [0, 1, 2, -1, -1, -1]
+
+
+def test_stacks_are_numbered_until_forgotten(tmp_path: Path) -> None:
+    """More distinct stacks than the table keeps (64 MiB): numbers go on, none is given twice."""
+    frames, batch, batches = 61, 4096, 34
+    one = 8 + 56 + frames * 8
+    block = np.zeros((batch, one // 8), "<u8")
+    block[:, 0] = one - 8
+    block[:, 1] = np.frombuffer(record(FAULT)[:8], "<u8")[0] | np.uint64(frames << 16)
+    with Ring(tmp_path, 4096 * PAGE) as ring:
+        for i in range(batches):
+            block[:, 8:] = np.arange(batch, dtype="<u8")[:, None] + np.uint64(i * batch)
+            raw = block.tobytes()
+            spot = ring.producer % ring.size
+            for at in (spot, spot + ring.size, spot - ring.size):
+                low, high = max(at, 0), min(at + len(raw), 2 * ring.size)
+                if low < high:
+                    os.pwrite(ring.fd, raw[low - at : high - at], 2 * PAGE + low)
+            ring.producer += len(raw)
+            os.pwrite(ring.fd, struct.pack("<Q", ring.producer), PAGE)
+            ring.drain.rotate()
+            ids = np.frombuffer(ring.rows(i, "faults"), "<i8").reshape(-1, 8)[:, 7]
+            assert ids.tolist() == list(range(i * batch, (i + 1) * batch))
+            for path in tmp_path.glob(f"{i:08d}.*"):
+                path.unlink()
+        assert ring.stats.damaged == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="missing capability: /dev/full")
+def test_a_full_disk_drops_and_counts(tmp_path: Path) -> None:
+    for which in ("faults", "calls", "switches", "stacks", "text", "raw"):
+        (tmp_path / f"{1:08d}.{which}").symlink_to("/dev/full")
+    with Ring(tmp_path, 16 * PAGE) as ring:
+        ring.put(record(FAULT))
+        ring.drain.rotate()
+        ring.put(record(FAULT))
+        ring.drain.rotate()
+        assert ring.stats.error == 28  # ENOSPC
+        for _ in range(3):
+            ring.put(record(FAULT))
+        ring.put(record(SYSCALL))
+        ring.drain.rotate()
+        assert (ring.stats.dropped_faults, ring.stats.dropped_others) == (3, 1)
+
+
+def test_with_its_thread(tmp_path: Path) -> None:
+    with Ring(tmp_path, 16 * PAGE) as ring:
+        ring.drain.start()
+        for _ in range(50):
+            ring.put(record(FAULT, frames=(1, 2, 3)))
+        assert ring.drain.stop() == 0
+        assert ring.stats.faults == 50 and ring.consumer == ring.producer
