@@ -175,47 +175,6 @@ def test_ctrl_c_detaches_and_reports(tmp_path: Path, spawn: Spawn) -> None:
     assert child.poll() is None and clean(child.pid)
 
 
-def _zombie() -> int:
-    pid = os.fork()
-    if not pid:
-        os._exit(0)
-    time.sleep(0.1)
-    return pid
-
-
-def test_targets_that_cannot_be(tmp_path: Path) -> None:
-    zombie = _zombie()
-    table = {
-        "gone": (4_000_000, 4, "no process 4000000"),
-        "kernel thread": (2, 2, "is a kernel thread"),
-        "zombie": (zombie, 4, "is a zombie"),
-    }
-    for state, (pid, code, text) in table.items():
-        run = attach(tmp_path, pid, "--duration", "0.1")
-        assert run.returncode == code, (state, run.stderr)
-        assert text in run.stderr and run.stderr.count("\n") == 1, (state, run.stderr)
-        assert not run.path.exists()
-    os.waitpid(zombie, 0)
-
-
-def test_targets_in_unusual_states_work(tmp_path: Path, spawn: Spawn) -> None:
-    stopped = spawn("sleep", "60")
-    os.kill(stopped.pid, signal.SIGSTOP)
-    other = spawn(sys.executable, "-c", "import os, time; os.setgid(65534); os.setuid(65534); time.sleep(60)")
-    traced = spawn("strace", "-o", "/dev/null", "sleep", "60") if Path("/usr/bin/strace").exists() else None
-    time.sleep(0.5)
-    for state, pid in (("stopped", stopped.pid), ("other user", other.pid)):
-        run = attach(tmp_path, pid, "--duration", "0.2")
-        assert run.returncode == 0, (state, run.stderr)
-        assert run.faults["unexplained"] == 0, state
-    assert Path(f"/proc/{stopped.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-    if traced:
-        inner = int(Path(f"/proc/{traced.pid}/task/{traced.pid}/children").read_text().split()[0])
-        run = attach(tmp_path, inner, "--duration", "0.2")
-        assert run.returncode == 0, run.stderr
-        assert f"TracerPid:\t{traced.pid}" in Path(f"/proc/{inner}/status").read_text()
-
-
 def test_killed_while_attached(tmp_path: Path, spawn: Spawn) -> None:
     child = spawn(
         sys.executable,

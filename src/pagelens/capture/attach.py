@@ -22,7 +22,7 @@ from pagelens.linux.perf_recording import PerfRecording
 from pagelens.linux.procfs import Process
 from pagelens.linux.recording import BpfRecording
 from pagelens.linux.tree import descendants
-from pagelens.vm.errors import TargetGoneError
+from pagelens.vm.errors import PagelensError, TargetGoneError
 
 _MAX_PASSES = 20
 
@@ -71,7 +71,12 @@ def _record(session: Session, target: Process, duration: float | None, tree: boo
     session.start()
     tasks = passes = 0
     while passes < _MAX_PASSES:
-        new = recording.adopt(descendants([target.pid]) if tree else [target.pid])
+        try:
+            new = recording.adopt(descendants([target.pid]) if tree else [target.pid])
+        except PagelensError:  # refused: there is nothing to keep
+            session.abandon()
+            shutil.rmtree(session.writer.path, ignore_errors=True)
+            raise
         passes += 1
         tasks += new
         if not new:

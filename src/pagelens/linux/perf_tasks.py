@@ -138,6 +138,12 @@ class PerfTasks:
         error = -_core().pl_perf_add(self._handle, pid, tid, int(on_exec))
         if error == errno.ESRCH:
             raise TargetGoneError(f"task {tid} is gone")
+        if error in (errno.EACCES, errno.EPERM) and _foreign(pid):
+            raise CapabilityMissingError(
+                f"process {pid} may not be watched: it is another user's, or has more rights than we (setuid)",
+                capability="other-users",
+                fix=f"sudo pagelens attach {pid}",
+            )
         if error in (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOSYS):
             raise CapabilityMissingError(
                 f"perf may not watch task {tid} ({os.strerror(error)})",
@@ -227,6 +233,14 @@ class PerfTasks:
         if self._handle:
             self.stop()
         self.close()
+
+
+def _foreign(pid: int) -> bool:
+    # /proc/PID belongs to root where the process is not dumpable (proc(5)), as a setuid program is not.
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid != os.geteuid()
+    except OSError:
+        return False
 
 
 def fault_counters(pid: int, tid: int) -> tuple[int, int]:
