@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from support.subjects import Subjects
 
@@ -12,6 +13,10 @@ from support.subjects import Subjects
 from support.system import change_setting, ksm, numa_balancing, swap, thp_always, thp_madvise
 
 __all__ = ["change_setting", "ksm", "numa_balancing", "subjects", "swap", "thp_always", "thp_madvise"]
+
+# How long an example takes says something of the machine's load, and nothing of the code.
+settings.register_profile("loaded", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("loaded")
 
 
 @functools.cache

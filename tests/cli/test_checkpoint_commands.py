@@ -58,7 +58,12 @@ def test_save_verify_look_and_roll_back(
     capsys.readouterr()
     assert main(["read", one, hex(int(stack["end"], 16) - 64), "64"]) == 0
     assert "sleep" in capsys.readouterr().out  # AT_EXECFN
+    alone = str(Path(one).parent / "alone")
+    assert main(["merge", two, "-o", alone]) == 0
     assert main(["prune", "--drop", one, "--keep", two]) == 0
+    capsys.readouterr()
+    assert main(["verify", alone, "--format", "json"]) == 0
+    assert checked("verify", capsys.readouterr().out)["checked"] == [alone]
     assert main(["verify", two]) == 0
     assert not Path(one).exists()
 
@@ -86,6 +91,8 @@ def _rows(path: str) -> list[dict[str, Any]]:
         (["rollback", "PID", "/nowhere"], 2, "no checkpoint"),
         (["export", "/tmp", "--to", "core", "-o", "OUT"], 2, "is no checkpoint"),
         (["prune"], 2, "nothing to do"),
+        (["merge", "/nowhere", "-o", "OUT"], 2, "no checkpoint"),
+        (["merge", "/nowhere"], 2, "-o OUT"),
     ],
 )
 def test_refusals(

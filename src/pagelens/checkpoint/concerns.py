@@ -7,6 +7,7 @@ pipe, a signal that was delivered and whose effect is in memory only) is a note,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagelens.checkpoint.image import OpenFile, ProcessState
@@ -75,6 +76,17 @@ def compare(then: ProcessState, now: ProcessState) -> tuple[list[Concern], list[
             f"bytes that went through its {' and '.join(f'{s}s' for s in streams)} stay as they went"
         )
     return concerns, notes
+
+
+def listed(found: Sequence[Concern]) -> list[str]:
+    """For an error: each with its kind; of more than three of a kind the first three, and how many more."""
+    out = []
+    for kind in KINDS:
+        texts = [c.text for c in found if c.kind == kind]
+        if len(texts) > 4:
+            texts = [*texts[:3], f"and {len(texts) - 3} more"]
+        out += [f"{text} [{kind}]" for text in texts]
+    return out
 
 
 def _list(numbers: set[int]) -> str:

@@ -233,8 +233,7 @@ class Checkpoint:
         found = [c for c in concerns.compare(saved, now)[0] if c.kind not in accept]
         if found:
             raise UsageError(
-                f"process {self.pid} cannot be rolled back: "
-                + "; ".join(f"{c.text} [{c.kind}]" for c in found)
+                f"process {self.pid} cannot be rolled back: " + "; ".join(concerns.listed(found))
             )
 
     def _slowly(self, accept: Collection[str]) -> Back:

@@ -129,7 +129,7 @@ class _Job:
         refused = [concern for concern in found if concern.kind not in accept]
         self.steps, impossible = undo.steps(self.store.vmas, present, self.saved.start_brk)
         impossible += self._find_backings(present) + self._find_altstacks(now) + self._unfit()
-        texts = [f"{c.text} [{c.kind}]" for c in refused] + impossible
+        texts = concerns.listed(refused) + impossible
         if texts:
             hint = sorted({c.kind for c in refused})
             how = f"; --accept {','.join(hint)} goes on all the same" if hint and not impossible else ""

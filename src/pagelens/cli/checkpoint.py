@@ -28,7 +28,10 @@ class Command:
         """Arguments."""
         parser.add_argument("pid", type=int, help="process to save")
         parser.add_argument(
-            "range", nargs="?", type=AddrRange.parse, help="only START-END or START+SIZE (hexadecimal)"
+            "range",
+            nargs="?",
+            type=AddrRange.parse,
+            help="only START-END (hexadecimal) or START+SIZE (64k, 0x1000)",
         )
         parser.add_argument("--parent", type=Path, metavar="DIR", help="store only what differs from DIR")
         parser.add_argument(

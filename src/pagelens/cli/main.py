@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("pagelens.cli.verify", "check a checkpoint"),
     "rollback": ("pagelens.cli.rollback", "put a process back to a checkpoint, in place"),
     "read": ("pagelens.cli.read", "read memory out of a checkpoint"),
+    "merge": ("pagelens.cli.merge", "make a checkpoint stand alone, without its parents"),
     "prune": ("pagelens.cli.prune", "drop checkpoints of a chain, or merge them"),
     "export": ("pagelens.cli.export", "write a checkpoint or a capture in another format"),
     "serve-pages": ("pagelens.cli.serve_pages", "page server for CRIU or Firecracker"),

@@ -15,6 +15,7 @@ TASK_SIZE = 0x7FFF_FFFF_F000  # TASK_SIZE_MAX with four levels, arch/x86/include
 TASK_SIZE_LA57 = 0xFF_FFFF_FFFF_F000
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?$", re.IGNORECASE)
+_HEX = re.compile(r"^0[xX][0-9a-fA-F]+$")
 _SCALE = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -29,11 +30,13 @@ def page_up(addr: int) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "64k", "1.5G", "4096". Powers of two.
+    """Bytes of "64k", "1.5G", "4096", "0x1000". Powers of two.
 
     >>> parse_size("64k")
     65536
     """
+    if _HEX.match(text.strip()):
+        return int(text, 16)
     match = _SIZE.match(text.strip())
     if not match:
         raise UsageError(f"not a size: {text!r} (examples: 4096, 64k, 1.5G)")
@@ -77,7 +80,8 @@ class AddrRange:
 
     @classmethod
     def parse(cls, text: str) -> AddrRange:
-        """ "START-END" or "START+SIZE", hexadecimal with or without 0x. Kernel addresses are refused."""
+        """ "START-END" or "START+SIZE": addresses hexadecimal, with or without 0x, a size as parse_size takes it.
+        Kernel addresses are refused."""
         sep = "+" if "+" in text else "-"
         first, found, second = text.partition(sep)
         try:
