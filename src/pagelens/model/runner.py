@@ -199,10 +199,14 @@ class ModelWorld:
         snapshot = self.processes[proc].snapshot(pages=False)
         accounting = snapshot.accounting
         assert accounting is not None
+        return snapshot.vmas, replace(accounting, status=self.status(proc))
+
+    def status(self, proc: str) -> dict[str, int]:
+        """Memory fields of status, in bytes."""
+        status = export.status_fields(self.processes[proc].mm)
         if self.machine.profile.status_rss_lags:
-            status = {k: v for k, v in accounting.status.items() if not k.startswith("Rss") and k != "VmRSS"}
-            accounting = replace(accounting, status=status)
-        return snapshot.vmas, accounting
+            status = {k: v for k, v in status.items() if not k.startswith("Rss") and k != "VmRSS"}
+        return status
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] as /proc/PID/pagemap, frame numbers left out."""

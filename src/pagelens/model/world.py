@@ -105,6 +105,10 @@ class World(Protocol):
         """uint64[npages] as /proc/PID/pagemap."""
         ...
 
+    def status(self, proc: str) -> dict[str, int]:
+        """Memory fields of status, in bytes."""
+        ...
+
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """The vmas with VmFlags, harness included; smaps fields of each, and status."""
         ...

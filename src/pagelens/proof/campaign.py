@@ -100,9 +100,11 @@ class Bench:
                     program.append(op)
                     found = comparison.step(op)
                     _count(result.used, op, comparison.outcomes[0])
-                    due = len(program) % CHECKPOINT_EVERY == 0 or _frees_tables(op)
-                    if not found and self.checkpoints and due:
-                        found = comparison.checkpoint()
+                    if not found and self.checkpoints:
+                        if len(program) % CHECKPOINT_EVERY == 0:
+                            found = comparison.checkpoint()
+                        elif _frees_tables(op):
+                            found = comparison.status()
                     if found:
                         return program, found
                 return program, comparison.checkpoint() if self.checkpoints else []

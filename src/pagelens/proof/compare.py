@@ -40,7 +40,19 @@ BIT_NAMES = {
 # counts only once a per-CPU batch of up to 31 is drained (mm/swap.c folio_mark_lazyfree); two identical
 # children differ in it (tests/proof/test_oracle.py). The huge page fields are 0 behind the fence.
 LEFT_OUT = frozenset({"Referenced", "LazyFree"})
-STATUS_FIELDS = ("VmSize", "VmLck", "VmData", "VmStk", "VmPTE", "RssAnon", "RssShmem")
+STATUS_FIELDS = (
+    "VmSize",
+    "VmLck",
+    "VmData",
+    "VmStk",
+    "VmPTE",
+    "VmPin",
+    "VmSwap",
+    "VmRSS",
+    "RssAnon",
+    "RssFile",
+    "RssShmem",
+)
 _MAX_WINDOW = 4096  # pages of one span that are compared: of a larger one, both ends
 
 
@@ -188,6 +200,29 @@ class Comparison:
                 self._accounting(proc, vmas, real, *self.model.accounting(proc), found)
         return found
 
+    def status(self) -> list[Disagreement]:
+        """status of every process: what a checkpoint compares of it, without the vmas."""
+        found: list[Disagreement] = []
+        for proc in self.kernel.alive():
+            if self.kernel.is_leader(proc):
+                self._status(proc, self.kernel.status(proc), self.model.status(proc), found)
+        return found
+
+    def _status(
+        self, proc: str, real: dict[str, int], model: dict[str, int], found: list[Disagreement]
+    ) -> None:
+        compared = wrong = 0
+        for f in STATUS_FIELDS:
+            if (f.startswith("Rss") or f == "VmRSS") and not self.kernel.setting.rss_exact:
+                continue
+            if f in real and f in model:
+                compared += 1
+                if real[f] != model[f]:
+                    wrong += 1
+                    kernel, text = f"{real[f]} B", f"{model[f]} B"
+                    found.append(self._differs("accounting", None, proc, f"{f} of status", kernel, text))
+        self.agreement.count("accounting", compared - wrong, None, compared)
+
     def _accounting(
         self,
         proc: str,
@@ -234,15 +269,7 @@ class Comparison:
                     kernel, text = " ".join(sorted(flags & odd)), " ".join(sorted(theirs & odd))
                     subject = f"VmFlags of {vma}"
                     found.append(self._differs("accounting", None, proc, subject, kernel or "-", text or "-"))
-        for f in STATUS_FIELDS:
-            if f.startswith("Rss") and not self.kernel.setting.rss_exact:
-                continue
-            if f in real.status and f in model.status:
-                compared += 1
-                if real.status[f] != model.status[f]:
-                    wrong += 1
-                    kernel, text = f"{real.status[f]} B", f"{model.status[f]} B"
-                    found.append(self._differs("accounting", None, proc, f"{f} of status", kernel, text))
+        self._status(proc, real.status, model.status, found)
         self.agreement.count("accounting", compared - wrong, None, compared)
 
 

@@ -388,6 +388,10 @@ class Oracle:
         """smaps with VmFlags, and status; harness included."""
         return smaps.read(self._channels[proc].process)
 
+    def status(self, proc: str) -> dict[str, int]:
+        """Memory fields of status, in bytes."""
+        return smaps.status(self._channels[proc].process)
+
     def _shut(self, channel: _Channel) -> None:
         for fd in (channel.map_fd, channel.pagemap_fd):
             os.close(fd)

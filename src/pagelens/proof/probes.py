@@ -154,7 +154,7 @@ class _Once:
         self._oracle = oracle
         self.setting, self.names = oracle.setting, oracle.names
         self.alive, self.is_leader, self.vmas = oracle.alive, oracle.is_leader, oracle.vmas
-        self.pagemap, self.accounting = oracle.pagemap, oracle.accounting
+        self.pagemap, self.accounting, self.status = oracle.pagemap, oracle.accounting, oracle.status
         self._last: tuple[int, Outcome | None] = (-1, None)
         self.index = 0
 
