@@ -275,6 +275,7 @@ def _fuzz(args: argparse.Namespace) -> int:
         "operations": result.agreement.operations,
         "disagreements": len(result.failed_seeds),
         "scenario": result.scenario or None,
+        "unrepeated": len(result.unrepeated),
         "succeeded": result.agreement.succeeded,
         "reached": {rule: result.reached[rule] for rule in RULES},
     }
@@ -296,6 +297,7 @@ def _fuzz_text(result: Result, seed: int, how: str) -> str:
         done.text(),
         "rules reached: " + ", ".join(f"{rule} {result.reached[rule]:,}" for rule in reached),
     ]
+    lines += [f"gone when the program ran again: seed {s}: {d}" for s, d in result.unrepeated]
     lines += [f"fence {f.name} is open: {f.how}" for f in result.fences if not f.ok]
     if result.failing:
         lines += ["", *(str(d) for d in result.disagreements[:10]), "", result.scenario.rstrip()]

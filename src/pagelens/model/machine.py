@@ -51,6 +51,9 @@ class Machine:
         self.overcommit = overcommit
         self.overcommit_ratio = overcommit_ratio
         self.max_map_count = max_map_count
+        self.dac_min_addr = (
+            0x1_0000  # vm.mmap_min_addr (cap_mmap_addr); hints are raised to 64 KiB in any case
+        )
         self.committed = 0
         self.admin_reserve_pages = 2048
         self.user_reserve_pages = 32768

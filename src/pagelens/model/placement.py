@@ -19,7 +19,7 @@ from pagelens.model.abi import (
 from pagelens.model.files import File
 from pagelens.model.space import Mm
 
-MMAP_MIN_ADDR = 0x1_0000
+MMAP_MIN_ADDR = 0x1_0000  # mmap_min_addr: vm.mmap_min_addr, but no less than CONFIG_LSM_MMAP_MIN_ADDR
 
 
 def get_unmapped_area(mm: Mm, file: File | None, addr: int, length: int, pgoff: int, flags: int) -> int:
@@ -50,7 +50,7 @@ def get_unmapped_area(mm: Mm, file: File | None, addr: int, length: int, pgoff: 
         return ENOMEM
     if addr & (PAGE - 1):
         return EINVAL
-    if addr < MMAP_MIN_ADDR and not mm.limits.cap_sys_rawio:
+    if addr < mm.machine.dac_min_addr and not mm.limits.cap_sys_rawio:  # cap_mmap_addr
         return EPERM
     return addr
 

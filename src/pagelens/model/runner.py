@@ -43,6 +43,7 @@ class ModelWorld:
             memory_pages=self.setting.memory_pages,
             overcommit=self.setting.overcommit,
         )
+        self.machine.dac_min_addr = self.setting.dac_min_addr
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
         layout = Layout(

@@ -39,6 +39,7 @@ class Setting:
     ipc_lock: bool = True  # CAP_IPC_LOCK: the limit does not hold
     max_map_count: int = 65530
     memory_pages: int = 1 << 30  # MemTotal: a larger private mapping is refused (overcommit_memory 0)
+    dac_min_addr: int = 0x1_0000  # vm.mmap_min_addr: below it CAP_SYS_RAWIO is needed
     overcommit: int = 0  # vm.overcommit_memory; 2 depends on what else runs, see docs/fidelity.md
     rss_exact: bool = True  # status sums the counters exactly (6.2); before, each task keeps up to 64 back
 

@@ -32,7 +32,9 @@ CHECKPOINT_EVERY = 100
 class Result:
     """What a run found. failing: the (shrunk) program of the first disagreement. seed: that of the failing
     program, else of the first. used: how often each operation was done, and succeeded. reached:
-    how often each rule of the profile mattered (proof.reach)."""
+    how often each rule of the profile mattered (proof.reach). unrepeated: seeds whose disagreement was gone when the
+    same program ran again, twice: the kernel itself had done two things (a page that compaction holds locked is passed
+    by in fault-around), so no rule of the program's decides it."""
 
     seed: int
     agreement: Agreement = field(default_factory=Agreement)
@@ -43,6 +45,7 @@ class Result:
     reached: Counter[str] = field(default_factory=Counter)
     programs: int = 0
     failed_seeds: list[int] = field(default_factory=list)
+    unrepeated: list[tuple[int, Disagreement]] = field(default_factory=list)
 
     @property
     def scenario(self) -> str:
@@ -75,11 +78,7 @@ class Bench:
                         return found
                     if watch is not None:
                         watch(i, op, comparison)
-                    if (
-                        self.checkpoints
-                        and (i + 1) % CHECKPOINT_EVERY == 0
-                        and (found := comparison.checkpoint())
-                    ):
+                    if found := self._checked(i + 1, op, comparison):
                         return found
                 return comparison.checkpoint() if self.checkpoints else []
             finally:
@@ -100,16 +99,20 @@ class Bench:
                     program.append(op)
                     found = comparison.step(op)
                     _count(result.used, op, comparison.outcomes[0])
-                    if not found and self.checkpoints:
-                        if len(program) % CHECKPOINT_EVERY == 0:
-                            found = comparison.checkpoint()
-                        elif _frees_tables(op):
-                            found = comparison.status()
+                    found = found or self._checked(len(program), op, comparison)
                     if found:
                         return program, found
                 return program, comparison.checkpoint() if self.checkpoints else []
             finally:
                 result.agreement.add(comparison.agreement)
+
+    def _checked(self, done: int, op: Op, comparison: Comparison) -> list[Disagreement]:
+        # What is compared only now and then, after operation `op`, the done-th.
+        if not self.checkpoints:
+            return []
+        if done % CHECKPOINT_EVERY == 0:
+            return comparison.checkpoint()
+        return comparison.status() if _frees_tables(op) else []
 
     def _comparison(self, oracle: Oracle, result: Result) -> Comparison:
         model = ModelWorld(counted(self.profile, result.reached), oracle.setting)
@@ -158,7 +161,9 @@ def fuzz(
         length = min(PROGRAM_LENGTH, operations - result.agreement.operations)
         program, found = bench.fuzz_one(this, length, mix, result)
         result.programs += 1
-        if found:
+        if found and not any(bench.run(program, Result(this)) for _ in range(2)):
+            result.unrepeated.append((this, found[0]))
+        elif found:
             result.failed_seeds.append(this)
             if not result.disagreements:
                 result.seed, result.disagreements, result.failing = this, found, program

@@ -183,6 +183,7 @@ class Oracle:
             rss_exact=f"RssShmem:\t{inside[1].pages * 4:8d} kB" in status,
             max_map_count=_figure("/proc/sys/vm/max_map_count", 65530),
             memory_pages=os.sysconf("SC_PHYS_PAGES"),
+            dac_min_addr=_figure("/proc/sys/vm/mmap_min_addr", 0x1_0000),
             overcommit=_figure("/proc/sys/vm/overcommit_memory", 0),
         )
 
