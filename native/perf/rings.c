@@ -136,6 +136,8 @@ PL_EXPORT uint64_t pl_perf_recorded(struct pl_perf *p, uint32_t tid);
 PL_EXPORT uint32_t pl_perf_mm(struct pl_perf *p, uint32_t pid);
 PL_EXPORT void pl_perf_counters(struct pl_perf *p, uint32_t tid, uint64_t min_flt, uint64_t maj_flt);
 PL_EXPORT void pl_perf_call(struct pl_perf *p, struct pl_rec_call *r, const char *text);
+PL_EXPORT void pl_perf_root(struct pl_perf *p, uint32_t pid);
+PL_EXPORT void pl_perf_tell(struct pl_perf *p, const void *record);
 PL_EXPORT void pl_perf_free(struct pl_perf *p);
 
 /* NULL: out of memory or too many CPUs. */
@@ -178,6 +180,24 @@ PL_EXPORT void pl_perf_call(struct pl_perf *p, struct pl_rec_call *r, const char
 	pthread_mutex_lock(&p->lock);
 	round_of(p, now_ns(), p->copy);
 	pl_perf_emit_call(p, r, text);
+	pthread_mutex_unlock(&p->lock);
+}
+
+/* Where perf cannot be had a tracer tells what perf would: the first task, and records of perf's own layout (FORK, EXIT,
+ * COMM, without samples). */
+PL_EXPORT void pl_perf_root(struct pl_perf *p, uint32_t pid)
+{
+	pthread_mutex_lock(&p->lock);
+	pl_perf_mm_of(p, pid, 0);
+	p->totals.tasks_started++;
+	pthread_mutex_unlock(&p->lock);
+}
+
+PL_EXPORT void pl_perf_tell(struct pl_perf *p, const void *record)
+{
+	pthread_mutex_lock(&p->lock);
+	pl_perf_translate(p, record);
+	pl_perf_flush(p);
 	pthread_mutex_unlock(&p->lock);
 }
 

@@ -95,6 +95,8 @@ def _record(session: Session, target: Process, duration: float | None, tree: boo
             signal.signal(number, handler)
     if session.settings.snapshot != "none" and target.alive:
         session.take(target.pid, "detach")
+    if isinstance(recording, PerfRecording) and not recording.events:
+        session.notes.append("what it starts is not followed: neither BPF nor perf is allowed here")
     summary = session.finish()
     return Attached(summary, session.notes, tasks, passes)
 

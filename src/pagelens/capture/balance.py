@@ -13,6 +13,9 @@ from typing import Any
 
 from pagelens.capture.summary import METHOD_BPF, build
 
+METHOD_COUNTERS = (
+    "counters of each task and snapshots; neither BPF nor perf is allowed here: no fault is seen by itself"
+)
 METHOD_PERF = "perf events inherited by the tree, counters at exit stops"
 
 
@@ -20,7 +23,8 @@ METHOD_PERF = "perf events inherited by the tree, counters at exit stops"
 class Ended:
     """Figures at the end. totals: of the recording (`totals()`); drained, dropped_faults, dropped_others,
     damaged: of the drain; written: faults in the capture; alive: tasks that ran on; error: errno that
-    stopped the writing, or 0. calls: told by a tracer, with the gup faults of each."""
+    stopped the writing, or 0. calls: told by a tracer, with the gup faults of each.
+    events: of faults; False where they are only counted."""
 
     totals: Mapping[str, int]
     drained: int
@@ -36,6 +40,7 @@ class Ended:
     perf: bool
     kernel_visible: bool
     calls: bool = False
+    events: bool = True
 
 
 def losses(e: Ended) -> list[tuple[str, int, str]]:
@@ -88,6 +93,8 @@ def balance(e: Ended) -> dict[str, Any]:
 
 
 def _perf_method(e: Ended) -> str:
+    if not e.events:
+        return METHOD_COUNTERS + ("; calls by ptrace" if e.calls else "")
     if e.calls:
         blind = "" if e.kernel_visible else "; faults in kernel mode unseen"
         return f"{METHOD_PERF}; calls by ptrace{blind}"

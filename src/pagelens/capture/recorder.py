@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from pagelens.capture.session import Session, Settings
 from pagelens.linux.drain import HeldProgram
 from pagelens.linux.perf_recording import PerfRecording
 from pagelens.linux.tracer import Tracer
+from pagelens.vm.errors import CapabilityMissingError
 
 __all__ = ["Recorder", "Result", "Settings"]
 
@@ -50,6 +52,15 @@ class Recorder:
         self._settings = settings
         self._session = Session(path, settings, command=command, force=force)
         self._recording = self._session.recording
+        blind = isinstance(self._recording, PerfRecording) and not self._recording.events
+        if blind and settings.snapshot == "none":
+            self._session.abandon()
+            shutil.rmtree(path, ignore_errors=True)
+            raise CapabilityMissingError(
+                "neither BPF nor perf is allowed here, and without snapshots nothing stops to read counters",
+                capability="perf-own",
+                fix="--snapshot maps, or see pagelens doctor",
+            )
         self._interrupted = False
         self._root_gone = False
 
@@ -72,6 +83,7 @@ class Recorder:
                     self._at_exit,
                     perf.at_task_exit if perf else None,
                     perf.at_call if perf and self._settings.calls == "ptrace" else None,
+                    perf.at_start if perf and not perf.events else None,
                 )
                 program.release()
                 status = self._trace(tracer)

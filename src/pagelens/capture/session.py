@@ -154,7 +154,8 @@ class Session:
             shutil.rmtree(path, ignore_errors=True)
             raise
         self.recording: BpfRecording | PerfRecording = recording
-        calls = "bpf" if method == "bpf" else "ptrace" if options.calls else "mmap2"
+        seen = not isinstance(recording, PerfRecording) or recording.events
+        calls = "bpf" if method == "bpf" else "ptrace" if options.calls else "mmap2" if seen else "none"
         self.writer.write_meta(method=method, calls=calls, absent=options.absent, ring_size=options.ring_size)
         part_bytes = min(PART_BYTES, settings.max_size or PART_BYTES)
         self._spooler = _Spooler(self.recording, self.writer, part_bytes)
@@ -203,6 +204,7 @@ class Session:
             lean=self.settings.detail == "lean",
             perf=isinstance(recording, PerfRecording),
             calls=self.settings.calls == "ptrace",
+            events=not isinstance(recording, PerfRecording) or recording.events,
             kernel_visible=not isinstance(recording, PerfRecording) or recording.kernel,
         )
         if error and error.errno == errno.EIO:

@@ -136,7 +136,7 @@ class Spaces:
         failed = pc.fill_null(table.column("failed"), False).to_numpy()
         kind = np.where(failed, np.where(write, 2, 3), write)[order]
         numbers, first = np.unique(mm[order], return_index=True)
-        ends = [*first[1:].tolist(), len(order)]
+        ends = [*first[1:].tolist(), len(order)][: len(numbers)]  # none where no fault was recorded
         return {
             int(n): _Faults(time[a:b], addr[a:b], kind[a:b])
             for n, a, b in zip(numbers, first.tolist(), ends, strict=True)

@@ -22,6 +22,7 @@ import numpy as np
 from pagelens.linux import ptrace
 from pagelens.linux.memory import read_into
 from pagelens.linux.perf_tasks import PerfTasks, fault_counters
+from pagelens.linux.procfs import process_of
 from pagelens.linux.syscalls import WANTED
 from pagelens.vm.errors import PagelensError
 from pagelens.vm.names import SYSCALL_NUMBERS
@@ -130,9 +131,7 @@ class CallRecorder:
     def _process_of(self, tid: int) -> int:
         pid = self._process.get(tid)
         if pid is None:
-            with open(f"/proc/{tid}/status") as file:
-                pid = next(int(line.split()[1]) for line in file if line.startswith("Tgid:"))
-            self._process[tid] = pid
+            pid = self._process[tid] = process_of(tid)
         return pid
 
 

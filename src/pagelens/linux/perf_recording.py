@@ -1,13 +1,15 @@
 """A live recording without BPF: inherited perf events, counters from exit stops.
 
-The same interface as BpfRecording, for own processes of an ordinary user. What cannot be known this way: faults
-taken in kernel mode (unless perf allows them), which calls shaped memory (what mmap, mprotect and brk left
+The same interface as BpfRecording, for own processes of an ordinary user. Where perf is forbidden too (containers),
+the counters are read all the same and nothing else is known of a fault: `events` is false. What perf does not tell:
+faults taken in kernel mode (unless perf allows them), which calls shaped memory (what mmap, mprotect and brk left
 behind is seen by MMAP2 records, and recorded as mmap), error codes, latencies, failed faults, gup. The kernel's
 counters still tell how many faults there were, so the gap has a size.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,8 +20,11 @@ from pagelens.linux.perf_tasks import (
     PerfTasks,
     PerfTotals,
     fault_counters,
+    faults_visible,
+    group_counters,
     kernel_faults_visible,
 )
+from pagelens.linux.procfs import TaskStat, process_of
 from pagelens.linux.recording import Options
 from pagelens.vm.errors import TargetGoneError
 
@@ -40,10 +45,13 @@ class PerfRecording:
         """Opens nothing but the drain; `arm` opens the events. OSError where the spool cannot be written."""
         self.options = options
         self.kernel = kernel_faults_visible()
+        self.events = self.kernel or faults_visible()
         absent = ABSENT[1:] if options.calls else ABSENT
-        options.absent = [*absent, *([] if self.kernel else ["faults in kernel mode"])]
+        unseen = [] if self.kernel else ["faults in kernel mode"] if self.events else ["faults: only counted"]
+        options.absent = [*absent, *unseen]
         self._root = 0
         self._started = False
+        self._process: dict[int, int] = {}  # by thread, where a tracer tells of tasks
         self._adopted: dict[int, tuple[int, tuple[int, int]]] = {}
         self._live = self._live_min = self._live_maj = 0
         self._base = (0, 0)
@@ -67,7 +75,10 @@ class PerfRecording:
     def arm(self, pid: int) -> None:
         """Make a task of ours (a HeldProgram) the root of the tree: recorded from its execve on."""
         self._root = pid
-        self._perf.add(pid, pid, on_exec=True)
+        if self.events:
+            self._perf.add(pid, pid, on_exec=True)
+        else:
+            self._perf.root(pid)
         self._base = fault_counters(pid, pid)
         self._perf.start()
 
@@ -79,7 +90,13 @@ class PerfRecording:
         """
         new = 0
         for pid in pids:
-            for tid in _threads(pid):
+            if not self.events and pid not in self._adopted:
+                with contextlib.suppress(TargetGoneError):
+                    self._adopted[pid] = (pid, group_counters(pid))
+                    self._perf.root(pid)
+                    new += 1
+                continue
+            for tid in _threads(pid) if self.events else ():
                 if tid in self._adopted or (self._adopted and self._perf.followed(tid)):
                     continue
                 try:
@@ -97,7 +114,14 @@ class PerfRecording:
         """End the recording of all tasks that still run; returns how many. Their counters are then in `totals`."""
         self._perf.stop()
         processes = {pid for pid, _ in self._adopted.values()}
-        for pid in processes:
+        for pid in () if self.events else processes:
+            # The counters of a process hold those of its threads that are gone (wait4's, proc(5)).
+            with contextlib.suppress(TargetGoneError):
+                now, base = group_counters(pid), self._adopted[pid][1]
+                self._live += 1
+                self._live_min += now[0] - base[0]
+                self._live_maj += now[1] - base[1]
+        for pid in processes if self.events else ():
             for tid in _threads(pid):
                 base = self._adopted.get(tid, (pid, (0, 0)))[1]
                 try:
@@ -112,6 +136,8 @@ class PerfRecording:
     def at_exec(self, tid: int) -> None:
         """The root's first exec stop: what it faulted before belongs to the launcher, not to the program (but
         for what execve itself did when the events were on already)."""
+        if not self.events:
+            self._perf.executed(tid, _executable(tid))
         if self._calls is not None:
             self._calls.gone(tid)  # its numbers are new
         if tid == self._root and not self._started:
@@ -130,6 +156,15 @@ class PerfRecording:
         if tid == self._root:
             minor, major = minor - self._base[0], major - self._base[1]
         self._perf.counters(tid, max(0, minor), max(0, major))
+        if not self.events:
+            self._perf.ended(self._process.pop(tid, tid), tid)
+
+    def at_start(self, parent: int, tid: int) -> None:
+        """A task was started by a thread that is stopped; perf, where we have it, tells that itself."""
+        if not self.events:
+            pid = process_of(tid)
+            self._process[tid] = pid
+            self._perf.started(pid, tid, (self._process.get(parent, parent), parent))
 
     def at_call(self, tid: int) -> None:
         """A thread's stop at the entry or the exit of a system call (options.calls), once the program has begun."""
@@ -142,6 +177,8 @@ class PerfRecording:
 
     def live_tasks(self) -> int:
         """Recorded tasks whose end has not been drained."""
+        if self._adopted and not self.events:
+            return sum(_runs(pid) for pid in self._adopted) - self._live
         totals = self._perf.totals()
         return int(totals.tasks_started - totals.tasks_gone) - self._live
 
@@ -169,6 +206,20 @@ class PerfRecording:
         self._perf.close()
         self.drain.stop()
         self.drain.free()
+
+
+def _executable(pid: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/exe").readlink())
+    except OSError:
+        return ""
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return TaskStat.parse(Path(f"/proc/{pid}/stat").read_bytes()).state not in "ZX"
+    except OSError:
+        return False
 
 
 def _threads(pid: int) -> list[int]:

@@ -14,6 +14,8 @@ import ctypes
 import errno
 import functools
 import os
+import struct
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +30,7 @@ from pagelens.vm.units import PAGE_SIZE
 _KERNEL = 1
 _STACKS = 2
 _CALLS = 4
+_FORK, _EXIT, _COMM, _COMM_EXEC = 7, 4, 3, 1 << 13  # PERF_RECORD_*, PERF_RECORD_MISC_COMM_EXEC
 _SYSCALL, _LATENCY, _FILE = 2, 8, 128  # PL_SYSCALL, PL_F_LATENCY, PL_F_FILE
 DEFAULT_RING = 128 * PAGE_SIZE  # what kernel.perf_event_mlock_kb lets an ordinary user map
 
@@ -84,6 +87,10 @@ def _core() -> ctypes.CDLL:
     lib.pl_perf_totals.argtypes = [handle, handle]
     lib.pl_perf_call.argtypes = [handle, handle, ctypes.c_char_p]
     lib.pl_perf_call.restype = None
+    lib.pl_perf_root.argtypes = [handle, ctypes.c_uint32]
+    lib.pl_perf_root.restype = None
+    lib.pl_perf_tell.argtypes = [handle, ctypes.c_char_p]
+    lib.pl_perf_tell.restype = None
     lib.pl_perf_followed.argtypes = [handle, ctypes.c_uint32]
     lib.pl_perf_recorded.restype = ctypes.c_uint64
     lib.pl_perf_recorded.argtypes = [handle, ctypes.c_uint32]
@@ -96,12 +103,25 @@ def _core() -> ctypes.CDLL:
 
 def kernel_faults_visible() -> bool:
     """Whether faults taken in kernel mode may be recorded (CAP_PERFMON, or perf_event_paranoid < 2). Tried."""
+    return _works(kernel=True)
+
+
+def faults_visible() -> bool:
+    """Whether perf may be used at all, for processes of ours (containers often forbid it). Tried."""
+    return _works(kernel=False)
+
+
+def _works(*, kernel: bool) -> bool:
     try:
-        with PerfTasks(None, kernel=True, ring_bytes=PAGE_SIZE) as perf:
+        with PerfTasks(None, kernel=kernel, ring_bytes=PAGE_SIZE) as perf:
             perf.add(os.getpid(), os.getpid(), on_exec=True)
     except CapabilityMissingError:
         return False
     return True
+
+
+def _now() -> bytes:
+    return struct.pack("<Q", time.monotonic_ns())
 
 
 class PerfTasks:
@@ -197,6 +217,29 @@ class PerfTasks:
         record.dev, record.ino = file or (0, 0)
         _core().pl_perf_call(self._handle, ctypes.byref(record), os.fsencode(text))
 
+    def root(self, pid: int) -> None:
+        """Begin with a task that perf does not watch: a tracer tells its end, and what it starts."""
+        _core().pl_perf_root(self._handle, pid)
+
+    def started(self, pid: int, tid: int, parent: tuple[int, int]) -> None:
+        """A task that was started by (pid, tid) `parent`, told by a tracer."""
+        self._tell(_FORK, 0, struct.pack("<IIII", pid, parent[0], tid, parent[1]) + _now(), pid, tid)
+
+    def ended(self, pid: int, tid: int) -> None:
+        """The end of a task, told by a tracer at its exit stop, after `counters`."""
+        self._tell(_EXIT, 0, struct.pack("<IIII", pid, 0, tid, 0) + _now(), pid, tid)
+
+    def executed(self, pid: int, path: str) -> None:
+        """An execve, told by a tracer at its stop."""
+        name = os.fsencode(path)[:200] + b"\0"
+        name += bytes(-len(name) % 8)
+        self._tell(_COMM, _COMM_EXEC, struct.pack("<II", pid, pid) + name, pid, pid)
+
+    def _tell(self, kind: int, misc: int, body: bytes, pid: int, tid: int) -> None:
+        trailer = struct.pack("<II", pid, tid) + _now() + struct.pack("<IIQ", 0, 0, 0)
+        header = struct.pack("<IHH", kind, misc, 8 + len(body) + len(trailer))
+        _core().pl_perf_tell(self._handle, header + body + trailer)
+
     def counters(self, tid: int, min_flt: int, maj_flt: int) -> None:
         """Tell the counters of a thread at its exit stop, without what came before the recording."""
         _core().pl_perf_counters(self._handle, tid, min_flt, maj_flt)
@@ -245,9 +288,18 @@ def _foreign(pid: int) -> bool:
 
 def fault_counters(pid: int, tid: int) -> tuple[int, int]:
     """(min_flt, maj_flt) of one thread (/proc/PID/task/TID/stat). TargetGoneError when it has gone."""
+    return _counters(f"/proc/{pid}/task/{tid}/stat", tid)
+
+
+def group_counters(pid: int) -> tuple[int, int]:
+    """(min_flt, maj_flt) of a process, its ended threads included (/proc/PID/stat). TargetGoneError."""
+    return _counters(f"/proc/{pid}/stat", pid)
+
+
+def _counters(path: str, task: int) -> tuple[int, int]:
     try:
-        data = Path(f"/proc/{pid}/task/{tid}/stat").read_bytes()
+        data = Path(path).read_bytes()
     except (FileNotFoundError, ProcessLookupError):
-        raise TargetGoneError(f"task {tid} is gone") from None
+        raise TargetGoneError(f"task {task} is gone") from None
     stat = TaskStat.parse(data)
     return stat.min_flt, stat.maj_flt

@@ -79,6 +79,40 @@ _TABLE: dict[str, tuple[Trial, str]] = {
 }
 
 
+# Under a seccomp filter (a container, a systemd unit) being root opens nothing: the call, and what lets it through.
+# Docker's default profile ties calls to capabilities: moby's profiles/seccomp/default.json.
+_SANDBOXED: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(("perf-own", "perf-kernel", "perf-system"), ("perf_event_open", "--cap-add PERFMON")),
+    "bpf": ("bpf", "--cap-add BPF --cap-add PERFMON"),
+    "ptrace": ("ptrace", "--cap-add SYS_PTRACE"),
+    "process-vm-readv": ("process_vm_readv", "--cap-add SYS_PTRACE"),
+    "pidfd-getfd": ("pidfd_getfd", "--cap-add SYS_PTRACE"),
+    "tracefs": ("mount", "--cap-add SYS_ADMIN"),
+    **dict.fromkeys(
+        ("userfaultfd", "uffd-kernel-faults", "uffd-wp", "uffd-wp-async", "uffd-minor"),
+        ("userfaultfd", "--security-opt seccomp=unconfined"),
+    ),
+}
+
+
+def _filtered() -> bool:
+    # Whether a seccomp filter is on us (proc(5), Seccomp: 2).
+    try:
+        with open("/proc/self/status") as stream:
+            return any(line.split() == ["Seccomp:", "2"] for line in stream)
+    except OSError:
+        return False
+
+
+def _fix(name: str, outcome: Outcome) -> str:
+    if outcome.works:
+        return ""
+    if name in _SANDBOXED and "not permitted" in outcome.detail and _filtered():
+        call, option = _SANDBOXED[name]
+        return f"the sandbox's seccomp filter must allow {call}: docker run {option}, SystemCallFilter={call} in a unit"
+    return outcome.fix
+
+
 @functools.cache
 def status(name: str) -> Capability:
     """Try capability `name` (once a process). KeyError for a name that `doctor` does not list."""
@@ -89,7 +123,7 @@ def status(name: str) -> Capability:
         outcome = Outcome(False, exc.strerror or str(exc), trials.AS_ROOT)
     except CapabilityMissingError as exc:
         outcome = Outcome(False, str(exc).partition("; fix:")[0], exc.fix)
-    return Capability(name, outcome.works, outcome.detail, unlocks, "" if outcome.works else outcome.fix)
+    return Capability(name, outcome.works, outcome.detail, unlocks, _fix(name, outcome))
 
 
 def capabilities() -> list[Capability]:

@@ -12,6 +12,7 @@ cannot be opened through it before 6.18's PIDFD_GET_INFO days).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass
@@ -255,6 +256,18 @@ def read_all(fd: int) -> bytes:
     while chunk := os.read(fd, _CHUNK):
         parts.append(chunk)
     return b"".join(parts)
+
+
+def process_of(tid: int) -> int:
+    """The process (thread group) of a thread; `tid` itself when it has gone.
+
+    The last thread of a process need not be its leader, which may be a zombie by then.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{tid}/status") as file:
+        for line in file:
+            if line.startswith("Tgid:"):
+                return int(line.split()[1])
+    return tid
 
 
 def _owner(pid: int) -> int | None:

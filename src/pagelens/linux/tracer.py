@@ -16,11 +16,13 @@ import os
 from collections.abc import Callable
 
 from pagelens.linux import ptrace
+from pagelens.linux.procfs import process_of
 from pagelens.vm.errors import TargetGoneError
 
 _O_SYSGOOD = 1  # system-call stops are marked by bit 7 of the signal
 _O_FORK, _O_VFORK, _O_CLONE, _O_EXEC, _O_EXIT = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 6
 _E_VFORK, _E_EXEC, _E_EXIT = 2, 4, 6
+_E_NEW = (1, 2, 3)  # fork, vfork, clone
 _GETEVENTMSG = 0x4201
 
 
@@ -43,9 +45,11 @@ class Tracer:
         on_last_exit: Callable[[int], None],
         on_task_exit: Callable[[int], None] | None = None,
         on_call: Callable[[int], None] | None = None,
+        on_start: Callable[[int, int], None] | None = None,
     ) -> None:
         """Seizes `root`. The callbacks get the id of a process (on_task_exit, on_call: of any thread) that is stopped.
-        on_call: at the entry and the exit of every system call, which slows each by two stops.
+        on_call: at the entry and the exit of every system call, which slows each by two stops. on_start: (who, the new
+        task), while who is stopped.
 
         OSError (EPERM) where ptrace is not allowed.
         """
@@ -53,6 +57,7 @@ class Tracer:
         self._on_exec, self._on_exit = on_exec, on_last_exit
         self._on_task_exit = on_task_exit
         self._on_call = on_call
+        self._on_start = on_start
         self._go = ptrace.PTRACE_SYSCALL if on_call else ptrace.PTRACE_CONT
         self._exiting: set[int] = set()
         self._borrowers: set[int] = set()  # vfork children that use their parent's address space
@@ -82,10 +87,12 @@ class Tracer:
             self._exit_stop(tid)
             _ptrace(self._go, tid)
         elif event:
-            if event == _E_VFORK:
-                message = ctypes.c_ulong()
-                if _ptrace(_GETEVENTMSG, tid, ctypes.addressof(message)):
+            message = ctypes.c_ulong()
+            if event in _E_NEW and _ptrace(_GETEVENTMSG, tid, ctypes.addressof(message)):
+                if event == _E_VFORK:
                     self._borrowers.add(message.value)
+                if self._on_start is not None:
+                    self._on_start(tid, message.value)
             _ptrace(self._go, tid)
         elif sig == ptrace.SIGTRAP | 0x80:
             if self._on_call is not None:
@@ -106,18 +113,9 @@ class Tracer:
         except OSError:
             return
         if not others - self._exiting:
-            self._call(self._on_exit, _process_of(tid))
+            self._call(self._on_exit, process_of(tid))
 
     @staticmethod
     def _call(callback: Callable[[int], None], pid: int) -> None:
         # Whatever goes wrong with a snapshot, the tracee is continued; the callback notes its own losses.
         callback(pid)
-
-
-def _process_of(tid: int) -> int:
-    # The last thread of a process need not be its leader, which may be a zombie by now.
-    with open(f"/proc/{tid}/status") as file:
-        for line in file:
-            if line.startswith("Tgid:"):
-                return int(line.split()[1])
-    return tid
