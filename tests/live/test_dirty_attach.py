@@ -85,7 +85,7 @@ def test_the_tracker_killed_at_random_moments(subjects: Subjects) -> None:
     "command",
     [
         ["node", "-e", "let s=0;setInterval(()=>{for(let i=0;i<1e5;i++)s+=i;Buffer.alloc(1e5,1)},1)"],
-        ["redis-server", "--port", "0", "--unixsocket", "/tmp/pl-attach.sock", "--save", ""],
+        ["redis-server", "--port", "0", "--unixsocket", "{socket}", "--save", ""],
     ],
     ids=["node", "redis"],
 )

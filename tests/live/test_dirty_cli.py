@@ -15,7 +15,7 @@ import jsonschema
 import pytest
 
 from pagelens.cli.main import main
-from support.puppet import MAP_PRIVATE, Puppet
+from support.puppet import MAP_ANON, MAP_PRIVATE, MAP_SHARED, Puppet
 from support.subjects import Subjects
 
 ROOT = Path(__file__).parents[2]
@@ -209,6 +209,24 @@ def _refused(capsys: pytest.CaptureFixture[str], pid: int, code: int, text: str)
     err = capsys.readouterr().err
     assert text in err
     assert err.count("\n") == 1
+
+
+def test_contents_that_another_mapping_replaces_are_listed(subjects: Subjects) -> None:
+    """The address is mapped still, by memory of another kind: its old contents are gone, and so are dirt."""
+    from pagelens.dirty.epoch import Why, each
+    from pagelens.dirty.track import track
+
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(8)
+        puppet.write(at, 8)
+        with track(pid=puppet.pid) as tracker:
+            tracker.epoch()
+            puppet.mmap(8, flags=MAP_SHARED | MAP_ANON, at=at)
+            assert (at, 8, Why.DISCARDED) in list(each(tracker.epoch()))
+            puppet.write(at, 4)
+            assert (at, 4, Why.WRITTEN) in list(each(tracker.epoch()))
+            puppet.mmap(8, at=at)
+            assert (at, 4, Why.DROPPED) in list(each(tracker.epoch()))
 
 
 def test_refused_no_such_process(capsys: pytest.CaptureFixture[str]) -> None:

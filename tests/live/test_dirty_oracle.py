@@ -97,7 +97,7 @@ class _NeverResets(Pagescan):
 
 
 class _ForgetsDiscarded(Pagescan):
-    def _lost(self, content: spans.Spans, look: Look) -> None:
+    def _lost(self, content: spans.Spans, shared: spans.Spans, look: Look) -> None:
         return
 
 

@@ -156,6 +156,6 @@ class Judge:
                 return new or kind == "h"
             case Why.HUGE:  # for soft-dirty also what a write fault mapped of a large folio
                 return kind == "h" or (Why.VMA_FLAG in self._allowed and kind in "sg")
-            case Why.DROPPED:
-                return kind in "sg"
+            case Why.DROPPED:  # or shared before it was mapped anew
+                return kind in "sg" or new
         return True

@@ -33,11 +33,12 @@ import numpy as np
 from pagelens.dirty import spans
 from pagelens.dirty.epoch import Builder, Look, Semantics, Why
 from pagelens.dirty.layout import ANON, FILE, LOW, SHARED, Layout
+from pagelens.dirty.registration import Registration
 from pagelens.dirty.spans import Spans
-from pagelens.linux import maps, pagemap, pagescan
+from pagelens.linux import pagemap, pagescan
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
 from pagelens.linux.procfs import Process
-from pagelens.linux.userfault import Feature, Mode, Userfault
+from pagelens.linux.userfault import Feature, Userfault
 from pagelens.vm.errors import TargetGoneError
 from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
 
@@ -90,12 +91,12 @@ class Pagescan:
         # MADV_GUARD_INSTALL's markers look like swap, and are no contents.
         self._guard = pagescan.supported() & Category.GUARD
         self._layout = Layout(proc, ranges, MARKER_LIMIT)
+        self._book = Registration(proc, uffd, self._layout)
         self._registered = spans.EMPTY
         self._content = spans.EMPTY
-        self._failed: dict[int, int] = {}
-        self._foreign = spans.EMPTY
+        self._shared = spans.EMPTY  # pages of shared mappings that were present at the last look
         self._uncertain = spans.EMPTY
-        self._plain = False
+        self._only_anon = False
         self._room = 256  # regions asked for in one call; grows with what is found
 
     # -- the interface -------------------------------------------------------------------------------------
@@ -104,9 +105,10 @@ class Pagescan:
         """Register everything that can be watched and protect what is populated."""
         self._fd = self._proc.fd("pagemap")
         self._read_maps()
-        self._register(self._layout.watched)
-        self._mark_shared(self._layout.kinds[SHARED])
-        self._content = self._contents(self._collect_unknown(self._places()))
+        self._book.register(self._layout.watched)
+        self._book.mark_shared(self._layout.kinds[SHARED])
+        found = self._collect_unknown(self._places())
+        self._content, self._shared = self._contents(found), self._present_shared(found)
         self._registered = self._layout.watched
 
     def forget(self) -> None:
@@ -138,19 +140,20 @@ class Pagescan:
             spans.minus(self._layout.watched, self._registered), self._layout.whole_vmas(stray)
         )
         if regions.any_of & Category.WRITTEN:
-            written = np.flatnonzero(
-                regions.categories & np.uint64(Category.WRITTEN)
-            )  # a mask is ten times slower
+            # Indices: to pick by a mask takes numpy ten times as long.
+            written = np.flatnonzero(regions.categories & np.uint64(Category.WRITTEN))
             self._written(regions, written, look)
+        shared = spans.EMPTY
         if fresh:
-            content = self._take_in(fresh, content, look)
-        self._lost(content, look)
+            content, shared = self._take_in(fresh, content, look)
+        shared = spans.union(self._present_shared(regions), shared)
+        self._lost(content, shared, look)
         if self._layout.kinds[SHARED]:
             self._dropped(regions, fresh, look)
         builder.add(self._uncertain, Why.DROPPED)
         if self._keep_huge:
             builder.add(self._huge(), Why.KEPT_HUGE)
-        self._content = content
+        self._content, self._shared = content, shared
         self._registered = self._layout.watched
         look.vmas = self._layout.vmas
         look.details["content_pages"] = content.pages
@@ -168,7 +171,7 @@ class Pagescan:
 
     def _written(self, regions: Regions, written: np.ndarray, look: Look) -> None:
         dirt = Spans(regions.start[written], regions.end[written])
-        if self._plain and not regions.any_of & _NOT_PLAIN:
+        if self._plain() and not regions.any_of & _NOT_PLAIN:
             look.builder.add(spans.joined(*dirt), Why.WRITTEN)
             return
         categories = regions.categories[written]
@@ -178,7 +181,7 @@ class Pagescan:
         for kind, where in self._layout.kinds.items():
             if not where:
                 continue
-            if self._plain:
+            if self._plain():
                 part, index = dirt, np.arange(len(dirt.start))
             else:
                 part, index, _ = spans.overlaps(dirt, where)
@@ -195,34 +198,37 @@ class Pagescan:
                 if mask.any():
                     look.builder.add(spans.joined(part.start[mask], part.end[mask]), why)
 
-    def _take_in(self, fresh: Spans, content: Spans, look: Look) -> Spans:
+    def _take_in(self, fresh: Spans, content: Spans, look: Look) -> tuple[Spans, Spans]:
         # Mappings that we did not watch: all that they hold is new, whatever its entries say (a moved entry
         # may carry a stale protection bit). They are watched from here on. Always whole vmas: registering a
         # part (the rest lies where something else was registered before) would split them, and the program's
         # next mremap over the seam would fail with EFAULT.
-        self._register(self._layout.whole_vmas(fresh))
-        self._mark_shared(spans.common(fresh, self._layout.kinds[SHARED]))
+        self._book.register(self._layout.whole_vmas(fresh))
+        self._book.mark_shared(spans.common(fresh, self._layout.kinds[SHARED]))
         found = self._collect_unknown(fresh)
         held = self._contents(found)
         look.builder.add(held, Why.NEW)
-        shared = spans.common(fresh, self._layout.kinds[SHARED])
-        if shared:
-            present = (found.categories & np.uint64(Category.PRESENT)) != 0
-            look.builder.add(
-                spans.common(spans.joined(found.start[present], found.end[present]), shared), Why.NEW
-            )
-        return spans.union(content, held)
+        shared = spans.common(fresh, self._present_shared(found))
+        look.builder.add(shared, Why.NEW)
+        return spans.union(content, held), shared
 
-    def _lost(self, content: Spans, look: Look) -> None:
-        if spans.same(content, self._content):
-            return
-        gone = spans.minus(self._content, content)
-        if not gone:
-            return
-        private = spans.union(self._layout.kinds[ANON], self._layout.kinds[FILE])
-        still = spans.common(gone, private)
-        look.builder.add(still, Why.DISCARDED)
-        look.unmapped_pages = gone.pages - still.pages
+    def _lost(self, content: Spans, shared: Spans, look: Look) -> None:
+        # What had contents and has none now, at an address that is still mapped, by whatever mapping.
+        mapped = Spans(look.vmas.starts, look.vmas.ends)
+        if not spans.same(content, self._content):
+            gone = spans.minus(self._content, content)
+            still = spans.common(gone, mapped)
+            look.builder.add(still, Why.DISCARDED)
+            look.unmapped_pages = gone.pages - still.pages
+        if not spans.same(shared, self._shared):
+            look.builder.add(spans.common(spans.minus(self._shared, shared), mapped), Why.DROPPED)
+
+    def _present_shared(self, regions: Regions) -> Spans:
+        where = self._layout.kinds[SHARED]
+        if not where:
+            return where
+        present = np.flatnonzero(regions.categories & np.uint64(Category.PRESENT))
+        return spans.common(spans.joined(regions.start[present], regions.end[present]), where)
 
     def _dropped(self, regions: Regions, fresh: Spans, look: Look) -> None:
         marked = spans.minus(spans.minus(self._layout.kinds[SHARED], self._layout.large), fresh)
@@ -230,24 +236,37 @@ class Pagescan:
         empty = spans.common(spans.minus(marked, listed), self._registered)
         if empty:
             look.builder.add(empty, Why.DROPPED)
-            self._mark_shared(empty)
+            self._book.mark_shared(empty)
 
     def _huge(self) -> Spans:
         found = self._scan(self._places(), mask=Category.HUGE, ret=Category.HUGE)
         return spans.common(spans.joined(found.start, found.end), self._layout.watched)
 
     def _complaints(self, look: Look) -> None:
-        for number, size in self._failed.items():
+        for number, size in self._book.failed.items():
             look.complete = False
             why = "another userfaultfd has it" if number == errno.EBUSY else os.strerror(number)
             look.notes.append(f"{format_size(size)} of writable memory cannot be watched: {why}")
-        if self._foreign:
+        if self._book.foreign:
             look.complete = False
-            look.notes.append(f"{self._foreign.pages} pages belong to the program's own userfaultfd")
+            look.notes.append(f"{self._book.foreign.pages} pages belong to the program's own userfaultfd")
         if self._layout.large:
             look.notes.append(f"{self._layout.large.pages} shared pages: a first read counts as a write")
         if look.zero_reads:
             look.notes.append(f"{look.zero_reads} pages were only read (zero page) and are not listed")
+
+    def _read_maps(self) -> bool:
+        # Returns whether anything changed.
+        if not self._layout.read(self._registered):
+            return False
+        self._book.forget()
+        kinds = self._layout.kinds
+        self._only_anon = self._ranges is not None and spans.same(kinds[ANON], self._ranges)
+        return True
+
+    def _plain(self) -> bool:
+        # Named ranges, all of them private anonymous memory of ours: nothing has to be cut to anything.
+        return self._only_anon and not self._book.foreign
 
     # -- scans ---------------------------------------------------------------------------------------------
 
@@ -256,7 +275,7 @@ class Pagescan:
         # program has a userfaultfd of its own must the walk keep to what is ours.
         if self._ranges is not None:
             return self._ranges
-        if self._foreign:
+        if self._book.foreign:
             return self._layout.watched
         return spans.of([(LOW, TASK_SIZE)])
 
@@ -341,15 +360,15 @@ class Pagescan:
             if part:
                 found = self._scan(part, mask=skip, inverted=skip, ret=Category.PRESENT)
                 out = spans.union(out, spans.joined(found.start, found.end))
-        return spans.minus(out, self._foreign)
+        return spans.minus(out, self._book.foreign)
 
     def _contents(self, regions: Regions) -> Spans:
         # Pages with private contents: populated, no zero page, no page of the mapped file.
-        if self._plain and not regions.any_of & Category.PFNZERO:
+        if self._plain() and not regions.any_of & Category.PFNZERO:
             return spans.joined(regions.start, regions.end)
         populated = (regions.categories & np.uint64(Category.PFNZERO)) == 0
         held = spans.joined(regions.start[populated], regions.end[populated])
-        if self._plain:
+        if self._plain():
             return held
         out = spans.common(held, self._layout.kinds[ANON])
         if self._layout.kinds[FILE]:
@@ -383,57 +402,3 @@ class Pagescan:
         for part in out:
             found = spans.union(found, part)
         return found
-
-    # -- registration --------------------------------------------------------------------------------------
-
-    def _read_maps(self) -> bool:
-        # Returns whether anything changed.
-        if not self._layout.read(self._registered):
-            return False
-        self._foreign, self._failed = spans.EMPTY, {}
-        kinds = self._layout.kinds
-        # Named ranges, all of them private anonymous memory: nothing has to be cut to anything.
-        self._plain = self._ranges is not None and spans.same(kinds[ANON], self._ranges)
-        return True
-
-    def _register(self, where: Spans) -> None:
-        for start, end in where.pairs():
-            try:
-                self._uffd.register(start, end, Mode.WP)
-            except OSError as exc:
-                self._one_by_one(start, end, exc)
-
-    def _one_by_one(self, start: int, end: int, exc: OSError) -> None:
-        self._gone(exc)
-        for vma in self._layout.vmas.overlapping(start, end):
-            first, last = max(start, vma.start), min(end, vma.end)
-            try:
-                self._uffd.register(first, last, Mode.WP)
-            except OSError as error:
-                self._gone(error)
-                if error.errno == errno.EINVAL and vma not in maps.read(self._proc):
-                    continue  # unmapped meanwhile
-                number = error.errno or errno.EIO
-                self._failed[number] = self._failed.get(number, 0) + last - first
-                self._give_up(spans.of([(first, last)]))
-
-    def _give_up(self, where: Spans) -> None:
-        self._foreign = spans.union(self._foreign, where)
-        self._layout.leave_out(where)
-        self._plain = False
-
-    def _gone(self, exc: OSError) -> None:
-        if exc.errno == errno.ESRCH or not self._uffd.mm_alive():
-            raise TargetGoneError(f"the address space of process {self._proc.pid} is gone") from None
-
-    def _mark_shared(self, where: Spans) -> None:
-        for start, end in spans.minus(where, self._layout.large).pairs():
-            try:
-                self._uffd.writeprotect(start, end, protect=True)
-            except OSError as exc:
-                if exc.errno != errno.ENOENT:
-                    raise
-                # Unmapped meanwhile (the next look sees it), or mapped anew at the same place: not ours yet.
-                with contextlib.suppress(OSError):
-                    self._uffd.register(start, end, Mode.WP)
-                    self._uffd.writeprotect(start, end, protect=True)

@@ -144,10 +144,10 @@ class SoftDirty:
         builder.add(self._of_large_folios(spans.minus(marked, builder.seen), look), Why.HUGE)
         builder.add(marked, Why.WRITTEN)
         gone = spans.minus(before_content, self._content)
-        private = spans.union(kinds[ANON], kinds[FILE])
-        still = spans.common(gone, private)
+        mapped = Spans(look.vmas.starts, look.vmas.ends)
+        still = spans.common(gone, mapped)
         builder.add(still, Why.DISCARDED)
-        builder.add(spans.common(spans.minus(before_shared, self._shared), kinds[SHARED]), Why.DROPPED)
+        builder.add(spans.common(spans.minus(before_shared, self._shared), mapped), Why.DROPPED)
         look.unmapped_pages = gone.pages - still.pages
         look.details["content_pages"] = self._content.pages
         look.details["false_dirt"] = spans.common(marked, flagged).pages

@@ -59,6 +59,7 @@ class Tracker:
         self._lock = threading.Lock()
         self._owner = os.getpid()
         self._closed = False
+        self._first_seen = False
         self._number = 0
         self._fresh_image = False
         self._backend = make(proc)
@@ -98,6 +99,8 @@ class Tracker:
                 look = self._backend.look()
                 look.builder = _as_new(look.builder)
                 look.notes.append("the process called exec: everything that the new image holds is listed")
+            if self._first_seen:  # there was no look before, since when a page could have been written
+                look.builder, self._first_seen = _as_new(look.builder), False
             done = time.monotonic_ns()
             start, count, why = look.builder.columns()
             epoch = Epoch(
@@ -126,6 +129,7 @@ class Tracker:
         """Make the next epoch list all contents, as NEW (a child that was found between looks)."""
         with self._lock:
             self._arm_from_nothing()
+            self._first_seen = True
 
     def contents(self) -> Spans:
         """The pages that hold private contents as of the last look, or of the start; empty where the backend
