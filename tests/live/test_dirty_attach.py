@@ -85,14 +85,14 @@ def test_the_tracker_killed_at_random_moments(subjects: Subjects) -> None:
     "command",
     [
         ["node", "-e", "let s=0;setInterval(()=>{for(let i=0;i<1e5;i++)s+=i;Buffer.alloc(1e5,1)},1)"],
-        ["redis-server", "--port", "0", "--unixsocket", "{socket}", "--save", ""],
+        ["redis-server", "--port", "0", "--unixsocket", "redis.sock", "--save", ""],
     ],
     ids=["node", "redis"],
 )
-def test_attach_to_runtimes(command: list[str]) -> None:
+def test_attach_to_runtimes(command: list[str], tmp_path: Path) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"missing capability: {command[0]} is not installed")
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path)
     try:
         time.sleep(0.4)
         for _ in range(10):
