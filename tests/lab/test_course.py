@@ -15,7 +15,10 @@ import pytest
 
 from pagelens.cli import main as cli
 from pagelens.lab.exercises import EXERCISES
-from pagelens.model.profile import Profile
+from pagelens.model.expect import applies, check
+from pagelens.model.op import Op
+from pagelens.model.profile import PROFILES, Profile
+from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse
 from pagelens.proof.probes import probe_profile
 from pagelens.proof.verify import verify
@@ -77,3 +80,15 @@ def test_this_kernel_agrees(path: Path, profile: Profile) -> None:
     verdict = verify(parse(path.read_text(), path.name), profile, CPU)
     assert [str(d) for d in verdict.disagreements] == []
     assert [str(u) for u in verdict.unmet] == []
+
+
+@pytest.mark.parametrize("name", [n for n in PROFILES if n.startswith("linux-")])
+def test_the_scenarios_hold_in_the_model_of_every_kernel(name: str) -> None:
+    for path in LAB.glob("*.plscn"):
+        world, outcome = ModelWorld(name), None
+        for line in parse(path.read_text(), path.name).lines:
+            if isinstance(line.item, Op):
+                outcome = world.apply(line.item)
+            elif applies(line, name):
+                got = check(line.item, world, outcome, soft_dirty=world.machine.profile.soft_dirty)
+                assert got is None, f"{path.name}, line {line.number}: {line.text}: {got}"

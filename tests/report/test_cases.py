@@ -21,6 +21,7 @@ from pagelens.report.cases import (
 )
 from pagelens.report.cases.lab import Lab
 from pagelens.report.cases.text import as_dict, text_lines
+from pagelens.vm.errors import CapabilityMissingError
 
 recorder = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
 
@@ -114,6 +115,17 @@ def test_10_the_kernel_agrees_and_a_list_is_slower_than_a_tree(lab: Lab) -> None
     assert many["list_ns"] > 5 * many["kernel_ns"]
 
 
+def test_10_without_a_compiler_says_so(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> None:
+        raise CapabilityMissingError("no C compiler", capability="cc")
+
+    monkeypatch.setattr(lab, "compile", none)
+    answer = paging_lab.run(lab)
+    assert not answer.complete
+    assert "no C compiler" in answer.missing[0]
+    assert answer.figures["disagreements"] == 0
+
+
 @recorder
 def test_7_the_recording_has_exactly_the_pages_that_were_written(lab: Lab) -> None:
     figures = every_write.run(lab).figures
@@ -141,7 +153,6 @@ def test_without_a_recorder_the_answers_say_what_is_missing(lab: Lab) -> None:
 
 def test_the_tour_goes_on_where_a_case_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     from pagelens.report.cases import tour
-    from pagelens.vm.errors import CapabilityMissingError
 
     def broken(entry: cases.Entry, lab: Lab) -> cases.Answer:
         raise CapabilityMissingError(f"nothing for {entry.number}", fix="none")

@@ -133,9 +133,13 @@ def _executable(answer: Answer) -> None:
 
 
 def _vmas(answer: Answer, lab: Lab) -> None:
-    done = subprocess.run(
-        [lab.compile("paging_lab"), "50000"], capture_output=True, text=True, check=True
-    ).stdout
+    try:
+        program = lab.compile("paging_lab")
+    except CapabilityMissingError as error:
+        answer.complete = False
+        answer.missing.append(f"the cost of a look-up and the vma limit: {error}")
+        return
+    done = subprocess.run([program, "50000"], capture_output=True, text=True, check=True).stdout
     costs: list[dict[str, Any]] = []
     for words in (line.split() for line in done.splitlines()):
         if words[0] == "cost":
