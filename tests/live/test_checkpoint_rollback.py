@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.verify import verify
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import read_memory
-from pagelens.vm.errors import DamagedInputError, UsageError
+from pagelens.vm.errors import DamagedInputError, TargetGoneError, UsageError
 from support.puppet import MADV, MAP_ANON, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_NONE, PROT_READ, RW, Puppet
 from support.scribe import Scribe, process_state
 from support.subjects import Subjects
@@ -455,6 +456,28 @@ def test_fast_rollbacks_of_many_scattered_pages(puppet: Puppet) -> None:
             settle(puppet.pid)
             raw = read_memory(puppet.pid, area, pages * PAGE)
             assert raw[::PAGE] == b"\x05" * (pages - 100) + bytes(100)
+
+
+@pytest.mark.requires("uffd-wp-async")
+def test_a_target_that_dies_and_a_checkpoint_that_is_closed_are_said(puppet: Puppet) -> None:
+    area = puppet.mmap(1)
+    puppet.write(area, 1, value=6)
+    settle(puppet.pid)
+    with Checkpoint.take(puppet.pid) as point:
+        with ThreadPoolExecutor(3) as pool:  # any thread may call
+            assert all(back.fast for back in pool.map(lambda _: point.rollback(), range(12)))
+        os.kill(puppet.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while process_state(puppet.pid)[0] != "Z":
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        for _ in range(2):
+            with pytest.raises(TargetGoneError):
+                point.rollback()
+        assert point.read(area, 2) == b"\x06\x00"
+    for call in (point.rollback, lambda: point.read(area, 1), lambda: point.save(Path("/nowhere"))):
+        with pytest.raises(UsageError, match="closed"):
+            call()
 
 
 @pytest.mark.requires("uffd-wp-async")

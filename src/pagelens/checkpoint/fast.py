@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,13 +95,18 @@ class Back:
 
 
 class Checkpoint:
-    """A process as it was at `take`. Context manager; `close` ends the tracking. One OS thread only."""
+    """A process as it was at `take`. Context manager; `close` ends the tracking.
+
+    Any thread may call; calls wait for each other. When the process dies, also in the middle of a call, they
+    raise TargetGoneError, and what was saved can still be read and written to disk. After `close`: UsageError.
+    """
 
     def __init__(self, proc: Process, *, watch: bool) -> None:
         self.pid = proc.pid
         self.watch = watch
         self.rollbacks = 0
         self._proc = proc
+        self._lock = threading.RLock()
         self._uffd: Userfault | None = None
         self._mem: pagecopy.MemoryFile | None = None
         self._fds: list[int] = []
@@ -208,9 +214,16 @@ class Checkpoint:
 
         Raises UsageError (what memory cannot bring back; nothing was touched), TargetGoneError.
         """
-        image = self._image
-        if image is None:
+        with self._lock:
+            return self._rollback(accept)
+
+    def _saved(self) -> InMemory:
+        if self._image is None:
             raise UsageError("the checkpoint is closed")
+        return self._image
+
+    def _rollback(self, accept: Collection[str]) -> Back:
+        self._saved()
         if self.watch:
             self._look(accept)
         fast = self._fast
@@ -231,6 +244,8 @@ class Checkpoint:
         saved = self._image.process
         now = replace(saved, files=open_files(self._proc), children=children(self._proc))
         found = [c for c in concerns.compare(saved, now)[0] if c.kind not in accept]
+        if not self._proc.alive:  # a dying process closes its descriptors first
+            raise TargetGoneError(f"process {self.pid} is gone")
         if found:
             raise UsageError(
                 f"process {self.pid} cannot be rolled back: " + "; ".join(concerns.listed(found))
@@ -248,26 +263,30 @@ class Checkpoint:
 
     def read(self, addr: int, length: int) -> bytes:
         """Saved contents. KeyError where there are none."""
-        assert self._image is not None
+        image = self._saved()
         first, last = addr // PAGE_SIZE, -(-(addr + length) // PAGE_SIZE)
         pages = np.arange(first, last, dtype=np.uint64) * np.uint64(PAGE_SIZE)
-        where = self._image.locate(pages)
+        where = image.locate(pages)
         known = np.isin(where.kind, (Kind.DATA, Kind.ZERO))
         if not known.all():
             raise KeyError(f"{int(pages[~known][0]):#x} has no saved contents")
         skip = addr - first * PAGE_SIZE
-        out: bytes = self._image.contents(where).tobytes()[skip : skip + length]
+        out: bytes = image.contents(where).tobytes()[skip : skip + length]
         return out
 
     def save(self, out: Path | str, *, level: int = 1, force: bool = False) -> Path:
         """Write it as a checkpoint directory. Errors as `dump`."""
         from pagelens.checkpoint.dump import save
 
-        assert self._image is not None
-        return save(self._image, Path(out), level=level, force=force)
+        with self._lock:
+            return save(self._saved(), Path(out), level=level, force=force)
 
     def close(self) -> None:
         """End the tracking. The process stays as it is; twice is harmless."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
         if self._uffd is not None:
             self._uffd.close()
         if self._mem is not None:

@@ -15,7 +15,7 @@ from pagelens.linux import altstack, pagecopy
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import Tracee
-from pagelens.vm.errors import PagelensError
+from pagelens.vm.errors import PagelensError, TargetGoneError
 from pagelens.vm.vma import VmaList
 
 SIGNAL_FIELDS = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
@@ -102,7 +102,11 @@ def open_files(proc: Process) -> tuple[OpenFile, ...]:
     """Descriptors with target, offset and flags; those that vanish meanwhile are left out."""
     out = []
     base = f"/proc/{proc.pid}"
-    for name in sorted(os.listdir(f"{base}/fd"), key=int):  # noqa: PTH208 - names only
+    try:
+        names = os.listdir(f"{base}/fd")  # noqa: PTH208 - names only
+    except (FileNotFoundError, ProcessLookupError):
+        raise TargetGoneError(f"process {proc.pid} is gone") from None
+    for name in sorted(names, key=int):
         try:
             target = os.readlink(f"{base}/fd/{name}")  # noqa: PTH115 - anon_inode:… is no path
             stat = os.stat(f"{base}/fd/{name}")  # noqa: PTH116 - as above
