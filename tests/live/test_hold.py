@@ -17,6 +17,7 @@ from pagelens.linux import hold
 from pagelens.linux.hold import Held, is_held_by_us, thread_ids
 from pagelens.linux.ptrace import ERESTARTSYS, Tracee
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError, UsageError
+from support.pace import rounds
 from support.subjects import Subjects
 
 SIGRTMIN = 34
@@ -285,19 +286,19 @@ def test_without_the_right_the_fix_is_named(sleeper: subprocess.Popen[bytes]) ->
 def test_an_exec_in_a_thread_while_seizing(subjects: Subjects) -> None:
     # A non-leader that execs becomes the leader: ids vanish and change hands between two listings.
     program = subjects("execer")
-    process = subprocess.Popen([program, "300"], stdout=subprocess.PIPE, text=True)
-    rounds = 0
-    while process.poll() is None and rounds < 500:
+    process = subprocess.Popen([program, str(rounds(300))], stdout=subprocess.PIPE, text=True)
+    held_times = 0
+    while process.poll() is None and held_times < 500:
         try:
             with Held(process.pid) as held:
                 assert held.threads
-            rounds += 1
+            held_times += 1
         except TargetGoneError:
             break
     out, _ = process.communicate(timeout=20)
     assert out == "done\n"
     assert process.returncode == 0
-    assert rounds >= 1
+    assert held_times >= 1
 
 
 def test_tracee_of_a_dead_thread() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from support.pace import patience
 from support.recording import SRC, Run, assert_complete, pagelens
 
 pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
@@ -53,9 +54,10 @@ def watch(spawn: Spawn, directory: Path, pid: int) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(SRC)},
     )
-    deadline = time.monotonic() + 20
-    while not list((directory / "a.plens").glob("spool/*.calls")) and time.monotonic() < deadline:
+    deadline = time.monotonic() + patience(30)
+    while not list((directory / "a.plens").glob("spool/*.calls")):
         assert watcher.poll() is None, watcher.communicate()
+        assert time.monotonic() < deadline, "attach does not begin to record"
         time.sleep(0.02)
     time.sleep(0.5)
     return watcher

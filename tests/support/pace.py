@@ -12,3 +12,8 @@ def rounds(count: int) -> int:
     """`count` rounds on a real machine, a tenth in an emulated one; $PAGELENS_TEST_ROUNDS is a factor."""
     factor = float(os.environ.get("PAGELENS_TEST_ROUNDS", "0.1" if EMULATED else "1"))
     return max(3, round(count * factor))
+
+
+def patience(seconds: float) -> float:
+    """How long to wait for what takes `seconds` at most on a real machine, however busy that is."""
+    return seconds * (10 if EMULATED else 1)

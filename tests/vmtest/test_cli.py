@@ -66,3 +66,29 @@ def test_in_kernel_ends_as_the_command(
     assert seen[0].command == ["sh", "-c", "exit 7"]
     assert seen[0].memory == 512
     assert (end.value in capsys.readouterr().err) == (end is not End.EXITED)
+
+
+@pytest.mark.parametrize(
+    ("boots", "tries"), [([None, None, 5.0], 3), ([5.0], 1), ([None, None, None, 5.0], 3)]
+)
+def test_a_boot_that_failed_is_said_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, boots: list[float | None], tries: int
+) -> None:
+    ends = iter(boots)
+    said: list[bytes] = []
+
+    class Run:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def finish(self, _: object) -> Verdict:
+            boot = next(ends)
+            end = End.EXITED if boot else End.NO_BOOT
+            return Verdict(end, 0 if boot else None, "it stopped", boot, 9.0, "last words")
+
+    monkeypatch.setattr(qemu, "_Run", Run)
+    machine = qemu.Machine(fetch.Kernel("6.1", "6.1.0", cli.ROOT, None, None), ["true"], cli.ROOT)
+    verdict = qemu.run(machine, said.append, said.append)
+    assert len(list(ends)) == len(boots) - tries
+    assert [b"boot failed, once more" in line for line in said] == [True] * (tries - 1)
+    assert verdict.good == (boots[tries - 1] is not None)

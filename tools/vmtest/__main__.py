@@ -103,8 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     all_of.add_argument(
         "-m", "--marks", default="not slow", help="pytest's mark expression (default: not slow)"
     )
-    all_of.add_argument("--jobs", type=int, default=2, help="guests at a time (default 2)")
-    all_of.add_argument("--budget", type=float, default=600, help="seconds of tests in a guest (default 600)")
+    all_of.add_argument("--jobs", type=int, default=3, help="guests at a time (default 3)")
+    all_of.add_argument("--budget", type=float, default=900, help="seconds of tests in a guest (default 900)")
     all_of.add_argument("--memory", type=int, default=3072, help="MiB for each guest (default 3072)")
     all_of.add_argument("--results", type=Path, help="where results go (default build/vmtest)")
     all_of.add_argument("--measure", action="store_true", help="write measured values down, compare none")

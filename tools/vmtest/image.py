@@ -157,6 +157,8 @@ def work_disk(
     root: Path, kernel: Kernel, command: list[str], environment: dict[str, str], stage: Path, target: Path
 ) -> None:
     """Writes the disk with the work tree, the package, the command and its environment."""
+    for compiled_here in ("src/pagelens", "tools", "tests/support"):
+        compileall.compile_dir(root / compiled_here, quiet=2)
     for path in _work_tree(root):
         source = root / path
         if path.parts[0] in {"src", ".git"} or not source.is_file():
@@ -168,7 +170,6 @@ def work_disk(
             (stage / path).parent.joinpath("__pycache__").mkdir(exist_ok=True)
             shutil.copy2(compiled, (stage / path).parent / "__pycache__" / compiled.name)
     own = stage / ".vmtest"
-    compileall.compile_dir(root / "src/pagelens", quiet=2)
     shutil.copytree(root / "src/pagelens", own / "site/pagelens")
     _subjects(root, own / "subjects")
     if kernel.config:

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from vmtest import zygote
+
 _BEGIN = time.monotonic()
 
 
@@ -153,4 +155,6 @@ def pytest_configure(config: pytest.Config) -> None:
     """Registers itself where there is a place for results."""
     if os.environ.get("VMTEST_RESULTS"):
         _patient()
+        if os.environ.get("VMTEST_ZYGOTE", "1") != "0":
+            zygote.install()
         config.pluginmanager.register(Outcomes(config), "vmtest-outcomes")
