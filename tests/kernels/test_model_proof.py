@@ -4,11 +4,13 @@ these kernels, or only a lowered limit, can show."""
 from __future__ import annotations
 
 import os
+import platform
 import random
 from pathlib import Path
 
 import pytest
 
+from pagelens.cli.model import nearest_profile
 from pagelens.model.scenario import parse
 from pagelens.proof.campaign import Bench, fuzz
 from pagelens.proof.mix import GENERATOR, Mix
@@ -27,16 +29,17 @@ LIMIT = "/proc/sys/vm/max_map_count"
 
 @pytest.fixture(scope="module")
 def probed() -> Probed:
-    return probe_profile(cpu=CPU)
+    # The profile of this version, not the one that agrees best: trying them all takes a guest a minute.
+    return probe_profile(nearest_profile(platform.release()), CPU)
 
 
 def test_random_programs_agree(probed: Probed, guest: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """800 operations; the long runs are in docs/fidelity.md."""
+    """400 operations; the long runs are in docs/fidelity.md."""
     seed = random.SystemRandom().randrange(1 << 32)
     with capsys.disabled():
         print(f"\nfuzz: seed {seed} of generator {GENERATOR}, {probed.text}")
     without = frozenset({"exec_only"} if has_protection_keys(CPU) else ())
-    result = fuzz(Bench(probed.profile, CPU), seed, 800, Mix(without=without))
+    result = fuzz(Bench(probed.profile, CPU), seed, 400, Mix(without=without))
     assert result.scenario == "", f"seed {seed}"
     assert result.agreement.succeeded >= 0.6 * result.agreement.operations
 

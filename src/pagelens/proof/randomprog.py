@@ -210,6 +210,8 @@ class Generator:
             length = 0
         elif r.random() < 0.01:
             length = r.choice(HUGE)
+            if addr < ARENA_BASE // 2:
+                length = HUGE[-3]  # the harness lies above the heap, and must not be advised
         elif r.random() < 0.005:
             return self._ranged(Op(name, proc, place=Place("", r.choice(FAR)), length=PAGE_SIZE), vmas, names)
         op = Op(name, proc, place=self._place(addr, names), length=max(length, 0))
