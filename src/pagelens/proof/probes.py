@@ -121,8 +121,8 @@ PROBES: dict[str, str] = {
     "ksm": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] mergeable",
     "thp": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] hugepage",
 }
-# Rules that no program of the oracle shows here: a file without get_unmapped_area of its own, a lower vma limit
-# (tests/kernels/test_vma_limit.py), what the comparison itself must leave out. soft_dirty is probed by itself.
+# Rules that no program of the oracle shows: they need a file without get_unmapped_area of its own, 65,530 vmas, or
+# say what the comparison itself must leave out. soft_dirty is probed by itself.
 NOT_PROBED = frozenset({"thp_align_file_test", "mremap_counts_exactly", "soft_dirty", "status_rss_lags"})
 
 
