@@ -280,6 +280,7 @@ def _owner(pid: int) -> int | None:
 def _denied(pid: int, name: str, owner: int | None) -> CapabilityMissingError:
     what = f"/proc/{pid}/{name}".rstrip("/")
     whose = f" (it belongs to uid {owner}, you are uid {os.geteuid()})" if owner is not None else ""
-    return CapabilityMissingError(
-        f"no permission to read {what}{whose}", capability="other-users", fix="run pagelens as root (sudo)"
-    )
+    fix = "run pagelens as root (sudo)"
+    if not os.geteuid():  # a root without all rights, as in a container, and a process with more
+        fix = "run pagelens with CAP_SYS_PTRACE and every capability that the process has (all of root's)"
+    return CapabilityMissingError(f"no permission to read {what}{whose}", capability="other-users", fix=fix)
