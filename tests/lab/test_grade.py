@@ -27,13 +27,13 @@ def graded(exercise: str, path: Path, programs: int, profile: str = "linux-6.18"
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_a_right_solution_passes_against_this_kernel(exercise: str) -> None:
     profile = probe_profile(cpu=CPU).profile
-    report = Grader(EXERCISES[exercise], profile, cpu=CPU).grade(solution(exercise), programs=6)
+    report = Grader(EXERCISES[exercise], profile, cpu=CPU).grade(solution(exercise), programs=3)
     assert report.failure is None, report.failure.text()
     assert (report.disputed, report.notes) == (0, [])
     assert report.graded >= 10
 
 
-@pytest.mark.parametrize("profile", ["linux-6.1", "linux-6.12", "linux-7.2"])
+@pytest.mark.parametrize("profile", ["linux-6.1", "linux-6.12"])
 def test_right_solutions_pass_as_other_kernels(profile: str) -> None:
     for exercise in ("merge", "mmap", "mprotect", "fork"):
         report = graded(exercise, solution(exercise), 10, profile)
