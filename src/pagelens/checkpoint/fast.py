@@ -99,6 +99,8 @@ class Checkpoint:
 
     Any thread may call; calls wait for each other. When the process dies, also in the middle of a call, they
     raise TargetGoneError, and what was saved can still be read and written to disk. After `close`: UsageError.
+    If the process is a child of this one, no other thread may wait for it during a call (Popen.poll, Popen.kill):
+    that wait would take the stop for itself.
     """
 
     def __init__(self, proc: Process, *, watch: bool) -> None:
@@ -156,6 +158,8 @@ class Checkpoint:
             try:
                 self._uffd.register(vma.start, vma.end, Mode.WP)
             except OSError as error:
+                if not self._proc.alive:
+                    raise TargetGoneError(f"process {self.pid} is gone") from None
                 raise CapabilityMissingError(
                     f"{vma} of process {self.pid} cannot be write-protected ({error.strerror})",
                     capability="uffd-wp-async",
@@ -190,6 +194,8 @@ class Checkpoint:
         fast.guard_known = int(bool(pagescan.supported() & pagescan.Category.GUARD))
         fast.guard_pages = lib.pl_fast_guards(ctypes.byref(fast)) if fast.guard_known else 0
         result = lib.pl_fast_arm(ctypes.byref(fast))
+        if result and not self._proc.alive:
+            raise TargetGoneError(f"process {self.pid} is gone")
         if result:
             raise CapabilityMissingError(
                 f"write protection of process {self.pid} failed ({os.strerror(-result)})",
