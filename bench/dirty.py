@@ -191,50 +191,79 @@ def slowdown() -> None:
     )
 
 
-HOT = """
+# Programs for the forecast: a body that runs again and again over `a`, 128 MiB.
+START = """
 import sys, time, mmap, numpy as np
 m = mmap.mmap(-1, 128 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(15)
 a = np.frombuffer(m, np.uint8); a[::4096] = 1
-rng = np.random.default_rng(4); print("x", flush=True)
+rng = np.random.default_rng(4); print("x", flush=True); n = 0
 while True:
-    a[rng.integers(0, 300, 40) * 4096] += 1            # hot
-    a[rng.integers(0, 128 << 8, 25) * 4096] += 1       # all over
-    time.sleep(0.002)
+    n += 1
 """
+PROGRAMS = {
+    "hot and cold": """
+    a[rng.integers(0, 300, 40) * 4096] += 1
+    a[rng.integers(0, 128 << 8, 25) * 4096] += 1
+    time.sleep(0.002)
+""",
+    "a slow sweep": """
+    at = n * 20 % 32000; a[at * 4096:(at + 20) * 4096:4096] += 1
+    time.sleep(0.002)
+""",
+    "bursts": """
+    if n % 100 == 0: a[rng.integers(0, 128 << 8, 3000) * 4096] += 1
+    a[rng.integers(0, 50, 10) * 4096] += 1
+    time.sleep(0.002)
+""",
+    "all over": """
+    a[rng.integers(0, 128 << 8, 2000) * 4096] += 1
+    time.sleep(0.002)
+""",
+}
 
 
-def precopy(bandwidth: float = 200e6, pause: float = 0.01) -> None:
-    """Forecast from 40 looks of 20 ms, then an actual pre-copy at that bandwidth."""
-    child = subprocess.Popen([sys.executable, "-c", HOT], stdout=subprocess.PIPE)
-    try:
-        assert child.stdout
-        child.stdout.readline()
-        with track(pid=child.pid) as tracker:
-            epochs = list(tracker.epochs(0.02, 40))
-            span = sum(e.span_ns for e in epochs) / len(epochs) / 1e9
-            curve = forecast.curve([e.spans for e in epochs], span, tracker.contents().pages)
-            told = forecast.forecast(curve, bandwidth, pause)
-            tracker.epoch()
-            rounds, pages = [], tracker.contents()
-            while True:
-                seconds = pages.pages * PAGE / bandwidth
-                if (rounds and seconds <= pause) or len(rounds) >= forecast.MAX_ROUNDS:
-                    break
-                rounds.append(pages.pages)
-                begin = time.monotonic()
-                send(child.pid, pages)
-                time.sleep(max(0.0, begin + seconds - time.monotonic()))
-                pages = tracker.epoch().spans
-    finally:
-        child.kill()
-        child.wait()
-    sent = sum(rounds) + pages.pages
-    print(
-        f"\nPre-copy at {bandwidth / 1e6:.0f} MB/s, pause {pause * 1e3:.0f} ms: forecast"
-        f" {len(told.rounds)} rounds, {told.total_bytes / 2**20:.1f} MiB, downtime {told.downtime_s * 1e3:.2f} ms;"
-        f" actual {len(rounds)} rounds, {sent * PAGE / 2**20:.1f} MiB,"
-        f" downtime {pages.pages * PAGE / bandwidth * 1e3:.2f} ms."
-    )
+def precopy(bandwidth: float = 200e6, pause: float = 0.02) -> None:
+    """For each program: forecast from 100 looks as far apart as the pause, then three actual pre-copies."""
+    print(f"\nPre-copy of 128 MiB at {bandwidth / 1e6:.0f} MB/s, pause {pause * 1e3:.0f} ms:\n")
+    print("| program | forecast | actual: rounds, MiB, downtime |\n|---|---|---|")
+    for name, body in PROGRAMS.items():
+        child = subprocess.Popen([sys.executable, "-c", START + body], stdout=subprocess.PIPE)
+        try:
+            assert child.stdout
+            child.stdout.readline()
+            with track(pid=child.pid) as tracker:
+                epochs = list(tracker.epochs(pause, 100))
+                cost = sorted(e.cost_ns for e in epochs)[len(epochs) // 2] / 1e9
+                curve = forecast.curve(
+                    [e.spans for e in epochs],
+                    [e.span_ns / 1e9 for e in epochs],
+                    tracker.contents().pages,
+                    cost,
+                )
+                told = forecast.forecast(curve, bandwidth, pause)
+                actual = [_actual(child.pid, tracker, bandwidth, pause) for _ in range(3)]
+        finally:
+            child.kill()
+            child.wait()
+        print(f"| {name} | {told.text().partition('; ')[0]} | {'; '.join(actual)} |")
+
+
+def _actual(pid: int, tracker: Tracker, bandwidth: float, pause: float) -> str:
+    # One pre-copy: each round lasts as long as its pages take, and the look after it.
+    tracker.epoch()
+    rounds, pages, down = [], tracker.contents(), 0.0
+    while True:
+        seconds = pages.pages * PAGE / bandwidth
+        if (rounds and seconds + down <= pause) or len(rounds) >= forecast.MAX_ROUNDS:
+            break
+        rounds.append(pages.pages)
+        begin = time.monotonic()
+        send(pid, pages)
+        time.sleep(max(0.0, begin + seconds - time.monotonic()))
+        epoch = tracker.epoch()
+        pages, down = epoch.spans, epoch.cost_ns / 1e9
+    sent = (sum(rounds) + pages.pages) * PAGE / 2**20
+    return f"{len(rounds)}, {sent:.0f}, {(seconds + down) * 1e3:.1f} ms"
 
 
 def send(pid: int, pages: spans.Spans) -> None:

@@ -104,7 +104,10 @@ def test_forecast_of_bursts_says_may_converge() -> None:
     assert (told.converges, told.worst.converges, told.verdict) == (True, False, "may converge")
     assert told.worst.downtime_s > told.downtime_s
     assert "may converge" in told.text()
-    # Each round costs a look too.
+    # Quiet at first, busy then: a quiet moment may be enough. Each round costs a look too.
+    busy = [_spans(set(range(10 if i < 5 else 500))) for i in range(10)]
+    told = forecast.forecast(forecast.curve(busy, 0.01, 10_000), 100 * PAGE / 0.01, 0.02)
+    assert (told.converges, told.best.converges, told.verdict) == (False, True, "may converge")
     slow = forecast.forecast(forecast.curve(dirty, 0.01, 10_000, 0.03), 100 * PAGE / 0.01, 0.02)
     assert slow.verdict == "does not converge"
 

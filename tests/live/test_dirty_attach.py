@@ -36,7 +36,7 @@ def test_attach_and_detach_leave_a_busy_program_as_it_was(subjects: Subjects) ->
     with Steady(subjects("steady")) as target:
         target.goes_on()  # all of its threads have made their descriptors
         before = sorted(_fds(target.pid))
-        for _ in range(rounds(25)):
+        for _ in range(rounds(30)):
             with track(pid=target.pid) as tracker:
                 assert tracker.epoch().complete
         assert sorted(_fds(target.pid)) == before

@@ -6,9 +6,9 @@ epochs is one point of it, at the time that those epochs took. Between points D 
 beyond them it goes on with the slope of the nearest two. (Real curves bend down with time, so below the
 shortest interval this forecasts too many pages rather than too few.)
 
-Two curves make a band: the mean over all windows of k epochs, and the worst window of all. A program works in
-bursts, and a pre-copy stops in one window, not in the mean of them: what holds for both curves is said without
-reserve, what holds for the mean only is said as "may". A round costs what a look costs, besides its pages.
+Three curves make a band: the best, the mean and the worst over all windows of k epochs. A program works in
+bursts, and a pre-copy ends with one window, not with the mean of them: what holds for the worst is said without
+reserve, what holds for the others only is said as "may". A round costs what a look costs, besides its pages.
 Rejected: a constant dirty rate (hot pages are dirtied again and again: it forecasts no convergence for most
 real programs); the mean curve alone (it promised 3 rounds where an actual pre-copy took 15).
 """
@@ -31,17 +31,22 @@ MAX_ROUNDS = 30
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Distinct pages dirtied within an interval: (seconds, pages), ascending. total: pages to send first.
-    worst: the same of the worst window measured; empty: as `points`. round_s: what each round costs besides
+    worst, best: the same of that window measured; empty: as `points`. round_s: what each round costs besides
     its pages (a look)."""
 
     points: tuple[tuple[float, float], ...]
     total: int
     worst: tuple[tuple[float, float], ...] = ()
+    best: tuple[tuple[float, float], ...] = ()
     round_s: float = 0.0
 
     def of_worst(self) -> Curve:
         """The curve of the worst windows."""
         return replace(self, points=self.worst or self.points)
+
+    def of_best(self) -> Curve:
+        """The curve of the best windows."""
+        return replace(self, points=self.best or self.points)
 
     def pages(self, seconds: float) -> float:
         """D(seconds)."""
@@ -78,7 +83,7 @@ def curve(
     if not dirty:
         raise UsageError("a forecast needs at least one epoch")
     length = [seconds] * len(dirty) if isinstance(seconds, float | int) else list(seconds)
-    mean, worst = [], []
+    mean, worst, best = [], [], []
     size = 1
     while size <= len(dirty):
         sums, spent = [], []
@@ -91,11 +96,13 @@ def curve(
         took = sum(spent) / len(spent)
         mean.append((took, sum(sums) / len(sums)))
         # At the rate of the worst window, so that one that merely took longer is not the worst for that.
-        worst.append((took, max(n * min(1.0, took / t) for n, t in zip(sums, spent, strict=True))))
+        rated = [n * min(1.0, took / t) for n, t in zip(sums, spent, strict=True)]
+        worst.append((took, max(rated)))
+        best.append((took, min(rated)))
         size *= 2
     highest = [max(n for _, n in worst[: i + 1]) for i in range(len(worst))]  # never falls: it is a union
     bad = tuple((took, max(n, high)) for (took, n), high in zip(worst, highest, strict=True))
-    return Curve(tuple(mean), total, bad, round_s)
+    return Curve(tuple(mean), total, bad, tuple(best), round_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,28 +120,31 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class Forecast(Course):
-    """The course by the mean curve, and by that of the worst windows in `worst`. unmeasured: rounds of the two
-    that are shorter than the shortest interval measured (their pages are an upper estimate)."""
+    """The course by the mean curve, and by those of the worst and the best windows. unmeasured: rounds of the
+    mean and the worst that are shorter than the shortest interval measured (their pages are an upper estimate)."""
 
     worst: Course
+    best: Course
     unmeasured: int
 
     @property
     def verdict(self) -> str:
-        """ "converges", "may converge" (by the mean, not by the worst windows) or "does not converge"."""
-        if self.converges:
-            return "converges" if self.worst.converges else "may converge"
-        return "does not converge"
+        """One of "converges" (by the worst windows too), "may converge" (by the mean, or by the best: a pre-copy
+        ends with the first round that is short enough) and "does not converge"."""
+        if self.worst.converges:
+            return "converges"
+        return "may converge" if self.converges or self.best.converges else "does not converge"
 
     def text(self) -> str:
         """One sentence."""
-        sent = _band(self.total_bytes / 2**20, self.worst.total_bytes / 2**20, ".1f")
-        down = _band(self.downtime_s * 1e3, self.worst.downtime_s * 1e3, ".2f")
-        floor = _band(self.floor_s * 1e3, self.worst.floor_s * 1e3, ".2f")
-        rounds = _band(len(self.rounds), len(self.worst.rounds), "d")
+        courses = (self.best, self, self.worst)
+        sent = _band([c.total_bytes / 2**20 for c in courses], ".1f")
+        down = _band([c.downtime_s * 1e3 for c in courses], ".2f")
+        floor = _band([c.floor_s * 1e3 for c in courses], ".2f")
+        rounds = _band([len(c.rounds) for c in courses], "d")
         text = (
             f"pre-copy {self.verdict}: {rounds} round{'' if rounds == '1' else 's'}, {sent} MiB sent,"
-            f" downtime {down} ms (floor {floor} ms); from the mean to the worst windows measured"
+            f" downtime {down} ms (floor {floor} ms); over the windows measured"
         )
         if self.unmeasured:
             text += (
@@ -143,9 +153,9 @@ class Forecast(Course):
         return text
 
 
-def _band(low: float, high: float, form: str) -> str:
-    first, second = sorted((format(low, form), format(high, form)), key=float)
-    return first if first == second else f"{first} to {second}"
+def _band(values: Sequence[float], form: str) -> str:
+    first, last = format(min(values), form), format(max(values), form)
+    return first if first == last else f"{first} to {last}"
 
 
 def forecast(measured: Curve, bandwidth: float, pause: float) -> Forecast:
@@ -154,11 +164,12 @@ def forecast(measured: Curve, bandwidth: float, pause: float) -> Forecast:
         raise UsageError("bandwidth must be positive, and the pause not negative")
     expected = _course(measured, bandwidth, pause)
     worst = _course(measured.of_worst(), bandwidth, pause)
+    best = _course(measured.of_best(), bandwidth, pause)
     shortest = measured.points[0][0]
     unmeasured = sum(s < shortest * 0.9 for course in (expected, worst) for s, _ in course.rounds)
     return Forecast(
         expected.rounds, expected.downtime_s, expected.converges, expected.total_bytes, expected.floor_s,
-        worst, unmeasured,
+        worst, best, unmeasured,
     )  # fmt: skip
 
 
@@ -197,6 +208,7 @@ def as_dict(measured: Curve, made: Forecast) -> dict[str, Any]:
 
     return course(made) | {
         "worst": course(made.worst),
+        "best": course(made.best),
         "verdict": made.verdict,
         "unmeasured_rounds": made.unmeasured,
         "curve": [
