@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -96,10 +97,12 @@ def run(plan: Plan) -> list[Outcome]:
 
 def _compile_tests(plan: Plan) -> None:
     # pytest rewrites and compiles each test file on its first import: a minute in each guest, so it is done here.
-    # Whether it succeeds is for the guests to say.
+    # Whether it succeeds is for the guests to say. $PYTHONDONTWRITEBYTECODE, set in many containers, forbids it.
+    elsewhere = {"PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"}
     subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", *_tests(plan)],
         cwd=plan.root,
+        env={name: value for name, value in os.environ.items() if name not in elsewhere},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         check=False,
