@@ -170,5 +170,7 @@ def test_writes_of_threads_while_another_forks(tmp_path: Path) -> None:
     result = classify_facts(load(run.capture))
     causes = {str(row["cause"]): int(str(row["faults"])) for row in result.counts()}
     assert causes["fork-cow-parent"] > 1000
-    assert "spurious" not in causes, causes
     assert "unknown" not in causes, causes
+    # Two threads may meet on a page of a library (certain); a stale TLB entry (likely) would be our misreading.
+    verdicts = [result.of(row) for row in range(len(result.run.faults))]
+    assert not [v for v in verdicts if (v.cause, v.confidence) == ("spurious", "likely")]
