@@ -140,8 +140,11 @@ class Bench:
         subprocess.run([*self.ours(), *million], check=True, capture_output=True, env=ENV)
         first, memory = cost([*PAGELENS, "summary", self.capture])
         again, _ = cost([*PAGELENS, "summary", self.capture])
-        subprocess.run([*self.perf("minor-faults"), *million], check=True, capture_output=True)
-        script, _ = cost(["perf", "script", "-i", str(self.work / "perf.data")])
+        # The fields that our events have: both kinds of fault, CPU, address, stack; printed with symbols.
+        peer = self.perf("minor-faults,major-faults", "--sample-cpu", "-g")
+        subprocess.run([*peer, *million], check=True, capture_output=True)
+        fields = "comm,pid,tid,cpu,time,event,addr,ip,sym"
+        script, _ = cost(["perf", "script", "-F", fields, "-i", str(self.work / "perf.data")])
         print(f"## 1,000,000 faults to the printed summary, CPU: {first:.2f} s with causes (asked: under 5),")
         print(
             f"   {memory} MiB (asked: 500); again {again:.2f} s; perf script prints them in {script:.2f} s:"

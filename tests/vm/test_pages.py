@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagelens.vm import PAGE_SIZE, AddrRange, PageRuns, PageState, Prot, UsageError, Vma, VmaList
+from pagelens.vm.pages import distinct
 from pagelens.vm.units import parse_size
 
 pages = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 3)), unique_by=lambda p: p[0]).map(sorted)
@@ -71,3 +72,8 @@ def test_ranges_and_sizes_parse() -> None:
     assert AddrRange.parse("0x1000+8k") == AddrRange(0x1000, 0x3000)
     assert AddrRange.parse("1000-2fff").pages == 2
     assert parse_size("1.5M") == 1536 * 1024
+
+
+def test_distinct() -> None:
+    assert distinct(np.array([3, 1, 3, 2, 1], np.uint64)).tolist() == [1, 2, 3]
+    assert distinct(np.empty(0, np.int64)).tolist() == []

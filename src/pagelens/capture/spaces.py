@@ -28,6 +28,7 @@ from pagelens.capture.spacecalls import AT_ENTRY, CALLS, Calls, counts
 from pagelens.linux import elf
 from pagelens.linux.regions import image_tenants
 from pagelens.vm.names import call_text
+from pagelens.vm.pages import distinct
 from pagelens.vm.regions import Evidence, Kind, Region, Tenant, name_regions
 from pagelens.vm.vma import Prot, Vma, VmaList
 
@@ -152,7 +153,7 @@ class Spaces:
             return
         for kind in (1, 2, 0):
             at = np.flatnonzero(faults.kind[low:high] == kind) + low
-            addr = np.unique(faults.addr[at]) if len(at) > 1000 else faults.addr[at]
+            addr = distinct(faults.addr[at]) if len(at) > 1000 else faults.addr[at]
             while len(addr):
                 start, end = touched(space, int(addr[0]), kind, self._rules)
                 addr = addr[(addr < np.uint64(start)) | (addr >= np.uint64(end))]

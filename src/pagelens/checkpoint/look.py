@@ -22,6 +22,7 @@ from pagelens.checkpoint.stored import Stored
 from pagelens.linux import pagecopy
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
+from pagelens.vm.pages import distinct
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Vma
 
@@ -172,7 +173,7 @@ def _listed(first: Side, second: Side, start: int, end: int) -> Any:
             low = max(int(row["start"]), start)
             high = min(int(row["start"]) + int(row["pages"]) * PAGE_SIZE, end)
             parts.append(np.arange(low, high, PAGE_SIZE, dtype=np.uint64))
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+    return distinct(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
 
 
 def _digest(side: Side, addr: Any, vma: Vma) -> tuple[Any, Any]:

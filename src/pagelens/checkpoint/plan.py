@@ -17,7 +17,7 @@ import numpy as np
 from pagelens.checkpoint.image import ROW, U64, Kind, Rows, compress, per_page
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import UsageError
-from pagelens.vm.pages import PageRuns, PageState
+from pagelens.vm.pages import PageRuns, PageState, distinct
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE, AddrRange
 from pagelens.vm.vma import Prot, Vma, VmaList
 
@@ -143,7 +143,7 @@ def split(pages: PageRuns, vmas: VmaList) -> tuple[U64, U64, np.ndarray, np.ndar
     cuts = np.concatenate((vmas.starts, vmas.ends))
     inside = np.searchsorted(pages.start, cuts, side="left").astype(np.int64) - 1
     hit = (inside >= 0) & (cuts < run_end[np.maximum(inside, 0)]) if len(pages) else np.zeros(len(cuts), bool)
-    start = np.unique(np.concatenate((pages.start, cuts[hit])))
+    start = distinct(np.concatenate((pages.start, cuts[hit])))
     run = np.searchsorted(pages.start, start, side="right") - 1
     following = np.concatenate((start[1:], np.array([np.iinfo(np.uint64).max], np.uint64)))
     end = np.minimum(following, run_end[run]) if len(pages) else following[:0]

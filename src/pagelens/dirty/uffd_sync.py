@@ -25,6 +25,7 @@ from pagelens.linux.native import library
 from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import Feature, Mode, Userfault, available
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, UsageError
+from pagelens.vm.pages import distinct
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
 
 WRITE = np.dtype([("addr", np.uint64), ("time_ns", np.uint64), ("tid", np.uint32), ("pad", np.uint32)])
@@ -96,7 +97,7 @@ class UffdSync:
         writes = np.empty(_RING, WRITE)
         count = self._lib.pl_uffd_sync_take(self._thread, writes.ctypes.data, _RING)
         writes = writes[:count].copy()
-        seen = np.unique(writes["addr"])
+        seen = distinct(writes["addr"])
         builder.add(spans.joined(seen, seen + np.uint64(PAGE_SIZE)), Why.WRITTEN)
         unseen = 0
         for start, end in self._ranges.pairs():

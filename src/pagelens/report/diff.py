@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pagelens.report import transitions
-from pagelens.vm.pages import PageRuns, PageState
+from pagelens.vm.pages import PageRuns, PageState, distinct
 from pagelens.vm.regions import Region
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import AddrRange
@@ -201,7 +201,7 @@ def _pages(a: Moment, b: Moment, where: AddrRange | None) -> list[PageChange]:
         return []
     if where is not None:
         one, two = one.clipped(where.start, where.end), two.clipped(where.start, where.end)
-    addr = np.union1d(one.addresses(), two.addresses())
+    addr = distinct(np.concatenate((one.addresses(), two.addresses())))
     if not len(addr):
         return []
     before, pfn_a = _column(one, addr)

@@ -13,7 +13,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.vm.pages import PageState
+from pagelens.vm.pages import PageState, distinct
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import HPAGE_SIZE
 from pagelens.why.calls import area_of
@@ -104,7 +104,7 @@ def _pages(result: Classified, space: Space, snapshot: Snapshot) -> tuple[int, i
     at = by_key[np.maximum(np.searchsorted(key[by_key], mine, side="right") - 1, 0)]
     step = mine - key[at]
     now = (step >= 0) & (step < (end[at] - start[at]) >> 12)  # lives that have not ended
-    held: list[I64] = [np.unique(start[at[now]] + (step[now] << 12))]
+    held: list[I64] = [distinct(start[at[now]] + (step[now] << 12))]
     first = result.facts.first.get(space.mm)
     for seg in segs:
         state = lives.states[seg.state]
@@ -122,13 +122,13 @@ def _pages(result: Classified, space: Space, snapshot: Snapshot) -> tuple[int, i
                 )
             ]
         )
-    ours = np.unique(np.concatenate(held)) if held else np.empty(0, np.int64)
+    ours = distinct(np.concatenate(held)) if held else np.empty(0, np.int64)
     huge = pages.where(PageState.HUGE).addresses().astype(np.int64)
     if len(huge):
-        blocks = np.unique(huge & -HPAGE_SIZE)
-        touched = blocks[np.isin(blocks, np.unique(ours & -HPAGE_SIZE))]
-        ours = np.unique(np.concatenate((ours, huge[np.isin(huge & -HPAGE_SIZE, touched)])))
-    both = len(np.intersect1d(ours, shown))
+        blocks = distinct(huge & -HPAGE_SIZE)
+        touched = blocks[np.isin(blocks, distinct(ours & -HPAGE_SIZE))]
+        ours = distinct(np.concatenate((ours, huge[np.isin(huge & -HPAGE_SIZE, touched)])))
+    both = len(np.intersect1d(ours, shown, assume_unique=True))
     return both, len(ours) + len(shown) - both
 
 
