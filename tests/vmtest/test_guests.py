@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(600)  # a boot on a busy machine takes a minute
 ROOT = Path(__file__).parents[2]
 # Two real-time threads that never sleep, and no throttling: nothing else runs, not even a sign of life.
 HANG = (
