@@ -31,7 +31,7 @@ from pagelens.linux.procfs import Process
 from pagelens.linux.recording import BpfRecording, Options
 from pagelens.linux.residency import FilePages
 from pagelens.linux.settings import memory_settings
-from pagelens.vm.errors import CapabilityMissingError, PagelensError
+from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
 from pagelens.vm.snapshot import Snapshot
 
 PART_SECONDS = 3.0
@@ -169,7 +169,10 @@ class Session:
         full = self.settings.snapshot == "full"
         try:
             mm = self.recording.mm_of(pid)
-            snap, files = _read(pid, full)
+            try:
+                snap, files = _read(pid, full)
+            except TargetGoneError:  # the leader dropped its mm just now: another thread still has it
+                snap, files = _read(pid, full)
         except (PagelensError, OSError):
             self._snapshot_losses += 1
             return

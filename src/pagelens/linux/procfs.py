@@ -21,6 +21,7 @@ from typing import NoReturn, Self
 
 from pagelens.vm.errors import CapabilityMissingError, DamagedInputError, TargetGoneError, UsageError
 
+PF_EXITING = 0x4  # include/linux/sched.h: past the exit stop, the mm may be gone
 PF_KTHREAD = 0x0020_0000  # include/linux/sched.h
 _CHUNK = 1 << 20
 
@@ -120,7 +121,7 @@ class Process:
                 raise UsageError(
                     f"{pid} ({stat.comm}) is a kernel thread: it has no address space of its own"
                 )
-            if stat.state in "ZX":
+            if stat.state in "ZX" or stat.flags & PF_EXITING:
                 proc._live_thread(stat)
         except BaseException:
             proc.close()
@@ -128,11 +129,17 @@ class Process:
         return proc
 
     def _live_thread(self, stat: TaskStat) -> None:
-        # A leader that has called pthread_exit is a zombie without an mm while its threads run on.
+        # A leader that has called pthread_exit is a zombie without an mm while its threads run on; in exit_group it
+        # may have dropped its mm and not be a zombie yet, while the last thread is still stopped on its way out.
         for tid in self.tasks():
-            if tid != self.pid and self.stat(tid).state not in "ZX":
+            if tid == self.pid:
+                continue
+            other = self.stat(tid)
+            if other.state not in "ZX" and not other.flags & PF_EXITING:
                 self._via = f"task/{tid}/"
                 return
+        if stat.state not in "ZX":
+            return
         raise TargetGoneError(f"process {self.pid} ({stat.comm}) is a zombie: its memory is gone already")
 
     def fd(self, name: str, flags: int = os.O_RDONLY) -> int:
