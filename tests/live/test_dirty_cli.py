@@ -108,6 +108,17 @@ def test_exec_into_another_image_is_said(subjects: Subjects) -> None:
     assert not rows[-1]["complete"]
 
 
+def test_a_command_with_children_says_what_it_does_not_know() -> None:
+    command = ("--", "sh", "-c", "head -c 99 /dev/zero | wc -c >/dev/null; sleep 0.3; :")
+    (row,) = _lines(_dirty("--format", "json", *command).stdout)
+    assert row["complete"]
+    assert "children are not watched (--follow)" in row["notes"]
+    rows = _lines(_dirty("--format", "json", "--follow", *command).stdout)
+    assert len({row["pid"] for row in rows}) > 1  # sleep, at least
+    (last,) = (row for row in rows if any("what children wrote" in note for note in row["notes"]))
+    assert not last["complete"]
+
+
 def test_follow_lists_what_a_new_child_holds(subjects: Subjects) -> None:
     with Puppet(subjects("puppet")) as puppet:
         at = puppet.island(64)

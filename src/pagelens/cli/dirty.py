@@ -47,7 +47,7 @@ class Command:
             "--interval",
             type=float,
             metavar="S",
-            help="seconds an epoch (default: 1; CMD: its run; --forecast: the pause)",
+            help="seconds an epoch (default: 1; --forecast: the pause; CMD: its run, with --follow 0.05)",
         )
         parser.add_argument("--count", type=int, metavar="N", help="end after N epochs")
         parser.add_argument(
@@ -184,7 +184,8 @@ class _Session:
         run = CommandRun(
             self.args.target,
             lambda pid: self.make(pid, traced=True),
-            self.args.interval,
+            # A child is found by a look, so there must be some.
+            self.args.interval or (0.05 if self.args.follow else None),
             (lambda pid: self.make(pid, new=True)) if self.args.follow else None,
         )
         with _ignored(signal.SIGINT, signal.SIGQUIT):  # the terminal sends them to the program too

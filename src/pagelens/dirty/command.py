@@ -57,10 +57,10 @@ class CommandRun:
                 self.status = self._run.wait(left)
             if self.status is None:
                 self._look()
-                if self._family is not None:
-                    yield from self._family.looks()
             while not self._queue.empty():
                 yield self._queue.get()
+            if self.status is None and self._family is not None:
+                yield from self._family.looks()
 
     def stop_tracking(self) -> None:
         """Let the program go on unwatched (as after --count)."""
@@ -77,7 +77,7 @@ class CommandRun:
             self.status = self._run.wait()
         return self.status
 
-    def _look(self, note: str = "") -> None:
+    def _look(self, *more: str, whole: bool = True) -> None:
         with self._lock:
             if self._tracker is None:
                 return
@@ -89,10 +89,9 @@ class CommandRun:
                 # Between exec and its stop the old image is gone and the new one not yet ours; the exec stop
                 # makes a new tracker.
                 return
-            notes = (*epoch.notes, *self._note, *((note,) if note else ()))
-            self._queue.put(
-                replace(epoch, epoch=self._count, notes=notes, complete=epoch.complete and not self._note)
-            )
+            whole = whole and epoch.complete and not self._note
+            notes = (*epoch.notes, *self._note, *more)
+            self._queue.put(replace(epoch, epoch=self._count, notes=notes, complete=whole))
             self._count += 1
             self._note = ()
 
@@ -107,13 +106,18 @@ class CommandRun:
             self._tracker = self._make(pid)
 
     def _on_exit(self, pid: int) -> None:
-        note = ""
+        notes, children = [], 0
         try:
             with Process.open(pid) as proc:
                 others = [t for t in proc.tasks() if t != pid and proc.stat(t).state not in "ZX"]
+                children = proc.stat().cmin_flt  # of those that were waited for
         except PagelensError:
             others = []
         if others:
-            note = f"the leader exits while {len(others)} threads have not ended yet"
-        self._look(note)
+            notes.append(f"the leader exits while {len(others)} threads have not ended yet")
+        if children and self._family is not None:
+            notes.append("what children wrote after the last look before their end is not known")
+        elif children:
+            notes.append("children are not watched (--follow)")
+        self._look(*notes, whole=not children or self._family is None)
         self.stop_tracking()
