@@ -59,7 +59,7 @@ def watch(spawn: Spawn, directory: Path, pid: int) -> subprocess.Popen[str]:
         assert watcher.poll() is None, watcher.communicate()
         assert time.monotonic() < deadline, "attach does not begin to record"
         time.sleep(0.02)
-    time.sleep(0.5)
+    time.sleep(patience(0.5))  # the spool is there a little before the tasks are marked
     return watcher
 
 
