@@ -7,8 +7,10 @@ import mmap
 import os
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -84,7 +86,7 @@ class TestEveryBackend:
                 assert _pages(tracker.epoch(), pages) == sorted(set(chosen.ravel().tolist()))
 
     def test_no_write_is_lost_while_threads_write_during_the_looks(
-        self, backend: str, pages: np.ndarray
+        self, backend: str, pages: np.ndarray, request: pytest.FixtureRequest
     ) -> None:
         copy = pages.copy()
         stop = threading.Event()
@@ -96,6 +98,8 @@ class TestEveryBackend:
                     pages[at] = (int(pages[at]) + 1) & 0xFF
 
         threads = [threading.Thread(target=write, args=(i,)) for i in range(3)]
+        request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+        sys.setswitchinterval(0.0001)  # more changes of thread in less time
         with pagelens.track(backend=backend, a=pages) as tracker:
             for thread in threads:
                 thread.start()

@@ -13,12 +13,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from pagelens.dirty.epoch import Epoch
 from pagelens.dirty.follow import Family
 from pagelens.dirty.track import Tracker
 from pagelens.linux.launch import Launched
 from pagelens.linux.procfs import Process
-from pagelens.vm.errors import PagelensError, TargetGoneError
+from pagelens.vm.errors import PagelensError
+from pagelens.vm.vma import VmaList
 
 Make = Callable[[int], Tracker]
 
@@ -77,23 +80,43 @@ class CommandRun:
             self.status = self._run.wait()
         return self.status
 
-    def _look(self, *more: str, whole: bool = True) -> None:
+    def _look(self, *more: str, whole: bool = True, last: bool = False) -> None:
         with self._lock:
             if self._tracker is None:
                 return
             try:
                 epoch = self._tracker.epoch()
-            except TargetGoneError:
-                return
-            except PagelensError:
+            except PagelensError as error:
                 # Between exec and its stop the old image is gone and the new one not yet ours; the exec stop
-                # makes a new tracker.
-                return
+                # makes a new tracker. But at the exit there is no later look that would list what this one lost.
+                if not last:
+                    return
+                epoch = self._missed(self._tracker, str(error))
             whole = whole and epoch.complete and not self._note
             notes = (*epoch.notes, *self._note, *more)
             self._queue.put(replace(epoch, epoch=self._count, notes=notes, complete=whole))
             self._count += 1
             self._note = ()
+
+    def _missed(self, tracker: Tracker, error: str) -> Epoch:
+        # An epoch of which nothing is known but that it was.
+        none = np.empty(0, np.uint64)
+        return Epoch(
+            epoch=self._count,
+            time_ns=time.monotonic_ns(),
+            span_ns=0,
+            cost_ns=0,
+            backend=tracker.semantics.name,
+            start=none,
+            count=none,
+            why=np.empty(0, np.uint8),
+            vmas=VmaList(),
+            pid=self.pid,
+            complete=False,
+            notes=(
+                f"the look at the exit failed, what was written since the one before is not known: {error}",
+            ),
+        )
 
     def _on_exec(self, pid: int) -> None:
         with self._lock:
@@ -119,5 +142,5 @@ class CommandRun:
             notes.append("what children wrote after the last look before their end is not known")
         elif children:
             notes.append("children are not watched (--follow)")
-        self._look(*notes, whole=not children or self._family is None)
+        self._look(*notes, whole=not children or self._family is None, last=True)
         self.stop_tracking()

@@ -33,8 +33,7 @@ class Result:
     """What a run found. failing: the (shrunk) program of the first disagreement. seed: that of the failing
     program, else of the first. used: how often each operation was done, and succeeded. reached:
     how often each rule of the profile mattered (proof.reach). unrepeated: seeds whose disagreement was gone when the
-    same program ran again, twice: the kernel itself had done two things (a page that compaction holds locked is passed
-    by in fault-around), so no rule of the program's decides it."""
+    same program ran again, twice: the kernel itself did two things on one program, so no rule of its own decides."""
 
     seed: int
     agreement: Agreement = field(default_factory=Agreement)
