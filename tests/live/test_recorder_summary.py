@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -37,6 +39,36 @@ def test_table(run: Run) -> None:
     assert done.returncode == 0
     assert f"{run.faults['recorded']:,} recorded" in done.stdout
     assert "unexplained 0" in done.stdout
+
+
+@needs_bpf
+def test_the_second_summary_reads_no_events(run: Run, tmp_path: Path) -> None:
+    # Kept with the state of the parts: the same words without a table, and worthless once a part differs.
+    import shutil
+
+    path = tmp_path / "copy.plens"
+    shutil.copytree(run.path, path)
+    shutil.rmtree(path / "derived", ignore_errors=True)
+    first = pagelens("summary", str(path))
+    again = pagelens("summary", str(path))
+    assert first.returncode == 0 and again.stdout == first.stdout
+    script = (
+        "import sys; from pagelens.cli.main import main; code = main(['summary', sys.argv[1]]);"
+        " print(sorted({m.partition('.')[0] for m in sys.modules} & {'numpy', 'pyarrow', 'duckdb', 'rich'}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout == first.stdout + "[]\n"
+    part = sorted((path / "events").glob("part-*.parquet"))[-1]
+    whole = part.read_bytes()
+    at = len(whole) // 3
+    part.write_bytes(whole[:at])
+    assert pagelens("summary", str(path)).returncode == 5
+    part.write_bytes(whole)
+    assert pagelens("summary", str(path)).stdout == first.stdout
+    part.unlink()  # as ring-buffer mode does with the oldest
+    assert pagelens("summary", str(path)).stdout != first.stdout
 
 
 @needs_bpf

@@ -18,12 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.capture import records
+from pagelens.capture.directory import SUFFIXES
 from pagelens.capture.records import Flag, Kind
 from pagelens.capture.tables import schema
 from pagelens.vm.names import SYSCALL_ARGS, SYSCALLS
 
 Rows = npt.NDArray[Any]
-SUFFIXES = ("faults", "calls", "switches", "stacks", "text", "raw")
 
 
 @dataclass
@@ -39,13 +39,6 @@ class Converted:
 def segment_files(spool: Path, segment: int) -> dict[str, Path]:
     """The files of a segment, by suffix."""
     return {suffix: spool / f"{segment:08d}.{suffix}" for suffix in SUFFIXES}
-
-
-def segments(spool: Path) -> list[int]:
-    """Numbers of the segments that are there."""
-    if not spool.is_dir():
-        return []
-    return sorted({int(p.stem) for p in spool.iterdir() if p.stem.isdigit() and p.suffix[1:] in SUFFIXES})
 
 
 def convert(spool: Path, segment: int, first_seq: int) -> Converted:

@@ -1,17 +1,57 @@
-"""A capture at a glance, as lines of text: counts by kind, the largest takers, losses."""
+"""A capture at a glance: counts by kind, the largest takers, losses; counted once, then lines of text.
+
+Counting reads every event; the lines need only the counts, which `why` keeps beside its conclusions.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import Counter
+from typing import TYPE_CHECKING, Any
 
-from pagelens.capture.reader import Capture
+from pagelens.capture.directory import CaptureDirectory
 from pagelens.capture.summary import text
 
+if TYPE_CHECKING:
+    from pagelens.capture.reader import Capture
 
-def lines(capture: Capture, summary: dict[str, Any]) -> list[str]:
-    """For `pagelens summary`."""
-    import pyarrow.compute as pc
+_TOP = 5
 
+
+def count(capture: Capture) -> dict[str, Any]:
+    """{"events": {kind: rows}, "processes", "threads", "spaces", "top": [[mm, faults, path], …] (most faults
+    first), "losses": [[count, note], …]}, ready for JSON. DamagedInputError where a part cannot be read."""
+    import numpy as np
+
+    from pagelens.capture.reader import read_part
+
+    events: Counter[str] = Counter()
+    by_mm: Counter[int] = Counter()
+    for part in capture.parts("events"):
+        table = read_part(part, ["kind", "mm"])
+        kinds = table.column("kind").combine_chunks()
+        codes = kinds.indices.to_numpy(zero_copy_only=False)
+        for code, name in enumerate(kinds.dictionary.to_pylist()):
+            mine = codes == code
+            events[name] += int(np.count_nonzero(mine))
+            if name == "fault":
+                mms, faults = np.unique(
+                    table.column("mm").to_numpy()[mine].astype(np.int64), return_counts=True
+                )
+                by_mm.update(dict(zip(mms.tolist(), faults.tolist(), strict=True)))
+    tasks = capture.table("tasks", ["pid", "tid"])
+    paths = {r["mm"]: r["path"] for r in capture.table("mms", ["mm", "path"]).to_pylist()}
+    return {
+        "events": {kind: n for kind, n in sorted(events.items()) if n},
+        "processes": len(set(tasks.column("pid").to_pylist())),
+        "threads": tasks.num_rows,
+        "spaces": capture.table("mms", ["mm"]).num_rows,
+        "top": [[mm, faults, paths.get(mm) or ""] for mm, faults in by_mm.most_common(_TOP)],
+        "losses": [[r["count"], r["note"]] for r in capture.table("losses").to_pylist()],
+    }
+
+
+def lines(capture: CaptureDirectory, summary: dict[str, Any], counts: dict[str, Any]) -> list[str]:
+    """For `pagelens summary`. counts: as `count` gives them."""
     meta = capture.meta
     out = [
         f"capture   {capture.path}",
@@ -19,21 +59,14 @@ def lines(capture: Capture, summary: dict[str, Any]) -> list[str]:
         f"kernel    {meta.get('kernel', '?')}; detail {meta.get('detail', '?')},"
         f" snapshots {meta.get('snapshot', '?')}",
     ]
-    events = capture.table("events", ["kind", "name", "mm", "pid"])
-    by_kind = events.group_by("kind").aggregate([("kind", "count")]).to_pylist()
-    counts = ", ".join(f"{r['kind_count']:,} {r['kind']}" for r in sorted(by_kind, key=lambda r: r["kind"]))
-    tasks = capture.table("tasks", ["pid", "tid"])
-    processes = len(set(tasks.column("pid").to_pylist()))
-    spaces = capture.table("mms", ["mm"]).num_rows
-    out.append(f"events    {counts or 'none'}")
-    out.append(f"tree      {processes:,} processes, {tasks.num_rows:,} threads, {spaces:,} address spaces")
+    events = ", ".join(f"{n:,} {kind}" for kind, n in counts["events"].items())
+    out.append(f"events    {events or 'none'}")
+    out.append(
+        f"tree      {counts['processes']:,} processes, {counts['threads']:,} threads,"
+        f" {counts['spaces']:,} address spaces"
+    )
     out += text(summary).splitlines()
-    faults = events.filter(pc.equal(events.column("kind"), "fault"))
-    paths = {r["mm"]: r["path"] for r in capture.table("mms", ["mm", "path"]).to_pylist()}
-    top = faults.group_by("mm").aggregate([("mm", "count")]).to_pylist()
-    for row in sorted(top, key=lambda r: -r["mm_count"])[:5]:
-        out.append(f"  mm {row['mm']:<4} {row['mm_count']:>10,} faults  {paths.get(row['mm']) or ''}")
-    for row in capture.table("losses").to_pylist():
-        out.append(f"loss      {row['count']:,} {row['note']}")
+    out += [f"  mm {mm:<4} {faults:>10,} faults  {path}" for mm, faults, path in counts["top"]]
+    out += [f"loss      {n:,} {note}" for n, note in counts["losses"]]
     out += [f"missing   {m}" for m in capture.missing]
     return out

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pagelens.capture import convert
-from pagelens.capture.store import META, SPOOL
-from pagelens.capture.tables import SCHEMA_VERSION, TABLES, schema
+from pagelens.capture.directory import CaptureDirectory
+from pagelens.capture.tables import TABLES, schema
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import DamagedInputError, UsageError
 from pagelens.vm.pages import PageRuns
@@ -23,45 +22,8 @@ from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma, VmaList
 
 
-class Capture:
-    """A capture on disk, read only.
-
-    path: the directory. meta: meta.json. missing: sentences on what is not there, empty for a whole capture.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        """UsageError where there is nothing, DamagedInputError where it is no capture or from a newer
-        pagelens.
-        """
-        self.path = Path(path)
-        if not self.path.exists():
-            raise UsageError(f"no capture at {path}")
-        try:
-            self.meta: dict[str, Any] = json.loads((self.path / META).read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise DamagedInputError(f"{path} is not a pagelens capture (no {META})") from None
-        except (ValueError, UnicodeDecodeError):
-            raise DamagedInputError(f"{path}: {META} is damaged") from None
-        except PermissionError:
-            raise DamagedInputError(f"{path} cannot be read: permission denied") from None
-        if not isinstance(self.meta, dict) or self.meta.get("format") != "pagelens capture":
-            raise DamagedInputError(f"{path} is not a pagelens capture")
-        if self.meta.get("schema_version", 0) > SCHEMA_VERSION:
-            raise DamagedInputError(f"{path} was written by a newer pagelens")
-        self.missing = self._missing()
-
-    def _missing(self) -> list[str]:
-        missing = []
-        left = convert.segments(self.path / SPOOL)
-        if self.meta.get("status") == "recording":
-            missing.append("the recorder did not finish: `pagelens recover` converts what it left")
-        elif left:
-            missing.append(f"{len(left)} spool segments are not converted: run `pagelens recover`")
-        return missing
-
-    def parts(self, table: str) -> list[Path]:
-        """The finished parts of a table, oldest first."""
-        return sorted((self.path / table).glob("part-*.parquet"))
+class Capture(CaptureDirectory):
+    """A capture on disk, read only: a `CaptureDirectory` with its tables."""
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> Any:
         """A whole table as pyarrow.Table, rows as written; empty with the right schema when there is none.

@@ -9,16 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pagelens.capture import convert
+from pagelens.capture.directory import SPOOL, segments
 from pagelens.capture.reader import Capture
-from pagelens.capture.store import SPOOL, CaptureWriter
+from pagelens.capture.store import CaptureWriter
 from pagelens.capture.summary import summarize
 
 
 def recover(path: Path) -> dict[str, Any]:
     """Convert what is left; returns {"segments", "rows", "truncated_bytes"}. DamagedInputError as Capture."""
     capture = Capture(path)
-    left = convert.segments(path / SPOOL)
+    left = segments(path / SPOOL)
     if not left and capture.meta.get("status") != "recording":
         return {"segments": 0, "rows": 0, "truncated_bytes": 0}
     writer = CaptureWriter.reopen(path, capture.meta)

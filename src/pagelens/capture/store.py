@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from pagelens.capture import convert
-from pagelens.capture.tables import SCHEMA_VERSION, schema
+from pagelens.capture.directory import META, SCHEMA_VERSION, SPOOL
+from pagelens.capture.tables import schema
 from pagelens.vm.errors import UsageError
-
-META = "meta.json"
-SPOOL = "spool"
 
 
 class CaptureWriter:

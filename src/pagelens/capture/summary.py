@@ -6,9 +6,10 @@ recorded + gup + lost = counted (min_flt + maj_flt), per thread and in sum; what
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pagelens.capture.reader import Capture
+if TYPE_CHECKING:
+    from pagelens.capture.reader import Capture
 
 METHOD_BPF = "BPF: completed-fault events and task counters, filtered in the kernel"
 

@@ -11,8 +11,6 @@ from typing import Any
 from pagelens.vm.accounting import SMAPS_FIELDS
 from pagelens.vm.events import EVENTS, Column
 
-SCHEMA_VERSION = 1
-
 _SNAPSHOT = Column("snapshot", "int32", "", "never", "row of `snapshots`")
 
 TABLES: dict[str, tuple[Column, ...]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from pagelens.cli.output import add_output_arguments, emit_object
 
@@ -24,19 +25,29 @@ class Command:
 
     def run(self, args: argparse.Namespace) -> int:
         """Exit code 0, also for a lossy capture: the verdict is in `status`."""
+        from pagelens.capture.directory import CaptureDirectory
         from pagelens.capture.overview import lines
-        from pagelens.capture.reader import Capture
-        from pagelens.capture.summary import summarize
         from pagelens.vm.errors import UsageError
-        from pagelens.why import conclusions, summary_lines
+        from pagelens.why import known, summary_lines
 
         path = args.capture or args.capture_path
         if not path:
             raise UsageError("summary needs a capture: pagelens summary DIR")
-        capture = Capture(path)
-        summary = capture.meta.get("summary") or summarize(capture)
-        fields = conclusions(capture)
+        capture = CaptureDirectory(path)
+        summary, fields = capture.meta.get("summary"), known(capture)
+        if not summary or fields is None:
+            summary, fields = _read(path, summary)
         summary |= {k: fields[k] for k in ("causes", "unknown_share", "agreement")}
-        text = [*lines(capture, summary), "causes", *summary_lines(fields)]
+        text = [*lines(capture, summary, fields["overview"]), "causes", *summary_lines(fields)]
         emit_object(args, summary, "\n".join(text))
         return 0
+
+
+def _read(path: str, summary: dict[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    # All events: the first time, or where the recorder was killed or a part has changed.
+    from pagelens.capture.reader import Capture
+    from pagelens.capture.summary import summarize
+    from pagelens.why import conclusions
+
+    capture = Capture(path)
+    return summary or summarize(capture), conclusions(capture)

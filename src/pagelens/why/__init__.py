@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagelens.why.classified import Classified, classify_facts
-    from pagelens.why.derived import classify, conclusions, derive, summary_fields, summary_lines, table
+    from pagelens.why.derived import classify, conclusions, derive, summary_fields, table
+    from pagelens.why.kept import known, summary_lines
     from pagelens.why.verdict import Verdict
 
 _HOME = {
@@ -25,7 +26,8 @@ _HOME = {
     "conclusions": "pagelens.why.derived",
     "derive": "pagelens.why.derived",
     "summary_fields": "pagelens.why.derived",
-    "summary_lines": "pagelens.why.derived",
+    "known": "pagelens.why.kept",
+    "summary_lines": "pagelens.why.kept",
     "table": "pagelens.why.derived",
 }
 
@@ -36,6 +38,7 @@ __all__ = [
     "classify_facts",
     "conclusions",
     "derive",
+    "known",
     "summary_fields",
     "summary_lines",
     "table",

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from pagelens.capture import overview
 from pagelens.capture.reader import Capture
 from pagelens.why.agreement import agreement
 from pagelens.why.classified import Classified, classify_facts
-from pagelens.why.load import load
-
-RULES_VERSION = 2  # of what the rules conclude: raise it when a verdict changes
-DERIVED = "derived"
+from pagelens.why.kept import DERIVED, known, state
+from pagelens.why.load import lean_arrow, load
+from pagelens.why.views import title
 
 
 def classify(capture: Capture) -> Classified:
@@ -63,7 +63,8 @@ def table(result: Classified) -> Any:
 
 
 def summary_fields(result: Classified) -> dict[str, Any]:
-    """What `--summary-json` takes from here: causes, unknown_share, ambiguous_share, agreement."""
+    """What `--summary-json` takes from here: causes, unknown_share, ambiguous_share, agreement; and the
+    causes' titles."""
     rows = result.counts()
     unknown, ambiguous = result.shares(rows)
     keys = ("cause", "faults", "pages", "share", "time_ns")
@@ -72,67 +73,37 @@ def summary_fields(result: Classified) -> dict[str, Any]:
         "unknown_share": unknown,
         "ambiguous_share": ambiguous,
         "agreement": agreement(result, unknown),
+        "titles": {str(row["cause"]): title(str(row["cause"])) for row in rows},
     }
 
 
-def summary_lines(fields: dict[str, Any], most: int = 8) -> list[str]:
-    """The causes as lines for a person, the largest first."""
-    from pagelens.why.views import title
-
-    causes = fields["causes"]
-    lines = [
-        f"{row['faults']:>10,} {row['share']:>6.1%}  {row['cause']:<18} {title(row['cause'])}"
-        for row in causes[:most]
-    ]
-    rest = sum(row["faults"] for row in causes[most:])
-    if rest:
-        lines.append(
-            f"{rest:>10,} {sum(r['share'] for r in causes[most:]):>6.1%}  {len(causes) - most} other causes"
-        )
-    gone = next((row["share"] for row in causes if row["cause"] == "sharers-gone"), 0.0)
-    open_ = min(gone, fields["ambiguous_share"])
-    lines.append(f"unknown {fields['unknown_share']:.3%}, ambiguous {fields['ambiguous_share'] - open_:.3%}")
-    if open_:
-        lines[-1] += f"; {open_:.1%} where only the outcome is open (sharers-gone: reused or copied)"
-    lines.append("method: calls replayed, each fault judged by the rules of docs/causes.md")
-    return lines
-
-
 def derive(capture: Capture, *, again: bool = False) -> dict[str, Any]:
-    """Write derived/causes unless it is there and current; returns the fields of the summary. OSError where
+    """Write derived/causes unless it is there and current; returns the fields of the summary (`summary_fields`,
+    and what `overview.count` gives as "overview"). OSError where
     the capture cannot be written."""
-    fields = None if again else _known(capture)
+    fields = None if again else known(capture)
     if fields is None:
         result = classify(capture)
-        fields = summary_fields(result)
-        _write(capture, result, {"state": _state(capture), "summary": fields})
+        fields = summary_fields(result) | {"overview": _counted(capture)}
+        _write(capture, result, {"state": state(capture), "summary": fields})
     return fields
 
 
 def conclusions(capture: Capture) -> dict[str, Any]:
     """As `derive`, also of a capture that cannot be written."""
-    fields = _known(capture)
+    fields = known(capture)
     if fields is None:
         result = classify(capture)
-        fields = summary_fields(result)
+        fields = summary_fields(result) | {"overview": _counted(capture)}
         # Derived tables are a cache: where they cannot be written the next reader does this again.
         with contextlib.suppress(OSError):
-            _write(capture, result, {"state": _state(capture), "summary": fields})
+            _write(capture, result, {"state": state(capture), "summary": fields})
     return fields
 
 
-def _known(capture: Capture) -> dict[str, Any] | None:
-    try:
-        known = json.loads((capture.path / DERIVED / "meta.json").read_text())
-        if known["state"] == _state(capture) and (capture.path / DERIVED / "causes").is_dir():
-            return dict(known["summary"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not derived yet, or half-written
-    return None
-
-
-def _state(capture: Capture) -> dict[str, Any]:
-    return {"rules": RULES_VERSION, "events": [[p.name, p.stat().st_size] for p in capture.parts("events")]}
+def _counted(capture: Capture) -> dict[str, Any]:
+    with lean_arrow():
+        return overview.count(capture)
 
 
 def _write(capture: Capture, result: Classified, meta: dict[str, Any]) -> None:
@@ -143,7 +114,8 @@ def _write(capture: Capture, result: Classified, meta: dict[str, Any]) -> None:
     stamp = capture.path / DERIVED / "meta.json"
     stamp.unlink(missing_ok=True)
     aside = directory / ".part-00000000.new"
-    pq.write_table(table(result), aside, compression="zstd", compression_level=1)
+    with lean_arrow():
+        pq.write_table(table(result), aside, compression="zstd", compression_level=1)
     aside.replace(directory / "part-00000000.parquet")
     aside = stamp.with_name(".meta.json.new")
     aside.write_text(json.dumps(meta))
