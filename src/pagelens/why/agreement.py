@@ -2,8 +2,11 @@
 
 vmas: share of the kernel's vmas (and of ranges that only the replay has) on which range, rights and kind
 agree. pages: of anonymous pages that the replay holds present or the kernel shows present, the share that
-both do. faults: share of faults with a verdict that is not unknown. accounting: null, the replay does no
-accounting. Null where the capture has no last snapshot. Never rounded up: floor to six digits.
+both do. Null where the capture has no last snapshot. Never rounded up: floor to six digits.
+
+faults and accounting: null. The replay neither predicts faults nor accounts, so there is nothing to compare; what share
+of the faults the rules explain is `unknown_share`, which says nothing of the kernel's agreement. `model fuzz` compares
+faults of programs that it makes itself.
 """
 
 from __future__ import annotations
@@ -25,8 +28,8 @@ from pagelens.why.space import FORK_LINK, Space
 I64 = npt.NDArray[np.int64]
 
 
-def agreement(result: Classified, unknown: float | None = None) -> dict[str, float | None]:
-    """{"vmas", "pages", "faults", "accounting"}, shares from 0 to 1 or None. unknown: the share, if at hand."""
+def agreement(result: Classified) -> dict[str, float | None]:
+    """{"vmas", "pages", "faults", "accounting"}, shares from 0 to 1 or None."""
     right = total = page_both = page_any = 0
     files = Files(result.facts.settings.get("filesystems"))
     for mm, snapshot in result.facts.last.items():
@@ -38,12 +41,10 @@ def agreement(result: Classified, unknown: float | None = None) -> dict[str, flo
         if snapshot.pages is not None:
             both, either = _pages(result, space, snapshot)
             page_both, page_any = page_both + both, page_any + either
-    if unknown is None:
-        unknown, _ = result.shares()
     return {
         "vmas": _floor(right, total),
         "pages": _floor(page_both, page_any),
-        "faults": math.floor((1 - unknown) * 1e6) / 1e6 if len(result.run.faults) else None,
+        "faults": None,
         "accounting": None,
     }
 

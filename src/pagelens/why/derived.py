@@ -72,7 +72,7 @@ def summary_fields(result: Classified) -> dict[str, Any]:
         "causes": [{k: row[k] for k in keys} for row in rows],
         "unknown_share": unknown,
         "ambiguous_share": ambiguous,
-        "agreement": agreement(result, unknown),
+        "agreement": agreement(result),
         "titles": {str(row["cause"]): title(str(row["cause"])) for row in rows},
     }
 
