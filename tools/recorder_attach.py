@@ -6,6 +6,8 @@ The program (tests/support/subjects/churn.c) makes and joins threads all the tim
 arrive; at its end it says how many came, and their sum. Each recording's equation must come out, too: nothing
 unexplained, and lost at most the faults that were being handled while a thread was marked.
 
+A series that takes longer than LIMIT stops there; the line says how many were done.
+
 Other programs: redis (under redis-benchmark; its own digest of the keys before and after), jvm and node (threads that
 compute a checksum which is known).
 """
@@ -23,6 +25,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LIMIT = 300.0  # seconds
 sys.path.insert(0, str(ROOT / "src"))
 
 from pagelens.capture.attach import attach  # noqa: E402 - after the path is set
@@ -54,16 +57,20 @@ console.log('ready');
 """
 
 
-def attach_often(work: Path, pid: int, times: int) -> tuple[int, int, int]:
-    """(events, lost, unexplained) of `times` recordings."""
-    events = lost = unexplained = 0
+def attach_often(work: Path, pid: int, times: int) -> tuple[int, int, int, int]:
+    """(number done, events, lost, unexplained) of up to `times` recordings."""
+    until = time.monotonic() + LIMIT
+    count = events = lost = unexplained = 0
     for n in range(times):
+        if time.monotonic() > until:
+            break
         settings = Settings(snapshot="none", detail=("lean", "normal", "full")[n % 3])
         done = attach(work / "c.plens", settings, pid, duration=0.02, force=True)
         events += json.loads((work / "c.plens/meta.json").read_text())["rows"]
         lost += done.summary["faults"]["lost"]
         unexplained += abs(done.summary["faults"]["unexplained"])
-    return events, lost, unexplained
+        count += 1
+    return count, events, lost, unexplained
 
 
 def traced(pid: int) -> bool:
@@ -83,12 +90,12 @@ def other(name: str, work: Path, times: int) -> int:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        events, lost, unexplained = attach_often(work, child.pid, times)
+        count, events, lost, unexplained = attach_often(work, child.pid, times)
         held = traced(child.pid)
         out, _ = child.communicate("\n", timeout=60)
     expected, got = out.split()
     harm = held or child.returncode or expected != got or unexplained
-    return say(name, times, events, lost, unexplained, f"checksum {got} of {expected}", bool(harm))
+    return say(name, count, events, lost, unexplained, f"checksum {got} of {expected}", bool(harm))
 
 
 def redis(work: Path, times: int) -> int:
@@ -111,7 +118,7 @@ def redis(work: Path, times: int) -> int:
         load = ["redis-benchmark", "-p", port, "-t", "set,lpush", "-d", "2000", "-r", "50000", "-l", "-q"]
         bench = subprocess.Popen(load, **quiet)  # type: ignore[call-overload]
         try:
-            events, lost, unexplained = attach_often(work, server.pid, times)
+            count, events, lost, unexplained = attach_often(work, server.pid, times)
             held = traced(server.pid)
             ran = bench.poll() is None
         finally:
@@ -124,7 +131,7 @@ def redis(work: Path, times: int) -> int:
         server.wait()
     harm = held or not ran or not same or not alive or unexplained
     return say(
-        "redis", times, events, lost, unexplained, f"digest {'same' if same else 'differs'}", bool(harm)
+        "redis", count, events, lost, unexplained, f"digest {'same' if same else 'differs'}", bool(harm)
     )
 
 
