@@ -10,9 +10,26 @@ from hypothesis import HealthCheck, settings
 from support.subjects import Subjects
 
 # Fixtures that any test may ask for by name.
-from support.system import change_setting, ksm, numa_balancing, swap, thp_always, thp_madvise
+from support.system import (
+    change_setting,
+    ksm,
+    no_numa_balancing,
+    numa_balancing,
+    swap,
+    thp_always,
+    thp_madvise,
+)
 
-__all__ = ["change_setting", "ksm", "numa_balancing", "subjects", "swap", "thp_always", "thp_madvise"]
+__all__ = [
+    "change_setting",
+    "ksm",
+    "no_numa_balancing",
+    "numa_balancing",
+    "subjects",
+    "swap",
+    "thp_always",
+    "thp_madvise",
+]
 
 # How long an example takes says something of the machine's load, and nothing of the code.
 settings.register_profile("loaded", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,7 @@ import pytest
 
 from pagelens.why import classify_facts
 from pagelens.why.load import load
-from support.recording import record
+from support.recording import Run, record
 
 pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
 
@@ -28,31 +28,36 @@ for i in range(64): m[i * 4096] = 3
 """
 
 
-@pytest.mark.requires("soft-dirty")
-def test_writes_after_clear_refs(tmp_path: Path) -> None:
-    run = record(tmp_path, [sys.executable, "-c", CLEARED])
+def _causes(run: Run, start: int) -> Counter[str]:
+    # Of the 64 pages from `start` on.
     result = classify_facts(load(run.capture))
-    start = int(run.stdout)
     faults = result.run.faults
     inside = (faults.addr >= start) & (faults.addr < start + 64 * 4096)
-    causes = Counter(result.of(row).cause for row in np.flatnonzero(inside).tolist())
-    assert causes == {"first-write": 64, "soft-dirty": 64}
+    return Counter(result.of(row).cause for row in np.flatnonzero(inside).tolist())
+
+
+@pytest.mark.requires("soft-dirty")
+def test_writes_after_clear_refs(tmp_path: Path, no_numa_balancing: None) -> None:
+    run = record(tmp_path, [sys.executable, "-c", CLEARED])
+    assert _causes(run, int(run.stdout)) == {"first-write": 64, "soft-dirty": 64}
 
 
 PAGED_OUT = """
-import mmap
+import ctypes, mmap
 m = mmap.mmap(-1, 64 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+m.madvise(mmap.MADV_NOHUGEPAGE)
+print(ctypes.addressof(ctypes.c_char.from_buffer(m)), flush=True)
 for i in range(64): m[i * 4096] = 1
 m.madvise(21)
 for i in range(64): m[i * 4096]
+for i in range(64): m[i * 4096] = 2
 """
 
 
-@pytest.mark.requires("swap")
-def test_anonymous_pages_come_back_from_swap(tmp_path: Path) -> None:
+def test_anonymous_pages_come_back_from_swap(tmp_path: Path, swap: Path, no_numa_balancing: None) -> None:
     run = record(tmp_path, [sys.executable, "-c", PAGED_OUT])
-    result = classify_facts(load(run.capture))
-    causes = {str(row["cause"]): int(str(row["faults"])) for row in result.counts()}
-    # Pages that still stood in an LRU batch stay where they are.
+    causes = _causes(run, int(run.stdout))
+    # Pages that still stood in an LRU batch stay where they are. Whether the read's entry is writable differs by
+    # kernel; where it is not, the write faults too, for the same reason.
     assert causes["after-pageout"] >= 32, causes
-    assert "unknown" not in causes, causes
+    assert set(causes) == {"first-write", "after-pageout"}, causes

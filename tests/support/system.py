@@ -82,8 +82,18 @@ def swap() -> Iterator[Path]:
 
 @pytest.fixture
 def numa_balancing() -> Iterator[None]:
-    """NUMA balancing on (hint faults need a second thread, and memory mapped for longer than a second)."""
+    """NUMA balancing on (hint faults need a second thread or a page on another node, and a second of CPU)."""
     with setting(NUMA, "1"):
+        yield
+
+
+@pytest.fixture
+def no_numa_balancing() -> Iterator[None]:
+    """NUMA balancing off: nothing unmaps pages meanwhile. Nothing is changed where it is off already."""
+    if not Path(NUMA).exists() or raw.setting(NUMA) == "0":
+        yield
+        return
+    with setting(NUMA, "0"):
         yield
 
 

@@ -85,6 +85,12 @@ CASES: list[tuple[str, str, Evidence]] = [
     ("huge-page", "likely", evidence(write=True, huge=Huge.MADE)),
     ("hugetlb", "certain", evidence(write=True, area=Area.HUGETLB)),
     ("numa-hint", "likely", evidence(prior=Prior.ANON, numa=True)),
+    ("numa-hint", "likely", evidence(**COW, numa=True, guarded=Guarded.BACK)),
+    ("unmapped-by-kernel", "likely", evidence(**COW, guarded=Guarded.BACK)),
+    ("swap-in", "likely", evidence(**COW, numa=True, guarded=Guarded.BACK_DISK)),
+    ("after-free", "likely", evidence(**COW, guarded=Guarded.BACK, mark=Mark.FREE)),
+    ("after-pageout", "likely", evidence(**COW, guarded=Guarded.BACK_DISK, mark=Mark.PAGEOUT)),
+    ("after-cold", "likely", evidence(**COW, guarded=Guarded.BACK_DISK, mark=Mark.COLD)),
     ("unmapped-by-kernel", "likely", evidence(prior=Prior.ANON)),
     ("special-page", "certain", evidence(area=Area.SPECIAL)),
     ("invalid-unmapped", "certain", evidence(failed=True, area=Area.UNMAPPED)),
@@ -137,6 +143,7 @@ OVERLAPS = {
     frozenset({"fork-cow-parent", "sharers-gone"}),
     frozenset({"fork-cow-child", "sharers-gone"}),
     frozenset({"fork-cow-child", "fork-cow-parent"}),  # attached after the fork
+    frozenset({"file-cow", "soft-dirty"}),  # what mlock did to a page of a file before the clear
 }
 
 
@@ -153,6 +160,7 @@ def test_rules_overlap_only_where_evidence_cannot_decide() -> None:
         "huge": tuple(Huge),
         "dropped": (False, True),
         "numa": (False, True),
+        "guarded": (Guarded.NONE, Guarded.CLEARED, Guarded.BACK, Guarded.BACK_DISK),
         "rearmed": (False, True),
         "failed": (False, True),
     }
@@ -171,6 +179,8 @@ def test_rules_overlap_only_where_evidence_cannot_decide() -> None:
 
 def _consistent(g: dict[str, object]) -> bool:
     # What the replay can produce at all.
+    if g["guarded"] is not Guarded.NONE and not (g["present"] and g["write"]):
+        return False
     if g["dropped"] and g["prior"] is not Prior.NONE:
         return False
     if g["mark"] is not Mark.NONE and g["prior"] is Prior.NONE:

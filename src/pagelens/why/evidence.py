@@ -101,12 +101,18 @@ class Race(enum.IntEnum):
 
 
 class Guarded(enum.IntEnum):
-    """Who had write-protected a page that its process owned, since its last write."""
+    """Who had write-protected a page that its process owned, since its last write.
+
+    A page that had gone may come back read-only: by a NUMA hint fault, read or write, that migrates it (the migration
+    entry of a page that was PROT_NONE is a readable one), and from swap by a read, on some kernels.
+    """
 
     NONE = 0
     UFFD = 1  # UFFDIO_WRITEPROTECT, or PAGEMAP_SCAN with PM_SCAN_WP_MATCHING
     CLEARED = 2  # a 4 in clear_refs, on a kernel with soft-dirty
     KSM = 3  # same-page merging was allowed on it
+    BACK = 4  # the fault before this one, which brought the page back
+    BACK_DISK = 5  # likewise, and a major one: from swap
 
 
 class Huge(enum.IntEnum):
@@ -146,7 +152,7 @@ class Evidence:
     huge: Huge
     guarded: Guarded
     uffd: bool  # a userfaultfd had to do with it, as far as evidence goes
-    numa: bool  # NUMA balancing was on, and the process had a second thread
+    numa: bool  # NUMA balancing was on
     rearmed: bool  # mprotect changed the rights after the page was last touched
     flushed: bool  # shared file: synced, or long enough ago that writeback may have cleaned it
     was_mapped: bool  # unmapped now, but something was mapped there earlier

@@ -77,7 +77,10 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     forked, share, outcome = _forks(facts, run, past, private & present & write & ~faults.failed, prior)
     mark_time = state_column(run.lives, run.state, "mark_time", -1)
     mark = state_column(run.lives, run.state, "mark", 0)
-    mark = np.where((mark_time > past.touch) & (prior != Prior.NONE), mark, int(Mark.NONE))
+    # A page that came back read-only is so on account of what had taken it away before.
+    back = (guarded == Guarded.BACK) | (guarded == Guarded.BACK_DISK)
+    since = np.where(back, past.own[past.before], past.touch)
+    mark = np.where((mark_time > since) & (prior != Prior.NONE), mark, int(Mark.NONE))
     huge = _huge(facts, run, past, present, write)
     columns: dict[str, npt.NDArray[np.generic] | int] = {
         "known": known,
@@ -104,7 +107,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "huge": huge,
         "guarded": guarded,
         "uffd": uffd,
-        "numa": _numa(facts, run),
+        "numa": np.full(n, bool(facts.settings.get("numa_balancing"))),
         "rearmed": state_column(run.lives, run.state, "prot_time", -1) > past.touch,
         "flushed": state_column(run.lives, run.state, "sync_time", -1) > past.touch,
         "was_mapped": (run.flags & WAS_MAPPED) != 0,
@@ -158,6 +161,12 @@ def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
     # Who write-protected a page since its last write. rewrites: completed writes to present pages.
     out = np.full(len(rewrites), int(Guarded.NONE), np.int64)
     own = past.own
+    faults = run.faults
+    back = np.flatnonzero(rewrites & (past.before >= 0))
+    back = back[(own[past.before[back]] >= 0) & (faults.error[past.before[back]] >= 0)]
+    error, major = faults.error[past.before[back]], faults.major[past.before[back]]
+    back = back[((error & 1) == 0) & ~(major & ((error & 2) != 0))]  # written pages that were absent once
+    out[back] = np.where(faults.major[past.before[back]], int(Guarded.BACK_DISK), int(Guarded.BACK))
     out[rewrites & (state_column(run.lives, run.state, "mergeable", 0) != 0)] = int(Guarded.KSM)
     out[rewrites & (state_column(run.lives, run.state, "clear_time", -1) > own)] = int(Guarded.CLEARED)
     out[rewrites & (state_column(run.lives, run.state, "wp_time", -1) > own)] = int(Guarded.UFFD)
@@ -359,11 +368,3 @@ def _huge_in_last(facts: Facts, run: Replayed, first: I64) -> Bool:
         near = np.maximum(at, 0)
         out[here] = (at >= 0) & (addr < runs.start[near] + size[near])
     return out
-
-
-def _numa(facts: Facts, run: Replayed) -> Bool:
-    faults = run.faults
-    if not facts.settings.get("numa_balancing"):
-        return np.zeros(len(faults), bool)
-    many = [mm for mm, tasks in run.family.tasks.items() if tasks > 1]
-    return np.asarray(np.isin(faults.mm, many), dtype=bool)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pagelens.why.evidence import Area, Evidence, Race
+from pagelens.why.evidence import Area, Evidence, Forked, Guarded, Prior, Race
 from pagelens.why.verdict import CERTAIN
 
 
@@ -41,6 +41,13 @@ class Rule:
 def ordinary(e: Evidence) -> bool:
     """Completed, and neither a handler in user space nor another thread's fault did the work."""
     return not e.failed and not e.uffd and e.race is not Race.THREAD and e.area is not Area.UNSEEN
+
+
+def returned(e: Evidence) -> bool:
+    """Write to a page that had been written and was gone, and that the fault before this one brought back read-only."""
+    own = e.area is Area.SHMEM or (private(e) and e.prior is Prior.ANON and e.forked is Forked.NONE)
+    back = e.present and e.guarded in (Guarded.BACK, Guarded.BACK_DISK)
+    return ordinary(e) and own and back and e.write and not e.rearmed
 
 
 def private(e: Evidence) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.causes._rule import Finding, Rule, ordinary, returned
 from pagelens.why.evidence import Area, Evidence, Mark, Prior
 from pagelens.why.verdict import CERTAIN, LIKELY
 
@@ -17,13 +17,26 @@ def _dontneed(e: Evidence) -> Finding | None:
     return Finding("the page had been in use until MADV_DONTNEED (or MADV_REMOVE, punch hole) dropped it")
 
 
+def _read_back(e: Evidence, mark: Mark) -> Finding | None:
+    if not (returned(e) and e.mark is mark):
+        return None
+    return Finding(
+        f"MADV_{mark.name} had taken the page away, and the fault that brought it back left it read-only",
+        LIKELY,
+    )
+
+
 def _free(e: Evidence) -> Finding | None:
+    if found := _read_back(e, Mark.FREE):
+        return found
     if not (_absent(e) and e.mark is Mark.FREE and e.prior is not Prior.NONE):
         return None
     return Finding("MADV_FREE had allowed the kernel to take the page, and it did")
 
 
 def _pageout(e: Evidence) -> Finding | None:
+    if found := _read_back(e, Mark.PAGEOUT):
+        return found
     if not (_absent(e) and e.mark is Mark.PAGEOUT and e.prior is not Prior.NONE):
         return None
     sure = CERTAIN if e.major or e.prior is Prior.SWAPPED else LIKELY
@@ -31,6 +44,8 @@ def _pageout(e: Evidence) -> Finding | None:
 
 
 def _cold(e: Evidence) -> Finding | None:
+    if found := _read_back(e, Mark.COLD):
+        return found
     if not (_absent(e) and e.mark is Mark.COLD and e.prior is not Prior.NONE):
         return None
     return Finding("MADV_COLD had put the page first in line for reclaim, and it was reclaimed", LIKELY)

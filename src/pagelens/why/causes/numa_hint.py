@@ -1,11 +1,14 @@
-"""NUMA hint fault: the kernel unmaps pages for a moment, to see who uses them (task_numa_work,
-do_numa_page).
+"""NUMA hint fault: the kernel unmaps pages for a moment, to see who uses them (task_numa_work, do_numa_page).
+
+A process of one thread takes them too: of its private memory only pages that are on another node than it runs on are
+unmapped (change_pte_range). A page that the fault moved to another node is left read-only, so its next write faults
+once more.
 """
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary, private
-from pagelens.why.evidence import Area, Evidence, Huge, Mark, Prior
+from pagelens.why.causes._rule import Finding, Rule, ordinary, private, returned
+from pagelens.why.evidence import Area, Evidence, Guarded, Huge, Mark, Prior
 from pagelens.why.verdict import LIKELY
 
 
@@ -16,13 +19,23 @@ def _was_present(e: Evidence) -> bool:
     return quiet and mine and private(e)
 
 
+def _read_back(e: Evidence) -> bool:
+    return returned(e) and e.mark is Mark.NONE and e.guarded is Guarded.BACK
+
+
 def _hint(e: Evidence) -> Finding | None:
+    if e.numa and _read_back(e):
+        return Finding("a hint fault had moved the page and left it read-only", LIKELY)
     if not (e.numa and _was_present(e)):
         return None
     return Finding("a present page had been unmapped by nobody's call, and numa_balancing is on", LIKELY)
 
 
 def _unmapped(e: Evidence) -> Finding | None:
+    if not e.numa and _read_back(e):
+        return Finding(
+            "the kernel had unmapped the page, and the fault that brought it back left it read-only", LIKELY
+        )
     if e.numa or not _was_present(e):
         return None
     return Finding(

@@ -4,12 +4,14 @@ fault.
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
-from pagelens.why.evidence import Area, Evidence, Mark, Prior
+from pagelens.why.causes._rule import Finding, Rule, ordinary, returned
+from pagelens.why.evidence import Area, Evidence, Guarded, Mark, Prior
 from pagelens.why.verdict import CERTAIN, LIKELY
 
 
 def _holds(e: Evidence) -> Finding | None:
+    if returned(e) and e.mark is Mark.NONE and e.guarded is Guarded.BACK_DISK:
+        return Finding("a read had brought the page back from swap, and left it read-only", LIKELY)
     if not (ordinary(e) and not e.present and e.mark is Mark.NONE):
         return None
     if e.prior is Prior.SWAPPED:
