@@ -75,8 +75,13 @@ def attach_often(work: Path, pid: int, times: int) -> tuple[int, int, int, int]:
 
 def traced(pid: int) -> bool:
     """Whether somebody traces one of its threads."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return any("TracerPid:\t0" not in (task / "status").read_text() for task in tasks)
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        try:
+            if "TracerPid:\t0" not in (task / "status").read_text():
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # the thread is gone
+    return False
 
 
 def other(name: str, work: Path, times: int) -> int:
@@ -90,9 +95,12 @@ def other(name: str, work: Path, times: int) -> int:
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        count, events, lost, unexplained = attach_often(work, child.pid, times)
-        held = traced(child.pid)
-        out, _ = child.communicate("\n", timeout=60)
+        try:
+            count, events, lost, unexplained = attach_often(work, child.pid, times)
+            held = traced(child.pid)
+            out, _ = child.communicate("\n", timeout=60)
+        finally:
+            child.kill()  # it does not end by itself when its input is closed
     expected, got = out.split()
     harm = held or child.returncode or expected != got or unexplained
     return say(name, count, events, lost, unexplained, f"checksum {got} of {expected}", bool(harm))
