@@ -79,13 +79,12 @@ def summary_fields(result: Classified) -> dict[str, Any]:
 
 def derive(capture: Capture, *, again: bool = False) -> dict[str, Any]:
     """Write derived/causes unless it is there and current; returns the fields of the summary (`summary_fields`,
-    and what `overview.count` gives as "overview"). OSError where
-    the capture cannot be written."""
+    and what `overview.count` gives as "overview"). OSError where the capture cannot be written."""
     fields = None if again else known(capture)
     if fields is None:
-        result = classify(capture)
-        fields = summary_fields(result) | {"overview": _counted(capture)}
-        _write(capture, result, {"state": state(capture), "summary": fields})
+        seen = state(capture)  # before reading: a part that comes later counts as a change
+        fields, verdicts = _conclude(capture)
+        _write(capture, verdicts, {"state": seen, "summary": fields})
     return fields
 
 
@@ -93,20 +92,23 @@ def conclusions(capture: Capture) -> dict[str, Any]:
     """As `derive`, also of a capture that cannot be written."""
     fields = known(capture)
     if fields is None:
-        result = classify(capture)
-        fields = summary_fields(result) | {"overview": _counted(capture)}
+        seen = state(capture)  # before reading: a part that comes later counts as a change
+        fields, verdicts = _conclude(capture)
         # Derived tables are a cache: where they cannot be written the next reader does this again.
         with contextlib.suppress(OSError):
-            _write(capture, result, {"state": state(capture), "summary": fields})
+            _write(capture, verdicts, {"state": seen, "summary": fields})
     return fields
 
 
-def _counted(capture: Capture) -> dict[str, Any]:
+def _conclude(capture: Capture) -> tuple[dict[str, Any], Any]:
+    # The verdicts leave as a table alone: the replay's columns are free before anything is written.
     with lean_arrow():
-        return overview.count(capture)
+        counts = overview.count(capture)
+        result = classify(capture)
+        return summary_fields(result) | {"overview": counts}, table(result)
 
 
-def _write(capture: Capture, result: Classified, meta: dict[str, Any]) -> None:
+def _write(capture: Capture, verdicts: Any, meta: dict[str, Any]) -> None:
     import pyarrow.parquet as pq
 
     directory = capture.path / DERIVED / "causes"
@@ -115,7 +117,7 @@ def _write(capture: Capture, result: Classified, meta: dict[str, Any]) -> None:
     stamp.unlink(missing_ok=True)
     aside = directory / ".part-00000000.new"
     with lean_arrow():
-        pq.write_table(table(result), aside, compression="zstd", compression_level=1)
+        pq.write_table(verdicts, aside, compression="zstd", compression_level=1)
     aside.replace(directory / "part-00000000.parquet")
     aside = stamp.with_name(".meta.json.new")
     aside.write_text(json.dumps(meta))

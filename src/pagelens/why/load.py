@@ -77,10 +77,11 @@ def _load(capture: Capture) -> Facts:
             faults.append(_faults(chosen if len(fault) == table.num_rows else chosen.take(fault)))
             del chosen
         del table, kinds
-        others = [n for n in ("syscall", "task", "switch") if n in names]
-        if not others:
+        others = [names.index(n) for n in ("syscall", "task", "switch") if n in names]
+        rows = np.flatnonzero(np.isin(kind, others))
+        if not len(rows):
             continue
-        table = read_part(path, [*_CALL_COLUMNS, "kind"], filters=[("kind", "in", others)])
+        table = read_part(path, [*_CALL_COLUMNS, "kind"]).take(rows)
         kind_of = np.array(table.column("kind").to_pylist(), object)
         onto = kind_of == "switch"
         if onto.any():
@@ -113,6 +114,7 @@ def lean_arrow() -> Iterator[None]:
         yield
     finally:
         pa.set_memory_pool(before)
+        before.release_unused()
         ours.release_unused()  # malloc_trim
 
 
