@@ -130,3 +130,25 @@ def test_page_cache_of_mapped_files(run: Run) -> None:
     assert 0 < cached <= -(-status.st_size // PAGE)
     # Its first page (the ELF header) is mapped by everyone, so its folio is known.
     assert next(r["order"] for r in libc if r["start"] == 0) is not None
+
+
+# Each call of docs/recording that a program can make by itself; mseal where the kernel has it.
+MEMORY_CALLS = (
+    "mmap munmap mprotect pkey_mprotect mremap madvise process_madvise brk mlock mlock2 mlockall munlock"
+    " munlockall msync mbind memfd_create ftruncate fallocate shmat shmdt userfaultfd prctl prlimit64 io_setup"
+    " io_uring_setup io_uring_register vfork clone clone3 execve pwrite64 fsync process_vm_writev"
+    " write"
+)
+
+
+def test_every_call_that_shapes_memory_is_there(tmp_path: Path, subjects: Subjects) -> None:
+    run = record(tmp_path, [subjects("calls")])
+    assert_complete(run)
+    calls = run.rows("kind = 'syscall'")
+    assert not set(MEMORY_CALLS.split()) - {c["name"] for c in calls}
+    # The parent's memory, written by its child; and clear_refs, by the program itself.
+    (written,) = [c for c in calls if c["name"] == "process_vm_writev" and c["result"] == 8]
+    assert written["args"][0] == min(c["pid"] for c in calls if c["name"] == "memfd_create")
+    assert [c for c in calls if c["name"] == "write" and c["detail"] == str(c["pid"])]
+    # PR_SET_THP_DISABLE, and not PR_SET_NAME, which has nothing to do with memory.
+    assert [c["args"][0] for c in calls if c["name"] == "prctl"] == [41]
