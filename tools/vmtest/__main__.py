@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("in-kernel", help="run one command in a guest")
     one.add_argument("--memory", type=int, default=3072, help="MiB (default 3072)")
-    one.add_argument("--timeout", type=float, default=900, help="seconds (default 900)")
+    one.add_argument("--timeout", type=float, default=1200, help="seconds (default 1200)")
     one.add_argument(
         "--silence", type=float, default=60, help="seconds without a sign of life that count as a hang"
     )
@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         "-m", "--marks", default="not slow", help="pytest's mark expression (default: not slow)"
     )
     all_of.add_argument("--jobs", type=int, default=3, help="guests at a time (default 3)")
-    all_of.add_argument("--budget", type=float, default=900, help="seconds of tests in a guest (default 900)")
+    all_of.add_argument(
+        "--budget", type=float, default=1200, help="seconds of tests in a guest (default 1200)"
+    )
     all_of.add_argument("--memory", type=int, default=3072, help="MiB for each guest (default 3072)")
     all_of.add_argument("--results", type=Path, help="where results go (default build/vmtest)")
     all_of.add_argument("--measure", action="store_true", help="write measured values down, compare none")

@@ -38,7 +38,7 @@ class Plan:
     tests: list[str]
     marks: str = "not slow"
     jobs: int = 3
-    budget: float = 900.0
+    budget: float = 1200.0
     memory: int = 3072
     environment: dict[str, str] = field(default_factory=dict)
     results: Path | None = None
