@@ -34,6 +34,7 @@ from pagelens.model.placement import get_unmapped_area
 from pagelens.model.populate import populate_range
 from pagelens.model.space import Mm
 
+_ULONG_MAX = (1 << 64) - 1
 _PMD_MASK = PMD_SIZE - 1
 
 
@@ -79,7 +80,8 @@ def _params_of_new_place(r: _Remap) -> int:
         return EINVAL
     if r.new_addr > r.mm.layout.task_size - r.new_len:
         return EINVAL
-    if r.addr + r.old_len > r.new_addr and r.new_addr + r.new_len > r.addr:
+    # vrm_overlaps (mremap_to before 6.17): unsigned long, so the end of an absurd length wraps below its start.
+    if (r.addr + r.old_len) & _ULONG_MAX > r.new_addr and r.new_addr + r.new_len > r.addr:
         return EINVAL
     return 0
 
