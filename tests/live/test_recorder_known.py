@@ -142,7 +142,7 @@ MEMORY_CALLS = (
 
 
 def test_every_call_that_shapes_memory_is_there(tmp_path: Path, subjects: Subjects) -> None:
-    run = record(tmp_path, [subjects("calls")])
+    run = record(tmp_path, [subjects("every_call")])
     assert_complete(run)
     calls = run.rows("kind = 'syscall'")
     assert not set(MEMORY_CALLS.split()) - {c["name"] for c in calls}
