@@ -57,8 +57,7 @@ def main() -> None:
                 for op in program:
                     oracle.apply(op)
                     for proc in oracle.alive():
-                        for start, pages in windows(oracle.vmas(proc)):
-                            oracle.pagemap(proc, start, pages)
+                        oracle.pages(proc, windows(oracle.keys(proc)))
 
     def kernel_blind() -> None:
         for program in programs:

@@ -329,6 +329,10 @@ class AreaTree:
                 return None
         return (bottom, None) if high - bottom >= length else None
 
+    def states(self) -> list[tuple[Area, int, int, int, int]]:
+        """What of each area can change that maps shows: (area, start, end, flags, pgoff)."""
+        return [(a, a.start, a.end, a.flags, a.pgoff) for areas in self._blocks for a in areas]
+
     def __iter__(self) -> Iterator[Area]:
         for areas in list(self._blocks):
             yield from list(areas)

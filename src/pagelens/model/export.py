@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,7 @@ from pagelens.model.abi import (
 from pagelens.model.area import Area
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
+from pagelens.model.world import Key, Span
 from pagelens.vm import Accounting, PageRuns, PageState, Prot, Vma, VmaList
 from pagelens.vm.accounting import SMAPS_FIELDS
 from pagelens.vm.pages import U64
@@ -39,6 +42,7 @@ PM_SOFT_DIRTY, PM_EXCLUSIVE, PM_GUARD, PM_FILE, PM_SWAP, PM_PRESENT = (
 _FRAME = np.uint64(FRAME_SHIFT)
 _FLAGS = np.uint64((1 << FRAME_SHIFT) - 1)
 PSS_SHIFT = 12
+_PLAIN, _PRESENT = np.uint64(P | ZERO | SPECIAL), np.uint64(P)
 
 
 def area_name(mm: Mm, area: Area) -> str:
@@ -91,17 +95,79 @@ def _vma(mm: Mm, area: Area) -> Vma:
     return vma
 
 
+class Shown:
+    """The vmas of an address space as maps shows them, made anew only where something changed since the last look. A
+    live comparison looks after every operation, and nearly all areas are as before."""
+
+    def __init__(self, hidden: frozenset[int]) -> None:
+        self._hidden = hidden  # starts of areas that are not shown
+        self._states: list[tuple[Area, int, int, int, int]] = []
+        self._brk = -1, -1
+        self._known: dict[tuple[Area, int, int, int, int], Key] = {}
+        self._keys: list[Key] = []
+        self._soft: tuple[list[Key], Sequence[Span], U64] | None = None
+
+    def keys(self, mm: Mm) -> list[Key]:
+        """As `World.keys`."""
+        states = mm.areas.states()
+        brk = mm.brk, mm.start_brk  # decide who is called [heap]
+        if states == self._states and brk == self._brk:
+            return self._keys
+        if brk != self._brk or len(self._known) > 4096:
+            self._known.clear()
+        self._states, self._brk = states, brk
+        known, hidden = self._known, self._hidden
+        self._keys = [known.get(s) or self._key(mm, s) for s in states if s[1] not in hidden]
+        return self._keys
+
+    def _key(self, mm: Mm, state: tuple[Area, int, int, int, int]) -> Key:
+        area, start, end, flags, pgoff = state
+        offset = pgoff << SHIFT if area.file is not None else 0
+        key = start, end, flags & 7, bool(flags & VM_MAYSHARE), offset, area_name(mm, area)
+        self._known[state] = key
+        return key
+
+    def pages(self, mm: Mm, spans: Sequence[Span]) -> U64:
+        """As `World.pages`: all spans in the same few numpy calls."""
+        pte = np.zeros(sum(n for _, n in spans), np.uint64)
+        at = 0
+        for start, npages in spans:
+            first = start >> SHIFT
+            for begin, chunk, part in mm.tables.spans(first, first + npages):
+                here = at + begin - first
+                pte[here : here + part.stop - part.start] = chunk.pte[part]
+            at += npages
+        index = pte.nonzero()[0]
+        if len(index):
+            pte[index] = _encode(mm, pte[index])
+        if mm.profile.soft_dirty:
+            pte |= self._soft_dirty(mm, spans)
+        return pte
+
+    def _soft_dirty(self, mm: Mm, spans: Sequence[Span]) -> U64:
+        # What VM_SOFTDIRTY of the areas adds; it changes with them only.
+        keys = self.keys(mm)
+        if self._soft is None or self._soft[0] is not keys or self._soft[1] is not spans:
+            out = np.concatenate([_soft_dirty(mm, *span) for span in spans] or [np.empty(0, np.uint64)])
+            self._soft = keys, spans, out
+        return self._soft[2]
+
+
+def _soft_dirty(mm: Mm, start: int, npages: int) -> U64:
+    out = np.zeros(npages, np.uint64)
+    first, end = start >> SHIFT, start + (npages << SHIFT)
+    for area in mm.areas.overlapping(start, end):
+        if area.flags & VM_SOFTDIRTY:
+            lo, hi = max(area.start, start) >> SHIFT, min(area.end, end) >> SHIFT
+            out[lo - first : hi - first] = np.uint64(PM_SOFT_DIRTY)
+    return out
+
+
 def pagemap(mm: Mm, start: int, npages: int) -> U64:
     """uint64[npages] in the kernel's encoding (pte_to_pagemap_entry, pagemap_pte_hole)."""
     first = start >> SHIFT
-    out = np.zeros(npages, np.uint64)
     end = start + (npages << SHIFT)
-    profile = mm.profile
-    if profile.soft_dirty:
-        for area in mm.areas.overlapping(start, end):
-            if area.flags & VM_SOFTDIRTY:
-                lo, hi = max(area.start, start) >> SHIFT, min(area.end, end) >> SHIFT
-                out[lo - first : hi - first] = np.uint64(PM_SOFT_DIRTY)
+    out = _soft_dirty(mm, start, npages) if mm.profile.soft_dirty else np.zeros(npages, np.uint64)
     for begin, chunk, part in mm.tables.spans(first, end >> SHIFT):
         index = np.flatnonzero(chunk.pte[part])
         if len(index):
@@ -195,64 +261,75 @@ def accounting(mm: Mm, status: dict[str, int] | None = None) -> Accounting:
     """smaps of every area, in bytes, with the kernel's rounding (whole KiB, PSS in 2^-12 bytes)."""
     fields = smaps_fields(mm)
     areas = list(mm.areas)
+    columns, pss, pss_dirty = _smaps(mm, areas)
     rows = np.zeros((len(areas), len(fields)), np.int64)
-    rollup: dict[str, int] = dict.fromkeys(fields, 0)
-    pss_sum = pss_dirty_sum = locked_sum = 0
-    for i, area in enumerate(areas):
-        row, pss, pss_dirty = smaps_area(mm, area)
-        pss_sum += pss
-        pss_dirty_sum += pss_dirty
-        if area.flags & VM_LOCKED:
-            locked_sum += pss
-        rows[i] = [row[f] for f in fields]
-        for f in fields:
-            rollup[f] += row[f]
+    for i, name in enumerate(fields):
+        if name in columns:
+            rows[:, i] = columns[name]
+    rollup = dict(zip(fields, rows.sum(axis=0).tolist(), strict=True))
     # smaps_rollup sums before it rounds.
-    rollup["Pss"] = _kib(pss_sum >> PSS_SHIFT)
-    rollup["Pss_Dirty"] = _kib(pss_dirty_sum >> PSS_SHIFT)
-    rollup["Locked"] = _kib(locked_sum >> PSS_SHIFT)
+    locked = np.array([bool(a.flags & VM_LOCKED) for a in areas], np.bool_)
+    for name, share in (("Pss", pss), ("Pss_Dirty", pss_dirty), ("Locked", pss[locked])):
+        rollup[name] = int(_kib(share.sum() >> PSS_SHIFT))
     return Accounting(fields, rows, rollup, dict(status or {}))
 
 
-def _kib(value: int) -> int:
+def _kib(value: I64) -> I64:
     # seq_put_decimal_ull(value >> 10), back in bytes.
     return value >> 10 << 10
 
 
-def smaps_area(mm: Mm, area: Area) -> tuple[dict[str, int], int, int]:
-    """(fields in bytes, Pss and Pss_Dirty in 2^-12 bytes) of one area: smaps_pte_entry, smaps_account."""
-    out = dict.fromkeys(SMAPS_FIELDS, 0)
-    out["Size"] = area.end - area.start
-    out["KernelPageSize"] = out["MMUPageSize"] = 4096
-    pss = pss_dirty = 0
-    frames_of = mm.machine.frames
-    for _begin, chunk, part in mm.tables.spans(area.start >> SHIFT, area.end >> SHIFT):
-        pte = chunk.pte[part]
-        plain = pte[(pte & np.uint64(P | ZERO | SPECIAL)) == np.uint64(P)]
-        if not len(plain):
-            continue
-        frames = (plain >> _FRAME).astype(np.int64)
-        mapcount = frames_of.mapcount[frames].astype(np.int64)
-        anon = (plain & np.uint64(ANON)) != 0
-        dirty = ((plain & np.uint64(D)) != 0) | ((frames_of.flags[frames] & F_DIRTY) != 0)
-        shared = mapcount >= 2
-        share = (4096 << PSS_SHIFT) // np.maximum(mapcount, 1)
-        pss += int(share.sum())
-        pss_dirty += int(share[dirty].sum())
-        out["Rss"] += 4096 * len(plain)
-        out["Anonymous"] += 4096 * int(anon.sum())
-        out["Referenced"] += 4096 * int(np.count_nonzero(plain & np.uint64(A)))
-        out["Shared_Dirty"] += 4096 * int(np.count_nonzero(shared & dirty))
-        out["Shared_Clean"] += 4096 * int(np.count_nonzero(shared & ~dirty))
-        out["Private_Dirty"] += 4096 * int(np.count_nonzero(~shared & dirty))
-        out["Private_Clean"] += 4096 * int(np.count_nonzero(~shared & ~dirty))
-        lazy = frames_of.lazyfree(frames) & anon & ~dirty
-        out["LazyFree"] += 4096 * int(np.count_nonzero(lazy))
-    out["Pss"] = _kib(pss >> PSS_SHIFT)
-    out["Pss_Dirty"] = _kib(pss_dirty >> PSS_SHIFT)
-    if area.flags & VM_LOCKED:
-        out["Locked"] = _kib(pss >> PSS_SHIFT)
-    return out, pss, pss_dirty
+def _smaps(mm: Mm, areas: list[Area]) -> tuple[dict[str, I64], I64, I64]:
+    # (fields in bytes, Pss and Pss_Dirty in 2^-12 bytes), int64[area] each: smaps_pte_entry, smaps_account.
+    # All areas in one expression, because most are small; what is not here is 0.
+    parts = []
+    counts = np.zeros(len(areas), np.int64)
+    for i, area in enumerate(areas):
+        for _begin, chunk, part in mm.tables.spans(area.start >> SHIFT, area.end >> SHIFT):
+            pte = chunk.pte[part]
+            plain = pte[(pte & _PLAIN) == _PRESENT]
+            parts.append(plain)
+            counts[i] += len(plain)
+    pte = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+    ends = counts.cumsum()
+    starts = ends - counts
+
+    def sums(values: npt.NDArray[Any]) -> I64:
+        running = np.zeros(len(values) + 1, np.int64)
+        values.cumsum(out=running[1:])
+        total: I64 = running[ends] - running[starts]
+        return total
+
+    def pages(which: npt.NDArray[np.bool_]) -> I64:
+        return sums(which) << SHIFT
+
+    frames = mm.machine.frames
+    index = (pte >> _FRAME).view(np.int64)
+    mapcount = frames.mapcount[index].astype(np.int64)
+    anon = (pte & np.uint64(ANON)) != 0
+    dirty = ((pte & np.uint64(D)) != 0) | ((frames.flags[index] & F_DIRTY) != 0)
+    shared = mapcount >= 2
+    share = (4096 << PSS_SHIFT) // np.maximum(mapcount, 1)
+    pss, pss_dirty = sums(share), sums(np.where(dirty, share, 0))
+    page = np.full(len(areas), 4096, np.int64)
+    locked = np.array([bool(a.flags & VM_LOCKED) for a in areas], np.bool_)
+    fields = {
+        "Size": np.array([a.end - a.start for a in areas], np.int64),
+        "KernelPageSize": page,
+        "MMUPageSize": page,
+        "Rss": counts << SHIFT,
+        "Pss": _kib(pss >> PSS_SHIFT),
+        "Pss_Dirty": _kib(pss_dirty >> PSS_SHIFT),
+        "Shared_Clean": pages(shared & ~dirty),
+        "Shared_Dirty": pages(shared & dirty),
+        "Private_Clean": pages(~shared & ~dirty),
+        "Private_Dirty": pages(~shared & dirty),
+        "Referenced": pages((pte & np.uint64(A)) != 0),
+        "Anonymous": pages(anon),
+        "LazyFree": pages(frames.lazyfree(index) & anon & ~dirty),
+        "Locked": np.where(locked, _kib(pss >> PSS_SHIFT), 0),
+    }
+    return fields, pss, pss_dirty
 
 
 def _code(mm: Mm) -> tuple[int, int]:

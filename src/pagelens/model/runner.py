@@ -7,7 +7,7 @@ see them; `HARNESS` is what views leave out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,8 +20,8 @@ from pagelens.model.machine import Machine
 from pagelens.model.op import Op, Outcome
 from pagelens.model.process import Process
 from pagelens.model.profile import Profile
-from pagelens.model.space import Layout, Limits
-from pagelens.model.world import Names, Setting, undefined
+from pagelens.model.space import Layout, Limits, Mm
+from pagelens.model.world import Key, Names, Setting, Span, undefined
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import UsageError
 from pagelens.vm.snapshot import Snapshot
@@ -61,6 +61,8 @@ class ModelWorld:
         main = self.machine.spawn(layout=layout, limits=limits)
         self.processes: dict[str, Process] = {"main": main}
         self._threads: set[str] = set()
+        self._hidden = frozenset(start for start, _ in self.setting.harness)
+        self._shown: dict[int, export.Shown] = {}  # by mm number
         if not setting:
             return
         text = self.machine.file("pl-oracle", self.setting.text_pages * PAGE_SIZE, cached=True)
@@ -187,9 +189,23 @@ class ModelWorld:
 
     def vmas(self, proc: str) -> VmaList:
         """The vmas of the program: without the harness."""
-        harness = {start for start, _ in self.setting.harness}
+        return VmaList(v for v in export.vma_list(self.processes[proc].mm) if v.start not in self._hidden)
+
+    def keys(self, proc: str) -> list[Key]:
+        """What maps says of the vmas of the program; the same list while nothing of it changes."""
         mm = self.processes[proc].mm
-        return VmaList(v for v in export.vma_list(mm) if v.start not in harness)
+        return self._look(mm).keys(mm)
+
+    def pages(self, proc: str, spans: Sequence[Span]) -> U64:
+        """The pagemap of several spans, one after the other, frame numbers left out."""
+        mm = self.processes[proc].mm
+        return self._look(mm).pages(mm, spans)
+
+    def _look(self, mm: Mm) -> export.Shown:
+        shown = self._shown.get(mm.number)
+        if shown is None:
+            shown = self._shown[mm.number] = export.Shown(self._hidden)
+        return shown
 
     def snapshot(self, proc: str) -> Snapshot:
         """Everything, harness included."""

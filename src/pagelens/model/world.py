@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -17,6 +17,8 @@ from pagelens.vm.units import PAGE_SIZE, TASK_SIZE
 from pagelens.vm.vma import VmaList
 
 U64 = npt.NDArray[np.uint64]
+Key = tuple[int, int, int, bool, int, str]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,17 @@ class World(Protocol):
         """The vmas of the program: without the harness."""
         ...
 
+    def keys(self, proc: str) -> list[Key]:
+        """What maps says of the vmas of the program: (start, end, rights, shared, offset, name) of each, by
+        address. The same list object as long as nothing of it changes."""
+        ...
+
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] as /proc/PID/pagemap."""
+        ...
+
+    def pages(self, proc: str, spans: Sequence[Span]) -> U64:
+        """The pagemap of several spans (address, pages), one after the other. The caller may change it."""
         ...
 
     def status(self, proc: str) -> dict[str, int]:

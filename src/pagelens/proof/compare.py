@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
-from pagelens.model.world import Names, World
+from pagelens.model.world import Key, Names, Span, World
 from pagelens.proof.agreement import Agreement
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.units import PAGE_SIZE
-from pagelens.vm.vma import Vma, VmaList
+from pagelens.vm.vma import Prot, Vma, VmaList
 
 U64 = npt.NDArray[np.uint64]
 
@@ -82,10 +82,10 @@ def bits_text(entry: int) -> str:
 
 @dataclass(slots=True)
 class _Before:
-    # The last look at a process, for the trivial predictor.
-    vmas: VmaList
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    windows: dict[int, U64] = field(default_factory=dict)
+    # The last look at a process: its vmas, the spans of its pages and what was in them.
+    keys: list[Key]
+    spans: list[Span] = field(default_factory=list)
+    entries: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
 
 
 class Comparison:
@@ -149,15 +149,15 @@ class Comparison:
             found.append(self._differs("signals", op, op.proc, "signal", str(real), str(ours)))
 
     def _look(self, op: Op, proc: str, found: list[Disagreement]) -> None:
-        real, ours = self.kernel.vmas(proc), self.model.vmas(proc)
+        real, ours = self.kernel.keys(proc), self.model.keys(proc)
         before = self._before.get(proc)
         total = max(len(real), len(ours), 1)
-        missing: list[Vma] = []
-        extra: list[Vma] = []
-        if not _same(real, ours):
-            here, there = set(map(key_of, real)), set(map(key_of, ours))
-            missing = [v for v in real if key_of(v) not in there]
-            extra = [v for v in ours if key_of(v) not in here]
+        missing: list[Key] = []
+        extra: list[Key] = []
+        if real != ours:
+            here, there = set(real), set(ours)
+            missing = [key for key in real if key not in there]
+            extra = [key for key in ours if key not in here]
             kernel = ", ".join(map(vma_text, missing)) or "none"
             text = ", ".join(map(vma_text, extra)) or "none"
             found.append(self._differs("vmas", op, proc, "vmas", kernel, text))
@@ -168,28 +168,33 @@ class Comparison:
         if missing or extra:
             now.spans = windows([*real, *ours])
         else:
-            now.spans = before.spans if before is not None and before.vmas is real else windows(real)
-        for start, pages in now.spans:
-            entries = self.kernel.pagemap(proc, start, pages) & self.mask
-            models = self.model.pagemap(proc, start, pages) & self.mask
-            now.windows[start] = entries
-            odd = entries != models
-            wrong = int(np.count_nonzero(odd))
-            was = before.windows.get(start) if before else None
-            stayed = 0
-            if was is not None:
-                n = min(len(was), pages)
-                stayed = int(np.count_nonzero(was[:n] == entries[:n]))
-            self.agreement.count("pages", pages - wrong, stayed, pages)
-            if wrong:
-                first = int(odd.argmax())
-                found.append(
-                    self._differs(
-                        "pages", op, proc, f"page {start + first * PAGE_SIZE:#x} ({wrong} differ)",
-                        bits_text(int(entries[first])), bits_text(int(models[first])),
-                    )
-                )  # fmt: skip
+            now.spans = before.spans if before is not None and before.keys is real else windows(real)
+        self._pages(op, proc, before, now, found)
         self._before[proc] = now
+
+    def _pages(
+        self, op: Op, proc: str, before: _Before | None, now: _Before, found: list[Disagreement]
+    ) -> None:
+        # All spans in one array: numpy's cost a call, not the pages, is what a step pays for.
+        now.entries = entries = self.kernel.pages(proc, now.spans)
+        entries &= self.mask
+        models = self.model.pages(proc, now.spans)
+        models &= self.mask
+        odd = entries != models
+        wrong = int(np.count_nonzero(odd))
+        total = len(entries)
+        self.agreement.count("pages", total - wrong, _stayed_pages(before, now), total)
+        if not wrong:
+            return
+        first = int(odd.argmax())
+        at = first
+        for start, pages in now.spans:
+            if at < pages:
+                where = f"page {start + at * PAGE_SIZE:#x} ({wrong} differ)"
+                kernel, text = bits_text(int(entries[first])), bits_text(int(models[first]))
+                found.append(self._differs("pages", op, proc, where, kernel, text))
+                return
+            at -= pages
 
     def checkpoint(self) -> list[Disagreement]:
         """smaps with VmFlags, and status, of every process."""
@@ -232,12 +237,6 @@ class Comparison:
         model: Accounting,
         found: list[Disagreement],
     ) -> None:
-        rows = {v.start: i for i, v in enumerate(ours)}
-        columns = {
-            f: (real.column(f).tolist(), model.column(f).tolist()) for f in real.fields if f in model.fields
-        }
-        harness = {start for start, _ in self.kernel.setting.harness}
-        fields = [f for f in real.fields if f in model.fields and f not in LEFT_OUT]
         # A field of its own on one side (6.1 has no KSM:) is one disagreement.
         odd_fields = set(real.fields) ^ set(model.fields)
         compared, wrong = 1, int(bool(odd_fields))
@@ -247,74 +246,86 @@ class Comparison:
             found.append(self._differs("accounting", None, proc, "fields of smaps", here, there))
         assert real.per_vma is not None
         assert model.per_vma is not None
-        for i, vma in enumerate(vmas):
-            if vma.start in harness or vma.start not in rows:
+        rows = {v.start: i for i, v in enumerate(ours)}
+        harness = {start for start, _ in self.kernel.setting.harness}
+        pairs = [(i, rows[v.start]) for i, v in enumerate(vmas) if v.start in rows and v.start not in harness]
+        fields = [f for f in real.fields if f in model.fields and f not in LEFT_OUT]
+        mine, theirs = (
+            table.per_vma[[pair[side] for pair in pairs]][:, [table.fields.index(f) for f in fields]]
+            for side, table in enumerate((real, model))
+            if table.per_vma is not None
+        )
+        compared += mine.size
+        for at, column in np.argwhere(mine != theirs).tolist():
+            wrong += 1
+            subject = f"{fields[column]} of {vmas[pairs[at][0]]}"
+            kernel, text = f"{mine[at, column]} B", f"{theirs[at, column]} B"
+            found.append(self._differs("accounting", None, proc, subject, kernel, text))
+        for i, row in pairs:
+            vma, flags, codes = vmas[i], vmas[i].vm_flags, ours[row].vm_flags
+            if flags is None or codes is None:
                 continue
-            row = rows[vma.start]
-            for f in fields:
-                a, b = columns[f][0][i], columns[f][1][row]
-                compared += 1
-                if a != b:
-                    wrong += 1
-                    subject = f"{f} of {vma}"
-                    found.append(self._differs("accounting", None, proc, subject, f"{a} B", f"{b} B"))
-            flags, theirs = vma.vm_flags, ours[row].vm_flags
-            if flags is not None and theirs is not None:
-                compared += 1
-                odd = flags ^ theirs
-                if not self.soft_dirty:
-                    odd -= {"sd"}
-                if odd:
-                    wrong += 1
-                    kernel, text = " ".join(sorted(flags & odd)), " ".join(sorted(theirs & odd))
-                    subject = f"VmFlags of {vma}"
-                    found.append(self._differs("accounting", None, proc, subject, kernel or "-", text or "-"))
+            compared += 1
+            odd = flags ^ codes
+            if odd and not self.soft_dirty:
+                odd -= {"sd"}
+            if odd:
+                wrong += 1
+                kernel, text = " ".join(sorted(flags & odd)), " ".join(sorted(codes & odd))
+                subject = f"VmFlags of {vma}"
+                found.append(self._differs("accounting", None, proc, subject, kernel or "-", text or "-"))
         self._status(proc, real.status, model.status, found)
         self.agreement.count("accounting", compared - wrong, None, compared)
 
 
-def _same(real: VmaList, ours: VmaList) -> bool:
-    # Field by field: most lists are equal, and tuples for all of them cost more than the look itself.
-    return len(real) == len(ours) and all(
-        a.start == b.start
-        and a.end == b.end
-        and a.prot == b.prot
-        and a.shared == b.shared
-        and a.offset == b.offset
-        and a.name == b.name
-        for a, b in zip(real, ours, strict=True)
-    )
-
-
-def _stayed(before: _Before | None, real: VmaList, total: int) -> int:
-    # What predicting no change gets right. A world gives the same object for the same line of maps.
+def _stayed(before: _Before | None, real: list[Key], total: int) -> int:
+    # What predicting no change gets right. The kernel's side gives the same object for the same line of maps.
     if before is None:
         return max(total - len(real), 0)
-    if before.vmas is real:
+    if before.keys is real:
         return total
-    return max(total - len(set(map(id, before.vmas)) ^ set(map(id, real))), 0)
+    return max(total - len(set(map(id, before.keys)) ^ set(map(id, real))), 0)
 
 
-def key_of(vma: Vma) -> tuple[object, ...]:
-    """What of a vma is compared: all of maps but device and inode numbers."""
-    return (vma.start, vma.end, int(vma.prot), vma.shared, vma.offset, vma.name)
+def _stayed_pages(before: _Before | None, now: _Before) -> int:
+    # The same of pages: those of spans that started where one starts now.
+    if before is None:
+        return 0
+    if before.spans is now.spans:
+        return int(np.count_nonzero(before.entries == now.entries))
+    was: dict[int, tuple[int, int]] = {}
+    at = stayed = 0
+    for start, pages in before.spans:
+        was[start] = at, pages
+        at += pages
+    at = 0
+    for start, pages in now.spans:
+        if start in was:
+            old, count = was[start]
+            n = min(count, pages)
+            stayed += int(np.count_nonzero(before.entries[old : old + n] == now.entries[at : at + n]))
+        at += pages
+    return stayed
 
 
-def vma_text(vma: Vma) -> str:
+def vma_text(key: Key) -> str:
     """A vma in one short piece."""
-    at = f" @{vma.offset:#x}" if vma.name.startswith("/") else ""
-    return f"{vma}{at}"
+    start, end, prot, shared, offset, name = key
+    at = f" @{offset:#x}" if name.startswith("/") else ""
+    return f"{Vma(start, end, Prot(prot), shared, offset, name=name)}{at}"
 
 
-def windows(vmas: Iterable[Vma]) -> list[tuple[int, int]]:
+def windows(keys: Iterable[Key]) -> list[Span]:
     """Spans (address, pages) that cover all vmas: near ones together, so that few reads do; of very large
     ones only the two ends."""
     spans: list[list[int]] = []
-    for vma in sorted(vmas, key=lambda v: v.start):
-        if spans and vma.start <= spans[-1][1] + 512 * PAGE_SIZE:
-            spans[-1][1] = max(spans[-1][1], vma.end)
+    last = -1
+    for start, end, *_ in sorted(keys):
+        if start <= last:
+            spans[-1][1] = max(spans[-1][1], end)
         else:
-            spans.append([vma.start, vma.end])
+            spans.append([start, end])
+        last = spans[-1][1] + 512 * PAGE_SIZE
     out = []
     for start, end in spans:
         pages = (end - start) // PAGE_SIZE

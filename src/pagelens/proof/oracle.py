@@ -16,7 +16,8 @@ import resource
 import select
 import struct
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -29,7 +30,7 @@ from pagelens.linux import maps, smaps
 from pagelens.linux.procfs import Process, TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
-from pagelens.model.world import Names, Setting, undefined
+from pagelens.model.world import Key, Names, Setting, Span, undefined
 from pagelens.proof.calls import SPECIAL
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
@@ -45,6 +46,7 @@ _ZEROS = _SLOTS - 1  # the slot that nobody runs in: 32 KiB of zeros to write fr
 _COMMAND = struct.Struct("<8Q")
 _REPLY = struct.Struct("<q2Q2q3Q")
 _U64 = (1 << 64) - 1
+_LAST = b"[vsyscall]\n"  # the gate area ends maps, where the kernel has it
 
 _FORK = 0x8000 | 0x400 | 17  # CLONE_PARENT: we reap it; CLONE_FILES: one table of files; SIGCHLD
 _THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
@@ -80,7 +82,10 @@ class _Channel:
     map_fd: int
     pagemap_fd: int
     leader: str
-    text: bytes = b""  # maps as last read, and what it said
+    looked: int = -1  # when maps was last read, counted in commands of all processes
+    text: bytes = b""  # what it said, and what that means
+    keys: list[Key] = field(default_factory=list)
+    shown: list[Vma] = field(default_factory=list)
     vmas: VmaList | None = None
 
 
@@ -110,7 +115,8 @@ class Oracle:
         self._channels: dict[str, _Channel] = {}
         self._free = list(range(_ZEROS - 1, 0, -1))
         self._pids: set[int] = set()
-        self._lines: dict[bytes, Vma] = {}
+        self._lines: dict[bytes, tuple[Key, Vma] | None] = {}
+        self._moment = 0  # raised by whatever may change an address space
         self._pipes: list[tuple[int, int]] = []
         self._affinity = os.sched_getaffinity(0)
         try:
@@ -244,6 +250,7 @@ class Oracle:
     def send(self, proc: str, what: int, nr: int = 0, *args: int) -> Outcome:
         """One command to the child (native/oracle/oracle.c), and what came of it."""
         channel = self._channels[proc]
+        self._moment += 1
         words = [a & _U64 for a in args] + [0] * (6 - len(args))
         command, reply = self._pipes[channel.slot]
         os.write(command, _COMMAND.pack(what, nr, *words))
@@ -266,6 +273,7 @@ class Oracle:
         no_file = op.file and op.file not in self.files
         if op.proc not in self._channels or no_file or undefined(op, self.names):
             return None
+        self._moment += 1
         if op.name in _TOUCH:
             assert op.place is not None
             addr = self.names.resolve(op.place)
@@ -349,33 +357,52 @@ class Oracle:
         return self._channels[proc].leader == proc
 
     def _read_maps(self, channel: _Channel) -> bytes:
-        os.lseek(channel.map_fd, 0, os.SEEK_SET)
-        data = os.read(channel.map_fd, 1 << 16)
-        while True:
-            more = os.read(channel.map_fd, 1 << 16)
+        data = os.pread(channel.map_fd, 1 << 16, 0)
+        while not data.endswith(_LAST):
+            more = os.pread(channel.map_fd, 1 << 16, len(data))
             if not more:
-                return data
+                break
             data += more
+        return data
 
-    def vmas(self, proc: str) -> VmaList:
-        """The vmas of the program: without the harness."""
-        channel = self._channels[proc]
+    def _look(self, proc: str) -> _Channel:
+        # The channel of the process, with maps as they are. Nobody but us makes the child do anything, so one
+        # look holds until the next command.
+        channel = self._channels[self._channels[proc].leader]
+        if channel.looked == self._moment:
+            return channel
+        channel.looked = self._moment
         text = self._read_maps(channel)
-        if channel.vmas is not None and text == channel.text:
-            return channel.vmas
+        if text == channel.text:
+            return channel
         cache = self._lines
         if len(cache) > 20_000:
             cache.clear()
-        harness = (self.setting.text, self.setting.region)
-        out = []
-        for line in text.splitlines():
-            vma = cache.get(line)
-            if vma is None:
-                vma = cache[line] = maps.parse_line(line)
-            if vma.start >> 63 == 0 and vma.start not in harness:
-                out.append(vma)
-        channel.text, channel.vmas = text, VmaList(out)
+        found = [cache[line] if line in cache else self._line(line) for line in text.splitlines()]
+        pairs = [pair for pair in found if pair is not None]
+        channel.text, channel.vmas = text, None
+        channel.keys, channel.shown = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return channel
+
+    def _line(self, line: bytes) -> tuple[Key, Vma] | None:
+        # None: of the harness, or the gate area.
+        vma = maps.parse_line(line)
+        pair = None
+        if vma.start >> 63 == 0 and vma.start not in (self.setting.text, self.setting.region):
+            pair = (vma.start, vma.end, int(vma.prot), vma.shared, vma.offset, vma.name), vma
+        self._lines[line] = pair
+        return pair
+
+    def vmas(self, proc: str) -> VmaList:
+        """The vmas of the program: without the harness."""
+        channel = self._look(proc)
+        if channel.vmas is None:
+            channel.vmas = VmaList(channel.shown)
         return channel.vmas
+
+    def keys(self, proc: str) -> list[Key]:
+        """What maps says of the vmas of the program; the same list while nothing of it changes."""
+        return self._look(proc).keys
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] of /proc/PID/pagemap."""
@@ -384,6 +411,20 @@ class Oracle:
         if len(data) != npages * 8:
             raise OracleError(f"pagemap of {proc!r} at {start:#x}: {len(data)} of {npages * 8} bytes")
         return np.frombuffer(data, np.uint64)
+
+    def pages(self, proc: str, spans: Sequence[Span]) -> U64:
+        """The pagemap of several spans, one after the other."""
+        fd = self._channels[proc].pagemap_fd
+        out = np.empty(sum(n for _, n in spans), np.uint64)
+        if not len(out):
+            return out
+        into, at = out.data.cast("B"), 0
+        for start, npages in spans:
+            end = at + npages * 8
+            if os.preadv(fd, [into[at:end]], start // PAGE_SIZE * 8) != end - at:
+                raise OracleError(f"pagemap of {proc!r} at {start:#x} is cut off")
+            at = end
+        return out
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """smaps with VmFlags, and status; harness included."""

@@ -155,6 +155,7 @@ class _Once:
         self.setting, self.names = oracle.setting, oracle.names
         self.alive, self.is_leader, self.vmas = oracle.alive, oracle.is_leader, oracle.vmas
         self.pagemap, self.accounting, self.status = oracle.pagemap, oracle.accounting, oracle.status
+        self.keys, self.pages = oracle.keys, oracle.pages
         self._last: tuple[int, Outcome | None] = (-1, None)
         self.index = 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
@@ -38,9 +38,10 @@ class Generator:
         self._locks = self.random.random() < 0.6
         apart = {"peek"} if self._locks else LOCKING
         self._names = [n for n in table if n not in self.mix.without | apart]
-        self._weights = [table[n] for n in self._names]
+        # Summed once: choices() would sum them each time, and draws the same.
+        self._weights = list(accumulate(table[n] for n in self._names))
         advice = {a: w for a, w in ADVICE.items() if a not in self.mix.without}
-        self._advice, self._advice_weights = list(advice), list(advice.values())
+        self._advice, self._advice_weights = list(advice), list(accumulate(advice.values()))
         self._files: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
         self._queue: list[Op] = []
@@ -67,7 +68,7 @@ class Generator:
             if len(vmas) < 4 and r.random() < 0.5:
                 name = "mmap"
             else:
-                name = r.choices(self._names, self._weights)[0]
+                name = r.choices(self._names, cum_weights=self._weights)[0]
             if len(vmas) > 40 and r.random() < 0.3:
                 name = "munmap"
             op = self._make(name, proc, procs, vmas, world.names)
@@ -225,7 +226,7 @@ class Generator:
                 odd = r.choices((0, 0x0100_0000, 0x0200_0000, 0x0300_0000, 8, 16), (90, 6, 1, 1, 1, 1))[0]
                 return Op(**common, prot=r.choice(self._prots) | odd)  # type: ignore[arg-type]
             case "madvise":
-                word = r.choices(self._advice, self._advice_weights)[0]
+                word = r.choices(self._advice, cum_weights=self._advice_weights)[0]
                 if op.length == HPAGE_SIZE and r.random() < 0.5 and "dontneed" in self._advice:
                     word = "dontneed"  # may free the table itself (PT_RECLAIM)
                 if word.startswith("populate") and r.random() < 0.4:

@@ -14,6 +14,7 @@ from pagelens.model.profile import Profile
 # Asked for with every look or every address space, whatever happens there: a count would say nothing.
 _ALWAYS = frozenset({"soft_dirty", "sticky_softdirty", "smaps_ksm", "status_rss_lags"})
 RULES = tuple(rule for rule in Profile.rules() if rule not in _ALWAYS)
+_COUNTED = frozenset(RULES)
 
 
 class Counted:
@@ -22,9 +23,11 @@ class Counted:
     def __init__(self, profile: Profile, reached: Counter[str]) -> None:
         self._profile = profile
         self._reached = reached
+        for rule in _ALWAYS:  # found before __getattr__ is asked
+            setattr(self, rule, getattr(profile, rule))
 
     def __getattr__(self, name: str) -> object:
-        if name in RULES:
+        if name in _COUNTED:
             self._reached[name] += 1
         return getattr(self._profile, name)
 
