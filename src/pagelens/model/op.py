@@ -98,7 +98,9 @@ NAMES = RANGED | {
     "mlockall",
     "munlockall",
     "fork",
+    "vfork",
     "thread",
+    "execve",
     "exit",
     "memfd",
     "ftruncate",
@@ -143,7 +145,8 @@ class Op:
     """One operation of process (or thread) `proc`.
 
     name: one of NAMES. `peek` and `poke` are process_vm_readv and process_vm_writev by another process;
-    `shmat` makes a System V segment, attaches it and marks it for removal; `uncap` gives up all capabilities.
+    `shmat` makes a System V segment, attaches it and marks it for removal; `uncap` gives up all capabilities;
+    after `vfork` its caller stands still until the child is gone or has done `execve` (of the oracle itself).
     result: the name that its result gets (a region, file, process or thread). place,
     length: bytes. flags: the system call's own flags, advice or level of clear_refs. new_place, new_length:
     mremap's target. file, offset: file name and byte offset.

@@ -58,19 +58,25 @@ class ModelWorld:
             self.setting.memlock,
             cap_ipc_lock=self.setting.ipc_lock,
         )
+        self._layout, self._limits = layout, limits
         main = self.machine.spawn(layout=layout, limits=limits)
         self.processes: dict[str, Process] = {"main": main}
         self._threads: set[str] = set()
+        self._waiting: dict[str, str] = {}  # who stands still, and for which child of vfork
         self._hidden = frozenset(start for start, _ in self.setting.harness)
         self._shown: dict[int, export.Shown] = {}  # by mm number
-        if not setting:
-            return
+        if setting:
+            self._harness("main")
+
+    def _harness(self, proc: str) -> None:
+        # What the oracle's child maps for itself.
+        main = self.processes[proc]
         text = self.machine.file("pl-oracle", self.setting.text_pages * PAGE_SIZE, cached=True)
         _must(main.mmap(self.setting.text, text.size, 5, ops.PRIVATE | ops.FIXED, text, 0))
         length = self.setting.region_pages * PAGE_SIZE
         flags = ops.SHARED | ops.ANONYMOUS | ops.FIXED
         _must(main.mmap(self.setting.region, length, 3, flags))
-        self.settle("main")
+        self.settle(proc)
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later (as the child does)."""
@@ -87,6 +93,8 @@ class ModelWorld:
         process = self.processes.get(op.proc)
         if process is None or undefined(op, self.names) or (op.file and op.file not in self.files):
             return None
+        if op.proc in self._waiting or (op.name == "execve" and op.proc in self._threads):
+            return None
         if op.name in ops.ACCESSES:
             assert op.place is not None
             addr = self.names.resolve(op.place)
@@ -99,7 +107,7 @@ class ModelWorld:
         before = process.min_flt + process.maj_flt
         result = self._call(process, op)
         self.names.learn(op, result)
-        if op.name in ("exit", "clear_refs"):
+        if op.name in ("exit", "execve", "clear_refs"):
             return Outcome(result)
         return Outcome(result, process.min_flt + process.maj_flt - before)
 
@@ -158,19 +166,30 @@ class ModelWorld:
                 self.processes[op.result] = process.fork()
                 self.settle(op.result)
                 return 0
+            case "vfork":
+                self.processes[op.result] = process.vfork()
+                self._waiting[op.proc] = op.result
+                return 0
             case "thread":
                 self.processes[op.result] = process
                 self._threads.add(op.result)
                 return 0
+            case "execve":
+                self._end_threads(op.proc, process)
+                process.exec(self._layout)
+                old, first = process.mm.limits, self._limits
+                old.cap_ipc_lock, old.cap_sys_admin = first.cap_ipc_lock, first.cap_sys_admin
+                old.cap_sys_rawio = first.cap_sys_rawio  # as it was started
+                self._harness(op.proc)
+                return 0
             case "exit":
-                del self.processes[op.proc]
                 if op.proc in self._threads:
+                    del self.processes[op.proc]
                     self._threads.discard(op.proc)
                     return 0
                 # exit_group: its threads go with it.
-                for name in [n for n, p in self.processes.items() if p is process]:
-                    del self.processes[name]
-                    self._threads.discard(name)
+                self._end_threads(op.proc, process)
+                del self.processes[op.proc]
                 process.exit()
                 return 0
             case "clear_refs":
@@ -178,6 +197,14 @@ class ModelWorld:
                 self.settle(op.proc)
                 return result
         raise UsageError(f"the model has no operation {op.name!r}")
+
+    def _end_threads(self, proc: str, process: Process) -> None:
+        # Of a process that ends or begins anew; who waits for it as its vfork's child goes on.
+        self._waiting = {who: child for who, child in self._waiting.items() if child != proc}
+        for name in [n for n, p in self.processes.items() if p is process and n != proc]:
+            del self.processes[name]
+            self._threads.discard(name)
+            self._waiting.pop(name, None)
 
     def alive(self) -> Iterator[str]:
         """Names of the processes (and threads) that exist."""

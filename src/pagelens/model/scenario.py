@@ -169,7 +169,7 @@ def _line(body: str, scope: _Scope | None) -> tuple[tuple[str, ...], Op | Expect
 
 
 def _define(op: Op, scope: _Scope) -> None:
-    needs = {"fork": "q = fork", "thread": "t = thread", "memfd": "f = memfd 16"}
+    needs = {"fork": "q = fork", "vfork": "q = vfork", "thread": "t = thread", "memfd": "f = memfd 16"}
     if op.name in needs and not op.result:
         raise _Bad(f"needs a name: {needs[op.name]}")
     if not op.result:
@@ -182,7 +182,7 @@ def _define(op: Op, scope: _Scope) -> None:
         scope.regions[op.result] = op.new_length
     elif op.name == "memfd":
         scope.files[op.result] = op.length
-    elif op.name in ("fork", "thread"):
+    elif op.name in ("fork", "vfork", "thread"):
         scope.procs.add(op.result)
     else:
         raise _Bad(f"{op.name} gives nothing to name")

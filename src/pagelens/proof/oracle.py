@@ -40,7 +40,7 @@ from pagelens.vm.vma import Vma, VmaList
 U64 = npt.NDArray[np.uint64]
 
 # As in native/oracle/oracle.c.
-_SYSCALL, _READ, _WRITE, _EXEC, _CLONE, _SETTLE, _UNMAP_REST = range(1, 8)
+_SYSCALL, _READ, _WRITE, _EXEC, _CLONE, _SETTLE, _UNMAP_REST, _EXECVE = range(1, 9)
 _SLOT_SIZE, _SLOTS = 0x8000, 16
 _ZEROS = _SLOTS - 1  # the slot that nobody runs in: 32 KiB of zeros to write from
 _COMMAND = struct.Struct("<8Q")
@@ -49,13 +49,15 @@ _U64 = (1 << 64) - 1
 _LAST = b"[vsyscall]\n"  # the gate area ends maps, where the kernel has it
 
 _FORK = 0x8000 | 0x400 | 17  # CLONE_PARENT: we reap it; CLONE_FILES: one table of files; SIGCHLD
+_VFORK = 0x100 | _FORK | 0x4000  # VM and VFORK as well
 _THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
 _TOUCH = {"read": _READ, "write": _WRITE, "exec": _EXEC}
+_TOUCHES = frozenset(_TOUCH.values())
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
     "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "pwrite": 18, "mremap": 25, "msync": 26,
-    "madvise": 28, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152, "set_mempolicy":
-    238, "fallocate": 285, "memfd": 319, "mlock2": 325,
+    "madvise": 28, "getpid": 39, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152,
+    "set_mempolicy": 238, "fallocate": 285, "memfd": 319, "mlock2": 325,
 }  # fmt: skip
 
 
@@ -115,6 +117,7 @@ class Oracle:
         self._channels: dict[str, _Channel] = {}
         self._free = list(range(_ZEROS - 1, 0, -1))
         self._pids: set[int] = set()
+        self._waiting: dict[str, str] = {}  # who stands still, and for which child of vfork
         self._lines: dict[bytes, tuple[Key, Vma] | None] = {}
         self._moment = 0  # raised by whatever may change an address space
         self._pipes: list[tuple[int, int]] = []
@@ -252,17 +255,17 @@ class Oracle:
         channel = self._channels[proc]
         self._moment += 1
         words = [a & _U64 for a in args] + [0] * (6 - len(args))
-        command, reply = self._pipes[channel.slot]
-        os.write(command, _COMMAND.pack(what, nr, *words))
+        os.write(self._pipes[channel.slot][0], _COMMAND.pack(what, nr, *words))
+        return self._answer(proc, channel, touched=what in _TOUCHES)
+
+    def _answer(self, proc: str, channel: _Channel, *, touched: bool = False) -> Outcome:
         if not channel.poll.poll(10_000):
             raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
-        data = os.read(reply, _REPLY.size)
+        data = os.read(self._pipes[channel.slot][1], _REPLY.size)
         if len(data) != _REPLY.size:
             raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) is gone")
         ret, min_flt, maj_flt, sig, code, addr, done, _ = _REPLY.unpack(data)
-        if what in (_READ, _WRITE, _EXEC):
-            ret = done
-        return Outcome(ret, min_flt + maj_flt, sig, code, addr)
+        return Outcome(done if touched else ret, min_flt + maj_flt, sig, code, addr)
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later."""
@@ -273,12 +276,14 @@ class Oracle:
         no_file = op.file and op.file not in self.files
         if op.proc not in self._channels or no_file or undefined(op, self.names):
             return None
+        if op.proc in self._waiting or (op.name == "execve" and not self.is_leader(op.proc)):
+            return None
         self._moment += 1
         if op.name in _TOUCH:
             assert op.place is not None
             addr = self.names.resolve(op.place)
             return self.send(op.proc, _TOUCH[op.name], 0, addr, op.length // PAGE_SIZE)
-        if op.name in ("fork", "thread", "exit"):
+        if op.name in ("fork", "vfork", "thread", "execve", "exit"):
             return self._special(op)
         if op.name in SPECIAL:
             outcome = SPECIAL[op.name](self, op)
@@ -309,10 +314,14 @@ class Oracle:
 
     def _special(self, op: Op) -> Outcome:
         channel = self._channels[op.proc]
-        if op.name in ("fork", "thread"):
+        if op.name == "execve":
+            return self._execve(op.proc, channel)
+        if op.name != "exit":
             if not self._free:
                 raise OracleError(f"more than {_ZEROS} processes and threads at once")
             slot = self._free.pop()
+            if op.name == "vfork":
+                return self._vfork(op, channel, slot)
             flags = _FORK if op.name == "fork" else _THREAD
             made = self.send(op.proc, _CLONE, 0, flags, slot)
             if made.result < 0:
@@ -325,6 +334,43 @@ class Oracle:
             return Outcome(0, made.faults)
         self._exit(op.proc, channel)
         return Outcome(0)
+
+    def _vfork(self, op: Op, channel: _Channel, slot: int) -> Outcome:
+        # The caller answers only when the child is gone, so the child is asked who it is.
+        os.write(self._pipes[channel.slot][0], _COMMAND.pack(_CLONE, 0, _VFORK, slot, *[0] * 4))
+        os.write(self._pipes[slot][0], _COMMAND.pack(_SYSCALL, _NR["getpid"], *[0] * 6))
+        either = select.poll()
+        for fd in (self._pipes[channel.slot][1], self._pipes[slot][1]):
+            either.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in either.poll(10_000)]
+        if ready != [self._pipes[slot][1]]:
+            raise OracleError(f"vfork of the oracle child {op.proc!r} failed")
+        pid: int = _REPLY.unpack(os.read(ready[0], _REPLY.size))[0]
+        self._pids.add(pid)
+        self._open(op.result, slot, pid, op.result)
+        self._waiting[op.proc] = op.result
+        return Outcome(0)
+
+    def _execve(self, name: str, channel: _Channel) -> Outcome:
+        made = self.send(name, _EXECVE)
+        if made.result < 0:
+            raise OracleError(f"the oracle child cannot execute itself: {ops.errno_name(made.result)}")
+        for other in [n for n, c in self._channels.items() if c.leader == name and n != name]:
+            self._free.append(self._channels.pop(other).slot)
+            self._waiting.pop(other, None)
+        self._shut(channel)
+        self._open(name, channel.slot, channel.tid, name)
+        self._resume(name)
+        self.send(name, _UNMAP_REST)
+        self.settle(name)
+        return Outcome(0)
+
+    def _resume(self, child: str) -> None:
+        # Who stood still for `child` answers now.
+        for who in [w for w, c in self._waiting.items() if c == child]:
+            del self._waiting[who]
+            if self._answer(who, self._channels[who]).result < 0:
+                raise OracleError(f"vfork of the oracle child {who!r} failed")
 
     def _exit(self, name: str, channel: _Channel) -> None:
         is_thread = name != channel.leader
@@ -340,8 +386,10 @@ class Oracle:
             self._pids.discard(channel.tid)
             gone = [other for other, c in self._channels.items() if c.leader == name]
             self._shut(channel)
+            self._resume(name)
         for other in gone:
             self._free.append(self._channels.pop(other).slot)
+            self._waiting.pop(other, None)
 
     def alive(self) -> list[str]:
         """Names of the processes and threads that exist."""
