@@ -65,11 +65,12 @@ class ModelWorld:
         self._waiting: dict[str, str] = {}  # who stands still, and for which child of vfork
         self._hidden = frozenset(start for start, _ in self.setting.harness)
         self._shown: dict[int, export.Shown] = {}  # by mm number
-        if setting:
-            self._harness("main")
+        self._harness("main")
 
     def _harness(self, proc: str) -> None:
         # What the oracle's child maps for itself.
+        if not self.setting.region_pages:
+            return
         main = self.processes[proc]
         text = self.machine.file("pl-oracle", self.setting.text_pages * PAGE_SIZE, cached=True)
         _must(main.mmap(self.setting.text, text.size, 5, ops.PRIVATE | ops.FIXED, text, 0))
