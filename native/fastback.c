@@ -10,10 +10,8 @@
  */
 #include "fastback.h"
 
-#include <dirent.h>
 #include <elf.h>
 #include <errno.h>
-#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -21,6 +19,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/ptrace.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <sys/user.h>
@@ -86,43 +85,11 @@ static int same_maps(struct pl_fast *f) {
     }
 }
 
-/* The threads are exactly the saved ones. */
+/* The threads are exactly the saved ones: all those are held, and there are no more (proc_task_getattr adds the number
+ * of threads to the link count of /proc/PID/task). */
 static int same_threads(struct pl_fast *f) {
-    char path[40], buf[4096];
-    uint64_t n = 0;
-    char *p = path;
-    const char *prefix = "/proc/";
-    while (*prefix)
-        *p++ = *prefix++;
-    char digits[12];
-    int k = 0;
-    for (int32_t v = f->pid; v; v /= 10)
-        digits[k++] = (char)('0' + v % 10);
-    while (k)
-        *p++ = digits[--k];
-    memcpy(p, "/task", 6);
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0)
-        return 0;
-    int ok = 1;
-    for (long got; ok && (got = syscall(SYS_getdents64, fd, buf, sizeof buf)) > 0;)
-        for (long at = 0; at < got;) {
-            uint16_t len;
-            memcpy(&len, buf + at + 16, 2);
-            const char *name = buf + at + 19;
-            at += len;
-            if (*name == '.')
-                continue;
-            int32_t tid = atoi(name);
-            uint64_t i = 0;
-            while (i < f->n_threads && f->tids[i] != tid)
-                i++;
-            if (i == f->n_threads)
-                ok = 0;
-            n++;
-        }
-    close(fd);
-    return ok && n == f->n_threads;
+    struct stat task;
+    return !fstat(f->task_fd, &task) && task.st_nlink == 2 + f->n_threads;
 }
 
 static int wait_stop(pid_t tid, int64_t deadline, int *status) {

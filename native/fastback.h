@@ -19,17 +19,21 @@ struct pl_region {
 struct pl_map {
     uint64_t start, end, flags, offset, inode, dev;
 };
-/* Saved pages [start, end): contents at data + offset, or zeros (offset == ~0). */
+/* Saved pages [start, end): contents at data + offset, or zeros (PL_ZERO). PL_OF_FILE beside the offset: they were
+ * the file's pages in a private mapping of it, so where they are again there is nothing to write. */
 struct pl_saved {
     uint64_t start, end, offset;
 };
-/* A watched range; shared: a missing entry says nothing about the contents. */
+#define PL_ZERO (~0ULL)
+#define PL_OF_FILE 1ULL
+/* A watched range. Shared: a missing entry says nothing about the contents. */
 struct pl_span {
-    uint64_t start, end, shared;
+    uint64_t start, end, kind;
 };
+enum { PL_ANONYMOUS, PL_SHARED, PL_PRIVATE_FILE };
 
 struct pl_fast {
-    int32_t pid, maps_fd, pagemap_fd, mem_fd;
+    int32_t pid, maps_fd, pagemap_fd, mem_fd, task_fd, unused;
     uint64_t n_threads, n_maps, n_saved, n_spans, xstate_size;
     uint64_t guard_known, guard_pages; /* the kernel has PAGE_IS_GUARD; guard pages in the spans when saved */
     const int32_t *tids;

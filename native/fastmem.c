@@ -1,9 +1,13 @@
 /* The memory of a fast rollback: find what was written or dropped since, write it back, protect it again.
  *
- * Two walks of the page tables name what differs, each of which passes over a page that is as it was at 3 ns (one walk
- * that lists what is populated costs 12): pages written since they were protected, and pages without contents where
- * there were some (MADV_DONTNEED; WP_ASYNC says nothing of those). All that is to be written is listed first, so that
- * a reason not to (a guard page more, no memory) is found with nothing touched. Writing is fastwrite.c's.
+ * One walk of the page tables names what differs, and passes over a page that is as it was at 2.5 ns: pages written
+ * since they were protected, and pages without contents (MADV_DONTNEED; WP_ASYNC says nothing of those). Of private
+ * mappings of files it also lists pages of the page cache: a private copy that was dropped and read again keeps its
+ * protection, and is the file's page now. All that is to be written is listed first, so that a reason not to (a guard
+ * page more, no memory) is found with nothing touched. Writing is fastwrite.c's.
+ *
+ * Rejected: the kernel's quick walk for pages that are written (1.2 ns; mask and answer WRITTEN alone), because a
+ * second walk must then find what was dropped; one that lists all that is populated (10 ns).
  */
 #include "fastback.h"
 
@@ -14,8 +18,10 @@
 #include <sys/uio.h>
 
 #define PIECE (64 * PAGE)      /* most of one iovec, so that work can be shared out */
+#define NEAR (1024 * PAGE)     /* walking as much costs as one more call */
 #define PM_SCAN 0xC0606610UL
 #define IS_WRITTEN 2ULL
+#define IS_FILE 4ULL
 #define IS_PRESENT 8ULL
 #define IS_SWAPPED 16ULL
 #define IS_PFNZERO 32ULL
@@ -33,7 +39,7 @@ struct plan {
     uint64_t pages;
     struct {
         uint64_t start, end;
-    } done[64]; /* the first places written, neighbours joined; total counts all */
+    } done[64]; /* the first places written, near ones joined; total counts all */
     int failed;
 };
 
@@ -41,7 +47,7 @@ static uint8_t zeros[PIECE] __attribute__((aligned(4096)));
 
 static void remember(struct plan *w, uint64_t start, uint64_t end) {
     const size_t room = sizeof w->done / sizeof *w->done;
-    if (w->total && w->total <= room && w->done[w->total - 1].end == start) {
+    if (w->total && w->total <= room && start - w->done[w->total - 1].end <= NEAR) {
         w->done[w->total - 1].end = end;
         return;
     }
@@ -87,19 +93,19 @@ static void restore(struct plan *w, const struct pl_saved *s, uint64_t from, uin
     uint64_t a = s->start > from ? s->start : from, b = s->end < to ? s->end : to;
     if (a >= b)
         return;
-    if (s->offset == ~0ULL) {
+    if (s->offset == PL_ZERO) {
         put(w, a, b, NULL);
         w->f->zeroed += (b - a) / PAGE;
     } else {
-        put(w, a, b, w->f->data + s->offset + (a - s->start));
+        put(w, a, b, w->f->data + (s->offset & ~PL_OF_FILE) + (a - s->start));
         w->f->written += (b - a) / PAGE;
     }
 }
 
-/* Pages of a span by their categories, from f->regions[n] on. How many regions, or -1 with errno. */
-static int64_t scan(struct pl_fast *f, const struct pl_span *span, uint64_t n, const struct pm_arg *how) {
+/* Pages of a span by their categories, into f->regions. How many regions, or -1 with errno. */
+static int64_t scan(struct pl_fast *f, const struct pl_span *span, const struct pm_arg *how) {
     struct pm_arg arg = *how;
-    uint64_t first = n;
+    uint64_t n = 0;
     arg.size = sizeof arg;
     arg.end = span->end;
     for (arg.start = span->start; arg.start < arg.end; arg.start = arg.walk_end) {
@@ -124,97 +130,96 @@ static int64_t scan(struct pl_fast *f, const struct pl_span *span, uint64_t n, c
             return -1;
         }
     }
-    return (int64_t)(n - first);
+    return (int64_t)n;
 }
 
-/* What was written in the spans, into f->regions; where each span's begin goes to first[]. The number of guard pages
- * (never armed, so they count as written; they look like swap entries and are no contents), or ~0 with errno. */
-static uint64_t collect(struct pl_fast *f, uint64_t *first) {
-    const struct pm_arg written = {.mask = IS_WRITTEN, .anyof = POPULATED,
-                                   .ret = IS_PFNZERO | (f->guard_known ? IS_GUARD : 0)};
-    uint64_t n = 0, guards = 0;
-    for (uint64_t i = 0; i < f->n_spans; i++) {
-        first[i] = n;
-        int64_t got = scan(f, &f->spans[i], n, &written);
-        if (got < 0)
-            return ~0ULL;
-        uint64_t kept = n;
-        for (int64_t r = 0; r < got; r++) {
-            struct pl_region g = f->regions[n + (uint64_t)r];
-            if (g.categories & IS_GUARD)
-                guards += (g.end - g.start) / PAGE;
-            else
-                f->regions[kept++] = g;
-        }
-        n = kept;
+/* What may differ in a span. Guard pages look like swap entries, are listed and are no contents. */
+static int64_t look(struct pl_fast *f, const struct pl_span *span) {
+    const uint64_t guard = f->guard_known ? IS_GUARD : 0;
+    const struct pm_arg shared = {.mask = IS_WRITTEN, .anyof = POPULATED, .ret = IS_WRITTEN | POPULATED | guard};
+    /* inverted: pages that are not present match; swap entries are among them, as unchanged ones. */
+    struct pm_arg ours = {.inverted = IS_PRESENT, .anyof = IS_WRITTEN | IS_PRESENT,
+                          .ret = IS_WRITTEN | POPULATED | IS_PFNZERO | guard};
+    if (span->kind == PL_PRIVATE_FILE) { /* costs a look at each page's struct page: 20 ns */
+        ours.anyof |= IS_FILE;
+        ours.ret |= IS_FILE;
     }
-    first[f->n_spans] = n;
-    return guards;
+    return scan(f, span, span->kind == PL_SHARED ? &shared : &ours);
 }
 
 PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f);
 PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f) {
-    uint64_t *first = calloc(f->n_spans + 1, sizeof *first);
-    uint64_t guards = first ? collect(f, first) : ~0ULL;
-    free(first);
+    uint64_t guards = 0;
+    for (uint64_t i = 0; i < f->n_spans; i++) {
+        int64_t n = look(f, &f->spans[i]);
+        if (n < 0)
+            return ~0ULL;
+        for (int64_t r = 0; r < n; r++)
+            if (f->regions[r].categories & IS_GUARD)
+                guards += (f->regions[r].end - f->regions[r].start) / PAGE;
+    }
     return guards;
 }
 
-/* Written pages of one span: saved contents, or zeros where nothing was. Returns the first row beyond the span. */
-static uint64_t plan_written(struct plan *w, const struct pl_span *span, const struct pl_region *g,
-                             const struct pl_region *end, uint64_t i) {
+/* Pages that were written: saved contents, or zeros where nothing was. */
+static void was_written(struct plan *w, const struct pl_region *g, uint64_t i) {
     const struct pl_fast *f = w->f;
-    for (; g < end; g++) {
-        int zero = (g->categories & IS_PFNZERO) != 0;
-        uint64_t clear = g->start; /* populated, not saved: was absent */
-        while (i < f->n_saved && f->saved[i].end <= g->start)
-            i++;
-        for (; i < f->n_saved && f->saved[i].start < g->end; i++) {
-            const struct pl_saved *s = &f->saved[i];
-            if (!zero && clear < s->start) {
-                put(w, clear, s->start, NULL);
-                w->f->zeroed += (s->start - clear) / PAGE;
-            }
-            if (!zero || s->offset != ~0ULL)
-                restore(w, s, g->start, g->end);
-            clear = s->end;
-            if (s->end > g->end)
-                break;
+    int zero = (g->categories & IS_PFNZERO) != 0;
+    uint64_t clear = g->start; /* populated, not saved: was absent */
+    for (; i < f->n_saved && f->saved[i].start < g->end; i++) {
+        const struct pl_saved *s = &f->saved[i];
+        if (!zero && clear < s->start) {
+            put(w, clear, s->start, NULL);
+            w->f->zeroed += (s->start - clear) / PAGE;
         }
-        if (!zero && clear < g->end) {
-            put(w, clear, g->end, NULL);
-            w->f->zeroed += (g->end - clear) / PAGE;
-        }
+        if (!zero || s->offset != PL_ZERO)
+            restore(w, s, g->start, g->end);
+        clear = s->end;
+        if (s->end > g->end)
+            break;
     }
-    while (i < f->n_saved && f->saved[i].start < span->end)
-        i++;
-    return i;
+    if (!zero && clear < g->end) {
+        put(w, clear, g->end, NULL);
+        w->f->zeroed += (g->end - clear) / PAGE;
+    }
 }
 
-/* Saved contents of a private span where nothing is populated now. -1 with errno. */
-static int plan_dropped(struct plan *w, const struct pl_span *span, uint64_t n, uint64_t i) {
-    const struct pm_arg absent = {.inverted = POPULATED, .mask = POPULATED, .ret = IS_PRESENT};
+/* Pages that lost what they held (they read as zeros, or as their file): saved contents, unless those are the same. */
+static void was_dropped(struct plan *w, const struct pl_region *g, uint64_t i) {
+    const struct pl_fast *f = w->f;
+    for (; i < f->n_saved && f->saved[i].start < g->end; i++) {
+        if (f->saved[i].offset != PL_ZERO && !(f->saved[i].offset & PL_OF_FILE))
+            restore(w, &f->saved[i], g->start, g->end);
+        if (f->saved[i].end > g->end)
+            break;
+    }
+}
+
+/* List what differs in a span. `row`: the first saved row that ends behind its begin. Adds to *guards. -1 with errno. */
+static int plan_span(struct plan *w, const struct pl_span *span, uint64_t row, uint64_t *guards) {
     struct pl_fast *f = w->f;
-    int64_t got = scan(f, span, n, &absent);
-    for (int64_t r = 0; r < got; r++) {
-        const struct pl_region *g = &f->regions[n + (uint64_t)r];
-        while (i < f->n_saved && f->saved[i].end <= g->start)
-            i++;
-        for (; i < f->n_saved && f->saved[i].start < g->end; i++) {
-            if (f->saved[i].offset != ~0ULL)
-                restore(w, &f->saved[i], g->start, g->end);
-            if (f->saved[i].end > g->end)
-                break;
-        }
+    int64_t n = look(f, span);
+    for (int64_t r = 0; r < n; r++) {
+        const struct pl_region *g = &f->regions[r];
+        const uint64_t c = g->categories;
+        while (row < f->n_saved && f->saved[row].end <= g->start)
+            row++;
+        if (c & IS_GUARD)
+            *guards += (g->end - g->start) / PAGE;
+        else if (!(c & POPULATED))
+            was_dropped(w, g, row);
+        else if (span->kind == PL_PRIVATE_FILE && (c & IS_PRESENT ? (c & IS_FILE) != 0 : !(c & IS_WRITTEN)))
+            was_dropped(w, g, row); /* the file's page, or a mark where a page was (or one in swap) */
+        else if (c & IS_WRITTEN)
+            was_written(w, g, row);
     }
-    return got < 0 ? -1 : 0;
+    return n < 0 ? -1 : 0;
 }
 
-/* Protect what is written, guard pages aside (they have no contents, and must go on being counted). */
+/* Protect what is written. Nothing is to be listed, so the kernel takes its quick walk (1 ns a page). */
 static int arm_range(struct pl_fast *f, uint64_t start, uint64_t end) {
-    const uint64_t guard = f->guard_known ? IS_GUARD : 0;
     struct pm_arg arg = {.size = sizeof arg, .flags = 1 /* PM_SCAN_WP_MATCHING */, .start = start, .end = end,
-                         .inverted = guard, .mask = IS_WRITTEN | guard, .anyof = POPULATED};
+                         .mask = IS_WRITTEN, .anyof = POPULATED};
     return ioctl(f->pagemap_fd, (unsigned long)PM_SCAN, &arg) < 0 ? -1 : 0;
 }
 
@@ -225,7 +230,7 @@ static int arm(struct pl_fast *f) {
     return 0;
 }
 
-/* Only what was just written (few places: one call each beats a walk over everything). */
+/* Only what was just written, where those places are few: one call each beats a walk over everything. */
 static int arm_again(struct pl_fast *f, const struct plan *w) {
     if (w->total > sizeof w->done / sizeof *w->done)
         return arm(f);
@@ -239,39 +244,30 @@ PL_EXPORT int pl_fast_arm(struct pl_fast *f);
 PL_EXPORT int pl_fast_arm(struct pl_fast *f) { return arm(f) ? -errno : 0; }
 
 /* List all of it. WHY_OK, or why not. */
-static int make_plan(struct plan *w, uint64_t *first) {
+static int make_plan(struct plan *w) {
     struct pl_fast *f = w->f;
-    uint64_t row = 0, guards = collect(f, first);
-    if (guards == ~0ULL || guards != f->guard_pages) {
-        f->error = guards == ~0ULL ? errno : 0;
-        return guards == ~0ULL && errno != E2BIG ? WHY_SCAN : WHY_MAPS;
-    }
+    uint64_t row = 0, guards = 0;
     for (uint64_t i = 0; i < f->n_spans; i++) {
         const struct pl_span *span = &f->spans[i];
         while (row < f->n_saved && f->saved[row].end <= span->start)
             row++;
-        uint64_t next = plan_written(w, span, f->regions + first[i], f->regions + first[i + 1], row);
-        if (!span->shared && row < next && plan_dropped(w, span, first[f->n_spans], row)) {
+        if (plan_span(w, span, row, &guards)) {
             f->error = errno;
             return errno == E2BIG ? WHY_MAPS : WHY_SCAN;
         }
-        row = next;
     }
     f->error = w->failed;
+    if (guards != f->guard_pages)
+        return WHY_MAPS;
     return w->failed ? WHY_HOLD : WHY_OK;
 }
 
 int pl_fast_memory(struct pl_fast *f) {
-    uint64_t *first = calloc(f->n_spans + 1, sizeof *first);
     struct plan w = {.f = f};
-    int64_t begin = now_ns(), planned, written;
-    int why = WHY_HOLD;
-    f->error = ENOMEM;
-    if (first) {
-        why = make_plan(&w, first);
-        planned = now_ns();
-        f->scan_ns = (uint64_t)(planned - begin);
-    }
+    int64_t begin = now_ns();
+    int why = make_plan(&w);
+    int64_t planned = now_ns(), written;
+    f->scan_ns = (uint64_t)(planned - begin);
     if (why == WHY_OK) {
         int failed = pl_write_all(f, w.local, w.remote, w.n, w.pages);
         w.local = w.remote = NULL;
@@ -283,7 +279,6 @@ int pl_fast_memory(struct pl_fast *f) {
         }
         f->arm_ns = (uint64_t)(now_ns() - written);
     }
-    free(first);
     free(w.local);
     free(w.remote);
     return why;

@@ -1,23 +1,30 @@
 /* Write many pages into a process that stands still, on all CPUs that are idle.
  *
- * process_vm_writev takes 0.7 us for a page beside the last one and 1.2 us for one by itself, most of which is not
- * copying (pinning, the page's lock). Rejected: helper threads whatever the load (one that waits for a CPU with a
- * batch in its hands keeps the process standing still: 8 to 17 ms in place of 3 to 5 at a load of 11).
+ * process_vm_writev takes 0.3 to 0.5 us for a page beside the last one and twice that for one by itself, most of which
+ * is not copying (pinning, the page's lock). So from some hundred pages on a second thread shares the work; threads
+ * wait for it from the first use on, because making one takes as long as 100 pages. Rejected: helpers whatever the load
+ * (one that waits for a CPU with a batch in its hands keeps the process standing still: 8 to 17 ms in place of 3 to 5
+ * at a load of 11); code in the process itself that copies from a shared mapping (at the speed of memcpy, but our death
+ * would leave it in that code).
  */
 #include "fastback.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
-#define BATCH 512           /* pages of one call, one iovec over */
-#define PAGES_A_THREAD 1024 /* less is not worth a thread (about 30 us) */
+#define BATCH_MOST 512 /* pages of one call, one iovec over */
+#define BATCH_LEAST 32
+#define PAGES_A_THREAD 128 /* less is not worth waking a thread (10 us, and 40 until it runs) */
 #define MAX_THREADS 4
 
 /* What is listed, in batches that any thread may take. It lives until the last thread has let go of it: one that gets
@@ -69,10 +76,74 @@ static void let_go(struct work *k) {
     free(k);
 }
 
-static void *help(void *argument) {
-    take_batches(argument);
-    let_go(argument);
+/* Threads that wait for work. Only the poster of `work` and those who hold the lock look at it. */
+static struct {
+    pthread_mutex_t lock;
+    struct work *work;
+    atomic_uint posted; /* a futex */
+    uint64_t threads;
+    pid_t owner; /* a forked child has none of them */
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static void *help(void *unused) {
+    (void)unused;
+    for (unsigned seen = 0;;) {
+        unsigned now = atomic_load(&pool.posted);
+        if (now == seen) {
+            syscall(SYS_futex, &pool.posted, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+            continue;
+        }
+        seen = now;
+        pthread_mutex_lock(&pool.lock);
+        struct work *k = pool.work;
+        if (k)
+            atomic_fetch_add(&k->users, 1);
+        pthread_mutex_unlock(&pool.lock);
+        if (k) {
+            take_batches(k);
+            let_go(k);
+        }
+    }
     return NULL;
+}
+
+static void add_threads(uint64_t wanted) {
+    pthread_attr_t detached;
+    pthread_t thread;
+    sigset_t all, old;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &old);
+    while (pool.threads < wanted && !pthread_create(&thread, &detached, help, NULL))
+        pool.threads++;
+    pthread_sigmask(SIG_SETMASK, &old, NULL);
+    pthread_attr_destroy(&detached);
+}
+
+/* Let `wanted` threads help with it, until `recall`; another's work in the pool: none. */
+static void post(struct work *k, uint64_t wanted) {
+    if (!wanted || pthread_mutex_trylock(&pool.lock))
+        return;
+    if (pool.owner != getpid()) {
+        pool.owner = getpid();
+        pool.threads = 0;
+        pool.work = NULL;
+    }
+    if (!pool.work) {
+        add_threads(wanted);
+        pool.work = k;
+        atomic_fetch_add(&pool.posted, 1);
+        syscall(SYS_futex, &pool.posted, FUTEX_WAKE_PRIVATE, wanted < INT_MAX ? (int)wanted : INT_MAX, NULL, NULL, 0);
+    }
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void recall(struct work *k) {
+    pthread_mutex_lock(&pool.lock);
+    if (pool.work == k)
+        pool.work = NULL;
+    pthread_mutex_unlock(&pool.lock);
 }
 
 /* CPUs that nobody wants just now (/proc/loadavg counts the runnable threads of the system, us included). */
@@ -114,9 +185,14 @@ int pl_write_all(struct pl_fast *f, struct iovec *local, struct iovec *remote, s
         free(remote);
         return -ENOMEM;
     }
+    uint64_t threads = helpers(pages), batch_pages = pages / (8 * (threads + 1));
+    if (!threads || batch_pages > BATCH_MOST)
+        batch_pages = BATCH_MOST;
+    if (batch_pages < BATCH_LEAST)
+        batch_pages = BATCH_LEAST;
     *k = (struct work){.pid = f->pid, .mem_fd = f->mem_fd, .local = local, .remote = remote, .batch = batch};
-    for (size_t at = 0, full = BATCH; at < n; at++) {
-        if (full >= BATCH) {
+    for (size_t at = 0, full = batch_pages; at < n; at++) {
+        if (full >= batch_pages) {
             batch[k->batches++] = at;
             full = 0;
         }
@@ -124,23 +200,12 @@ int pl_write_all(struct pl_fast *f, struct iovec *local, struct iovec *remote, s
     }
     batch[k->batches] = n;
     atomic_store(&k->users, 1);
-    pthread_attr_t detached;
-    pthread_attr_init(&detached);
-    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
-    sigset_t all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &old);
-    for (uint64_t i = helpers(pages); i; i--) {
-        pthread_t thread;
-        atomic_fetch_add(&k->users, 1);
-        if (pthread_create(&thread, &detached, help, k))
-            atomic_fetch_sub(&k->users, 1);
-    }
-    pthread_sigmask(SIG_SETMASK, &old, NULL);
-    pthread_attr_destroy(&detached);
+    post(k, threads);
     take_batches(k);
     while (atomic_load(&k->finished) < k->batches)
         sched_yield();
+    if (threads)
+        recall(k);
     int failed = atomic_load(&k->failed);
     let_go(k);
     return failed;

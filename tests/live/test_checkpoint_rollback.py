@@ -459,6 +459,57 @@ def test_fast_rollbacks_of_many_scattered_pages(puppet: Puppet) -> None:
 
 
 @pytest.mark.requires("uffd-wp-async")
+def test_fast_rollbacks_of_a_private_file_mapping_whose_copies_were_dropped(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    # Asynchronous write protection outlives the page there (a marker), so neither the drop nor the file's page that
+    # a read brings in looks written.
+    (tmp_path / "file").write_bytes(b"\x05" * (8 * PAGE))
+    with open(f"/proc/{puppet.pid}/mem", "r+b", buffering=0) as mem:
+        mem.seek(puppet.line + 2048)
+        mem.write(os.fsencode(tmp_path / "file") + b"\0")
+    area = puppet.mmap(8, RW, MAP_PRIVATE, fd=puppet.sys("open", puppet.line + 2048, 0, 0))
+    puppet.write(area, 4, value=9)
+    puppet.tell("malloc", 100)
+    settle(puppet.pid)
+    with Checkpoint.take(puppet.pid) as point:
+        before = puppet.tell("read", area, 8 * PAGE, PAGE)[0]
+        assert before == 4 * 9 + 4 * 5
+        for dropped, read in ((0, False), (0, True), (2, True), (3, False)):
+            point.rollback()
+            puppet.sys("madvise", area + dropped * PAGE, 5 * PAGE, MADV["DONTNEED"])
+            if read:
+                puppet.tell("read", area, 8 * PAGE, PAGE)
+            settle(puppet.pid)
+            done = point.rollback()
+            assert done.fast
+            settle(puppet.pid)
+            assert read_memory(puppet.pid, area, 8 * PAGE)[::PAGE] == b"\x09" * 4 + b"\x05" * 4
+
+
+@pytest.mark.requires("uffd-wp-async")
+def test_guard_pages_do_not_make_fast_rollbacks_slow(puppet: Puppet) -> None:
+    area = puppet.island(8)
+    puppet.write(area, 8)
+    puppet.tell("malloc", 100)
+    if puppet.tell("sys", 28, area + PAGE, PAGE, MADV["GUARD_INSTALL"])[0]:
+        pytest.skip("missing capability: MADV_GUARD_INSTALL (Linux 6.13)")
+    settle(puppet.pid)
+    with Checkpoint.take(puppet.pid) as point:
+        for _ in range(3):
+            puppet.write(area, 1, value=9)
+            settle(puppet.pid)
+            assert point.rollback().fast
+        puppet.sys("madvise", area + PAGE, PAGE, MADV["GUARD_REMOVE"])
+        settle(puppet.pid)
+        assert not point.rollback().fast  # only the process itself can put it back
+        settle(puppet.pid)
+        puppet.write(area, 1, value=9)
+        settle(puppet.pid)
+        assert point.rollback().fast
+
+
+@pytest.mark.requires("uffd-wp-async")
 def test_a_target_that_dies_and_a_checkpoint_that_is_closed_are_said(puppet: Puppet) -> None:
     area = puppet.mmap(1)
     puppet.write(area, 1, value=6)

@@ -44,20 +44,23 @@ from pagelens.linux.ptrace import UserRegs
 from pagelens.linux.restart import restartable
 from pagelens.linux.userfault import Feature, Mode, Userfault
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
+from pagelens.vm.pages import PageState
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Prot, Vma
 
+_FILE, _POPULATED = np.uint32(PageState.FILE), np.uint32(PageState.PRESENT | PageState.SWAPPED)
 _REGIONS = 1 << 20  # 24 MiB of address space, touched as far as a scan needs it
 _WHY = ("", "threads", "maps", "hold", "scan", "write", "registers", "gone")
 _MAP = np.dtype([(n, np.uint64) for n in ("start", "end", "flags", "offset", "inode", "dev")])
 _SAVED = np.dtype([(n, np.uint64) for n in ("start", "end", "offset")])
-_SPAN = np.dtype([(n, np.uint64) for n in ("start", "end", "shared")])
-_NO_DATA = np.uint64(2**64 - 1)
+_SPAN = np.dtype([(n, np.uint64) for n in ("start", "end", "kind")])
+_ANONYMOUS, _SHARED, _PRIVATE_FILE = range(3)
+_NO_DATA, _OF_FILE = np.uint64(2**64 - 1), np.uint64(1)
 
 
 class _Fast(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_int32) for n in ("pid", "maps_fd", "pagemap_fd", "mem_fd")),
+        *((n, ctypes.c_int32) for n in ("pid", "maps_fd", "pagemap_fd", "mem_fd", "task_fd", "unused")),
         *((n, ctypes.c_uint64) for n in ("n_threads", "n_maps", "n_saved", "n_spans", "xstate_size")),
         *((n, ctypes.c_uint64) for n in ("guard_known", "guard_pages")),
         *(
@@ -128,7 +131,7 @@ class Checkpoint:
             point._uffd, _ = take_userfaultfd(proc)
             point._uffd.handshake(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
             point._mem = pagecopy.MemoryFile(pid, write=True)
-            point._fds = [proc.fd("maps"), proc.fd("pagemap")]
+            point._fds = [proc.fd(name) for name in ("maps", "pagemap", "task")]
             point._save()
         except BaseException:
             point.close()
@@ -164,10 +167,11 @@ class Checkpoint:
                     f"{vma} of process {self.pid} cannot be write-protected ({error.strerror})",
                     capability="uffd-wp-async",
                 ) from None
-            if spans and spans[-1][1] == vma.start and spans[-1][2] == vma.shared:
-                spans[-1] = (spans[-1][0], vma.end, spans[-1][2])
+            kind = _SHARED if vma.shared else _PRIVATE_FILE if vma.inode else _ANONYMOUS
+            if spans and spans[-1][1:] == (vma.start, kind):
+                spans[-1] = (spans[-1][0], vma.end, kind)
             else:
-                spans.append((vma.start, vma.end, int(vma.shared)))
+                spans.append((vma.start, vma.end, kind))
         image, fast, keep = self._image, self._fast, self._keep
         span = np.array(spans, np.uint64).reshape(-1, 3)
         keep["spans"] = np.ascontiguousarray(span).view(_SPAN).reshape(-1)
@@ -183,7 +187,8 @@ class Checkpoint:
         keep["sigmask"] = np.array([t.sigmask for t in threads], np.uint64)
         keep["data"] = image.data
         keep["regions"] = np.zeros(_REGIONS * 3, np.uint64)
-        fast.pid, fast.maps_fd, fast.pagemap_fd, fast.mem_fd = self.pid, *self._fds, self._mem.fd
+        fast.pid, fast.maps_fd, fast.pagemap_fd, fast.mem_fd = self.pid, *self._fds[:2], self._mem.fd
+        fast.task_fd = self._fds[2]
         fast.n_threads, fast.n_maps = len(threads), len(keep["maps"])
         fast.n_saved, fast.n_spans, fast.xstate_size = len(keep["saved"]), len(spans), size
         fast.n_regions = _REGIONS
@@ -333,12 +338,14 @@ def _saved(image: InMemory, spans: Any) -> Any:
     )
     flat = flat[inside]
     offset = flat["first"].astype(np.uint64) * np.uint64(PAGE_SIZE)
+    of_file = ((flat["state"] & _FILE) != 0) | ((flat["state"] & _POPULATED) == 0)
+    offset[of_file & (spans[index[inside], 2] == _PRIVATE_FILE)] |= _OF_FILE
     offset[flat["kind"] == Kind.ZERO] = _NO_DATA
     out = np.zeros(len(flat), _SAVED)
     out["start"], out["end"], out["offset"] = flat["start"], flat["start"] + np.uint64(PAGE_SIZE), offset
     if len(out) < 2:
         return out
-    page = np.uint64(PAGE_SIZE)
+    page = np.uint64(PAGE_SIZE)  # offsets that follow each other agree about _OF_FILE
     joins = (out["end"][:-1] == out["start"][1:]) & (
         ((out["offset"][:-1] == _NO_DATA) & (out["offset"][1:] == _NO_DATA))
         | ((out["offset"][:-1] != _NO_DATA) & (out["offset"][:-1] + page == out["offset"][1:]))
