@@ -144,7 +144,7 @@ class Checkpoint:
         assert self._mem is not None
         held = Held(self.pid)
         with held:
-            self._image = capture(self._proc, held, self._mem)
+            self._image = capture(self._proc, held, self._mem, to_write=True)
             vmas, state = self._image.vmas, self._image.process
             self._track(list(vmas))
         self._image.process = replace(state, backing=identities(self._proc, vmas))

@@ -2,12 +2,14 @@
 
 Pages are compared by content hash; only pages that differ are read, to count bytes. A page that has no
 contents in one of the two (unmapped, guard, special) is counted by itself. File pages by reference are
-equal if both refer to the same page of the same file. Each thread's rseq area, which the kernel writes, is
-left out.
+equal if both refer to the same page of the same file; one that only one side refers to is read from its file.
+Each thread's rseq area, which the kernel writes, is left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +24,7 @@ from pagelens.checkpoint.stored import Stored
 from pagelens.linux import pagecopy
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
+from pagelens.vm.errors import DamagedInputError
 from pagelens.vm.pages import distinct
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Vma
@@ -133,18 +136,42 @@ def _region(
     addr = _listed(first, second, start, end)
     kind_a, hash_a = _digest(first, addr, a)
     kind_b, hash_b = _digest(second, addr, b)
-    differs = addr[(hash_a != hash_b) | (kind_a != kind_b)]
-    differs = _without_rseq(first, second, differs)
+    unlike = (hash_a != hash_b) | (kind_a != kind_b)
+    by_one = unlike & ((kind_a == Kind.FILE) != (kind_b == Kind.FILE))
+    if by_one.any():
+        unlike[by_one] = (_contents(first, addr[by_one], a) != _contents(second, addr[by_one], b)).any(axis=1)
+    differs = _without_rseq(first, second, addr[unlike])
     changed_vma = (a.prot, a.shared, a.inode) != (b.prot, b.shared, b.inode)
     if not len(differs) and not changed_vma:
         return None
     nbytes = 0
     for at in range(0, len(differs), 4096):
         part = differs[at : at + 4096]
-        one, two = first.contents(first.locate(part)), second.contents(second.locate(part))
-        nbytes += int((one != two).sum())
+        nbytes += int((_contents(first, part, a) != _contents(second, part, b)).sum())
     perms = vma.perms if not changed_vma else f"{a.perms}>{b.perms}"
     return RegionDiff(start, end, vma.name, perms, len(differs), nbytes, 0, 0, _runs(differs))
+
+
+def _contents(side: Side, addr: Any, vma: Vma) -> Any:
+    # uint8[n, 4096]; pages of a private mapping that the side only refers to, from the file as far as it can be had.
+    where = side.locate(addr)
+    out = side.contents(where)
+    if vma.inode and not vma.shared:
+        kind = np.asarray(where.kind)
+        for at in np.flatnonzero((kind == Kind.FILE) | (kind == 0)).tolist():
+            page = _of_file(side, vma, int(addr[at]))
+            out[at, : len(page)] = np.frombuffer(page, np.uint8)
+    return out
+
+
+def _of_file(side: Side, vma: Vma, addr: int) -> bytes:
+    if isinstance(side, Stored):
+        with contextlib.suppress(DamagedInputError):
+            return side.file_page(vma.name, vma.offset + addr - vma.start)
+        return b""
+    with contextlib.suppress(OSError), open(f"/proc/{side.process.pid}/root{vma.name}", "rb") as file:
+        return os.pread(file.fileno(), PAGE_SIZE, vma.offset + addr - vma.start)
+    return b""
 
 
 def _without_rseq(first: Side, second: Side, differs: Any) -> Any:

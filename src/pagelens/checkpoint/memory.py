@@ -62,12 +62,13 @@ class InMemory:
         return out
 
 
-def capture(proc: Process, held: Held, mem: pagecopy.MemoryFile) -> InMemory:
-    """A held process, all of it, into memory. Errors as `dump`."""
+def capture(proc: Process, held: Held, mem: pagecopy.MemoryFile, *, to_write: bool = False) -> InMemory:
+    """A held process, all of it, into memory. to_write: also the contents of clean pages of writable private
+    mappings of files, for a rollback. Errors as `dump`."""
     vmas, _ = smaps.read(proc)
     state = read_state(proc, held, vmas, backing=False)
     plan = plans.make(proc, vmas, pagemap.read(proc, vmas).runs)
-    flat = _with_private_file_pages(plan, list(vmas))
+    flat = _with_private_file_pages(plan, list(vmas)) if to_write else per_page(plan.rows)
     data_rows = flat["kind"] == Kind.DATA
     addr = flat["start"][data_rows]
     flat["first"][data_rows] = np.arange(len(addr), dtype=np.uint32)
@@ -90,7 +91,9 @@ def _with_private_file_pages(plan: plans.Plan, vmas: list[Vma]) -> Any:
             lo, hi = np.searchsorted(flat["start"], [np.uint64(vma.start), np.uint64(vma.end)])
             here = flat[lo:hi]
             here["kind"][here["kind"] == Kind.FILE] = Kind.DATA
-            rest = np.setdiff1d(addr, here["start"])
+            missing = np.ones(len(addr), bool)
+            missing[((here["start"] - np.uint64(vma.start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)] = False
+            rest = addr[missing]
             rows = np.zeros(len(rest), flat.dtype)
             rows["start"], rows["pages"], rows["kind"] = rest, 1, Kind.DATA
             extra.append(rows)

@@ -262,11 +262,12 @@ class Stored:
         by_file = (where.kind == Kind.FILE) | ((where.kind == 0) & private_file)
         for at in np.flatnonzero(by_file).tolist():
             vma = self.vmas[int(vma_index[at])]
-            data = self._file_page(vma.name, vma.offset + int(addr[at]) - vma.start)
+            data = self.file_page(vma.name, vma.offset + int(addr[at]) - vma.start)
             out[at, : len(data)] = np.frombuffer(data, np.uint8)
         return out
 
-    def _file_page(self, name: str, offset: int) -> bytes:
+    def file_page(self, name: str, offset: int) -> bytes:
+        """A page of a mapped file that was not stored, from the file. DamagedInputError where it has changed."""
         entry = self.manifest["process"]["mapped_files"].get(name, {"missing": "it was not recorded"})
         if "missing" in entry:
             raise DamagedInputError(
