@@ -26,14 +26,15 @@ struct pl_saved {
 };
 #define PL_ZERO (~0ULL)
 #define PL_OF_FILE 1ULL
-/* A watched range. Shared: a missing entry says nothing about the contents. */
+/* A watched range. Shared: a missing entry says nothing about the contents; others: who map it too. */
 struct pl_span {
     uint64_t start, end, kind;
 };
-enum { PL_ANONYMOUS, PL_SHARED, PL_PRIVATE_FILE };
+enum { PL_ANONYMOUS, PL_SHARED, PL_PRIVATE_FILE, PL_SHARED_OTHERS };
 
 struct pl_fast {
-    int32_t pid, maps_fd, pagemap_fd, mem_fd, task_fd, unused;
+    int32_t pid, maps_fd, pagemap_fd, mem_fd, task_fd;
+    int32_t accept_shared; /* write to shared memory that others map */
     uint64_t n_threads, n_maps, n_saved, n_spans, xstate_size;
     uint64_t guard_known, guard_pages; /* the kernel has PAGE_IS_GUARD; guard pages in the spans when saved */
     const int32_t *tids;
@@ -51,7 +52,7 @@ struct pl_fast {
     uint64_t written, zeroed, hold_ns, stop_ns, check_ns, scan_ns, write_ns, arm_ns;
     int32_t error, why; /* errno, and a PL_WHY */
 };
-enum { WHY_OK, WHY_THREADS, WHY_MAPS, WHY_HOLD, WHY_SCAN, WHY_WRITE, WHY_REGS, WHY_GONE };
+enum { WHY_OK, WHY_THREADS, WHY_MAPS, WHY_HOLD, WHY_SCAN, WHY_WRITE, WHY_REGS, WHY_GONE, WHY_SHARED };
 
 static inline int64_t now_ns(void) {
     struct timespec ts;
@@ -59,8 +60,8 @@ static inline int64_t now_ns(void) {
     return ts.tv_sec * 1000000000LL + ts.tv_nsec;
 }
 
-/* The contents of all watched spans, as they were saved. WHY_OK, or why not and f->error; for WHY_MAPS and WHY_HOLD
- * nothing was written. */
+/* The contents of all watched spans, as they were saved. WHY_OK, or why not and f->error; for WHY_MAPS, WHY_HOLD and
+ * WHY_SHARED nothing was written. */
 int pl_fast_memory(struct pl_fast *f);
 
 /* Write all n iovecs, `pages` pages in all; frees both lists. 0, an errno, or -ENOMEM with nothing written. */

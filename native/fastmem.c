@@ -40,7 +40,7 @@ struct plan {
     struct {
         uint64_t start, end;
     } done[64]; /* the first places written, near ones joined; total counts all */
-    int failed;
+    int failed, others; /* others: what they map would be written */
 };
 
 static uint8_t zeros[PIECE] __attribute__((aligned(4096)));
@@ -144,7 +144,7 @@ static int64_t look(struct pl_fast *f, const struct pl_span *span) {
         ours.anyof |= IS_FILE;
         ours.ret |= IS_FILE;
     }
-    return scan(f, span, span->kind == PL_SHARED ? &shared : &ours);
+    return scan(f, span, span->kind == PL_SHARED || span->kind == PL_SHARED_OTHERS ? &shared : &ours);
 }
 
 PL_EXPORT uint64_t pl_fast_guards(struct pl_fast *f);
@@ -210,8 +210,10 @@ static int plan_span(struct plan *w, const struct pl_span *span, uint64_t row, u
             was_dropped(w, g, row);
         else if (span->kind == PL_PRIVATE_FILE && (c & IS_PRESENT ? (c & IS_FILE) != 0 : !(c & IS_WRITTEN)))
             was_dropped(w, g, row); /* the file's page, or a mark where a page was (or one in swap) */
-        else if (c & IS_WRITTEN)
+        else if (c & IS_WRITTEN) {
             was_written(w, g, row);
+            w->others |= span->kind == PL_SHARED_OTHERS;
+        }
     }
     return n < 0 ? -1 : 0;
 }
@@ -259,6 +261,8 @@ static int make_plan(struct plan *w) {
     f->error = w->failed;
     if (guards != f->guard_pages)
         return WHY_MAPS;
+    if (w->others && !f->accept_shared)
+        return WHY_SHARED;
     return w->failed ? WHY_HOLD : WHY_OK;
 }
 

@@ -20,6 +20,7 @@ from pagelens.checkpoint.image import Kind, ProcessState, ThreadState
 from pagelens.checkpoint.stored import Stored
 from pagelens.linux.ptrace import REG_NAMES
 from pagelens.vm.errors import DamagedInputError, UsageError
+from pagelens.vm.pages import contained
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Prot, Vma
 
@@ -30,20 +31,23 @@ PN_XNUM = 0xFFFF
 _CHUNK = 1024
 
 
-def export(store: Stored, out: Path, *, with_files: bool = False, force: bool = False) -> list[str]:
+def export(
+    store: Stored, out: Path, *, with_files: bool = False, force: bool = False, files: Files | None = None
+) -> list[str]:
     """Write the core file `out`; returns notes (pages that could not be had).
 
     Raises UsageError (it exists), DamagedInputError, OSError.
     """
     if out.exists() and not force:
         raise UsageError(f"{out} exists; --force overwrites it")
-    files = Files()
+    files = files or Files()
     partial = out.with_name(f".{out.name}.partial")
     partial.unlink(missing_ok=True)
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        notes = _write(fd, store, with_files)
+        notes = _write(files, fd, store, with_files)
         files.sync(fd)
+        files.step("rename")
         partial.replace(out)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -54,7 +58,7 @@ def export(store: Stored, out: Path, *, with_files: bool = False, force: bool = 
     return notes
 
 
-def _write(fd: int, store: Stored, with_files: bool) -> list[str]:
+def _write(files: Files, fd: int, store: Stored, with_files: bool) -> list[str]:
     vmas = [vma for vma in store.vmas if vma.name != "[vsyscall]"]
     note = b"".join(_notes(store.process))
     count = len(vmas) + 1
@@ -93,14 +97,14 @@ def _write(fd: int, store: Stored, with_files: bool) -> list[str]:
         1 if many else 0,
         0,
     )
-    os.pwrite(fd, ehdr + b"".join(headers), 0)
+    files.pwrite(fd, ehdr + b"".join(headers), 0)
     if many:
-        os.pwrite(fd, struct.pack("<IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, count, 0, 0), sections)
-    os.pwrite(fd, note, note_at)
+        files.pwrite(fd, struct.pack("<IIQQQQIIQQ", 0, 0, 0, 0, 0, 0, 0, count, 0, 0), sections)
+    files.pwrite(fd, note, note_at)
     os.ftruncate(fd, at)
     missing: list[str] = []
     for vma, place, size in places:
-        _contents(fd, store, vma, place, size, missing)
+        _contents(files, fd, store, vma, place, size, missing)
     return missing
 
 
@@ -119,7 +123,9 @@ def _file_size(store: Stored, vma: Vma, with_files: bool) -> int:
     return PAGE_SIZE if vma.offset == 0 and Prot.READ & vma.prot else 0
 
 
-def _contents(fd: int, store: Stored, vma: Vma, place: int, size: int, missing: list[str]) -> None:
+def _contents(
+    files: Files, fd: int, store: Stored, vma: Vma, place: int, size: int, missing: list[str]
+) -> None:
     for at in range(vma.start, vma.start + size, _CHUNK * PAGE_SIZE):
         end = min(at + _CHUNK * PAGE_SIZE, vma.start + size)
         addr = np.arange(at, end, PAGE_SIZE, dtype=np.uint64)
@@ -129,11 +135,11 @@ def _contents(fd: int, store: Stored, vma: Vma, place: int, size: int, missing: 
         others = addr[~plain & ~np.isin(where.kind, (Kind.GUARD, Kind.SPECIAL, Kind.UNREADABLE))]
         if vma.inode and not vma.shared and len(others):
             try:
-                pages[np.isin(addr, others)] = store.pages(others)
+                pages[contained(addr, others)] = store.pages(others)
             except (DamagedInputError, KeyError) as error:
                 missing.append(str(error.args[0]))
         for first, last in _filled(pages):
-            os.pwrite(fd, pages[first:last].tobytes(), place + at - vma.start + first * PAGE_SIZE)
+            files.pwrite(fd, pages[first:last].tobytes(), place + at - vma.start + first * PAGE_SIZE)
 
 
 def _filled(pages: np.ndarray) -> Iterator[tuple[int, int]]:

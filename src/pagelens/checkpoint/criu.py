@@ -14,17 +14,19 @@ Source: criu/images/pagemap.proto, criu/include/magic.h, criu/pagemap.c (4.2).
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pagelens.checkpoint.files import Files
 from pagelens.checkpoint.image import Kind, compress, per_page
 from pagelens.checkpoint.protobuf import field, fields
 from pagelens.checkpoint.stored import Stored
 from pagelens.vm.errors import DamagedInputError, UsageError
-from pagelens.vm.pages import PageRuns, PageState
+from pagelens.vm.pages import PageRuns, PageState, contained
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
 
 COMMON, PAGEMAP_MAGIC, INVENTORY_MAGIC = 0x54564319, 0x56084025, 0x58313116
@@ -84,19 +86,34 @@ class CriuPages:
         state[(self.flags & (PE_PRESENT | PE_PARENT)) == 0] = int(PageState.SWAPPED)
         return PageRuns(self.start, self.count, state)
 
-    def page(self, addr: int) -> bytes:
-        """One page. KeyError where the images have none (it was absent, or is lazy)."""
-        index = int(np.searchsorted(self.start, np.uint64(addr), side="right")) - 1
-        if index < 0 or addr >= int(self.start[index]) + int(self.count[index]) * PAGE_SIZE:
-            raise KeyError(f"{addr:#x} is not in the images")
-        flags = int(self.flags[index])
-        if flags & PE_PARENT:
+    def pages(self, addr: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """uint8[n, 4096]. KeyError where the images lack one (it was absent, or is lazy)."""
+        shift = np.uint64(PAGE_SHIFT)
+        index = np.searchsorted(self.start, addr, side="right").astype(np.int64) - 1
+        at = np.maximum(index, 0)
+        outside = (
+            (index < 0) | (addr >= self.start[at] + (self.count[at] << shift))
+            if len(self.start)
+            else np.ones(len(addr), bool)
+        )
+        if outside.any():
+            raise KeyError(f"{int(addr[outside][0]):#x} is not in the images")
+        flags = self.flags[at]
+        older, here = (flags & PE_PARENT) != 0, (flags & (PE_PARENT | PE_PRESENT)) == PE_PRESENT
+        if not (older | here).all():
+            raise KeyError(f"{int(addr[~(older | here)][0]):#x} is lazy: its contents are elsewhere")
+        out = np.empty((len(addr), PAGE_SIZE), np.uint8)
+        if older.any():
             assert self.parent is not None
-            return self.parent.page(addr)
-        if not flags & PE_PRESENT:
-            raise KeyError(f"{addr:#x} is lazy: its contents are elsewhere")
-        at = (int(self._first[index]) << PAGE_SHIFT) + addr - int(self.start[index])
-        return self._data[at : at + PAGE_SIZE].tobytes()
+            out[older] = self.parent.pages(addr[older])
+        if here.any():
+            number = self._first[at[here]] + ((addr[here] - self.start[at[here]]) >> shift).astype(np.int64)
+            out[here] = self._data[: len(self._data) // PAGE_SIZE * PAGE_SIZE].reshape(-1, PAGE_SIZE)[number]
+        return out
+
+    def page(self, addr: int) -> bytes:
+        """One page. KeyError as `pages`."""
+        return self.pages(np.array([addr], np.uint64)).tobytes()
 
     def read(self, addr: int, length: int) -> bytes:
         """`length` bytes from `addr`. KeyError as `page`."""
@@ -131,7 +148,7 @@ def _entry(message: bytes) -> tuple[int, int, int]:
     return values.get(1, 0), count, flags
 
 
-def export(store: Stored, out: Path, *, parent: Path | None = None) -> list[str]:
+def export(store: Stored, out: Path, *, parent: Path | None = None, files: Files | None = None) -> list[str]:
     """Write pagemap-PID.img, pages-1.img and inventory.img into the new directory `out`; returns notes.
 
     parent: a directory of images of this process; pages that are equal there are marked as in the parent.
@@ -142,8 +159,9 @@ def export(store: Stored, out: Path, *, parent: Path | None = None) -> list[str]
     pid = store.process.pid
     older = CriuPages(parent, pid) if parent is not None else None
     partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir()
-    files = Files()
+    files = files or Files()
     flat = per_page(store.rows)
     flat = flat[np.isin(flat["kind"], (Kind.DATA, Kind.ZERO))]
     known = older.runs().addresses() if older is not None else np.empty(0, np.uint64)
@@ -156,8 +174,8 @@ def export(store: Stored, out: Path, *, parent: Path | None = None) -> list[str]
                 pages = store.contents(store.locate(addr))
                 same = np.zeros(len(addr), bool)
                 if older is not None:
-                    for i in np.flatnonzero(np.isin(addr, known)).tolist():
-                        same[i] = older.page(int(addr[i])) == pages[i].tobytes()
+                    shared = contained(addr, known)
+                    same[shared] = (older.pages(addr[shared]) == pages[shared]).all(axis=1)
                 in_parent[at : at + _CHUNK] = same
                 files.write(fd, np.ascontiguousarray(pages[~same]).data)
             files.sync(fd)
@@ -185,8 +203,6 @@ def export(store: Stored, out: Path, *, parent: Path | None = None) -> list[str]
             (partial / "parent").symlink_to(os.path.relpath(parent, out))
         files.publish(partial, out)
     except BaseException:
-        import shutil
-
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return [

@@ -26,6 +26,7 @@ from pagelens.linux.procfs import Process
 from pagelens.vm.units import PAGE_SIZE, AddrRange
 from pagelens.vm.vma import VmaList
 
+COMPARED = "all threads held, contents compared with the parent by hash"
 _CHUNK_PAGES = 4096
 
 
@@ -97,7 +98,7 @@ def dump(
             if stored is None:
                 stored = store_pages(writer, reuse, plan, chunks)
         rows, counts = stored
-        method = "all threads held, " + ("contents compared with the parent by hash" if parent else "full")
+        method = COMPARED if parent else "all threads held, full"
         unreadable = int(rows["pages"][rows["kind"] == Kind.UNREADABLE].sum())
         if unreadable:
             plan.notes.append(f"{unreadable} pages could not be read")

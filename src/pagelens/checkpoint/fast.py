@@ -11,7 +11,8 @@ not what is mapped. A changed vma list is undone by the general way (`rollback`)
 afterwards.
 
 What it does not see: writes to shared memory through another mapping (another process, write(2)); shared
-memory is rolled back as far as this process wrote it. `watch` looks at descriptors, offsets, children
+memory is rolled back as far as this process wrote it, and not at all where others mapped it at `take` (unless
+accepted). `watch` looks at descriptors, offsets, children
 before each rollback (about 20 µs a descriptor); without it only threads and mappings are. Between rollbacks
 the target is not traced; if pagelens dies, the kernel drops the write protection.
 """
@@ -35,7 +36,7 @@ from pagelens.checkpoint.image import Kind, per_page
 from pagelens.checkpoint.memory import InMemory, capture
 from pagelens.checkpoint.rollback import rollback_held
 from pagelens.checkpoint.state import children, identities, open_files, prepare
-from pagelens.linux import pagecopy, pagescan
+from pagelens.linux import mappers, pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.native import library
@@ -50,17 +51,20 @@ from pagelens.vm.vma import Prot, Vma
 
 _FILE, _POPULATED = np.uint32(PageState.FILE), np.uint32(PageState.PRESENT | PageState.SWAPPED)
 _REGIONS = 1 << 20  # 24 MiB of address space, touched as far as a scan needs it
-_WHY = ("", "threads", "maps", "hold", "scan", "write", "registers", "gone")
+_WHY = ("", "threads", "maps", "hold", "scan", "write", "registers", "gone", "shared")
 _MAP = np.dtype([(n, np.uint64) for n in ("start", "end", "flags", "offset", "inode", "dev")])
 _SAVED = np.dtype([(n, np.uint64) for n in ("start", "end", "offset")])
 _SPAN = np.dtype([(n, np.uint64) for n in ("start", "end", "kind")])
-_ANONYMOUS, _SHARED, _PRIVATE_FILE = range(3)
+_ANONYMOUS, _SHARED, _PRIVATE_FILE, _SHARED_OTHERS = range(4)
 _NO_DATA, _OF_FILE = np.uint64(2**64 - 1), np.uint64(1)
 
 
 class _Fast(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_int32) for n in ("pid", "maps_fd", "pagemap_fd", "mem_fd", "task_fd", "unused")),
+        *(
+            (n, ctypes.c_int32)
+            for n in ("pid", "maps_fd", "pagemap_fd", "mem_fd", "task_fd", "accept_shared")
+        ),
         *((n, ctypes.c_uint64) for n in ("n_threads", "n_maps", "n_saved", "n_spans", "xstate_size")),
         *((n, ctypes.c_uint64) for n in ("guard_known", "guard_pages")),
         *(
@@ -148,6 +152,7 @@ class Checkpoint:
             vmas, state = self._image.vmas, self._image.process
             self._track(list(vmas))
         self._image.process = replace(state, backing=identities(self._proc, vmas))
+        self._mark_shared()
 
     def _track(self, vmas: list[Vma]) -> None:
         # Register, prepare the tables of the C side, arm. The target is held.
@@ -168,7 +173,7 @@ class Checkpoint:
                     capability="uffd-wp-async",
                 ) from None
             kind = _SHARED if vma.shared else _PRIVATE_FILE if vma.inode else _ANONYMOUS
-            if spans and spans[-1][1:] == (vma.start, kind):
+            if spans and spans[-1][1:] == (vma.start, kind) and kind != _SHARED:
                 spans[-1] = (spans[-1][0], vma.end, kind)
             else:
                 spans.append((vma.start, vma.end, kind))
@@ -208,6 +213,16 @@ class Checkpoint:
                 fix="boot Linux 6.7 or later",
             )
 
+    def _mark_shared(self) -> None:
+        # Not while it is held: all processes' maps take milliseconds.
+        assert self._image is not None
+        keys = {v.start: (v.dev, v.inode) for v in self._image.vmas if v.shared and _tracked(v)}
+        who = mappers.others(self.pid, set(keys.values()))
+        spans = self._keep["spans"]
+        for row in np.flatnonzero(spans["kind"] == _SHARED).tolist():
+            if keys.get(int(spans["start"][row])) in who.of:
+                spans["kind"][row] = _SHARED_OTHERS
+
     def _maps(self) -> Any:
         for room in (1024, 70_000):
             out = np.zeros(room, _MAP)
@@ -238,6 +253,7 @@ class Checkpoint:
         if self.watch:
             self._look(accept)
         fast = self._fast
+        fast.accept_shared = int("shared" in accept)
         why = _WHY[_lib().pl_fast_rollback(ctypes.byref(fast))]
         if not why:
             self.rollbacks += 1
@@ -246,6 +262,11 @@ class Checkpoint:
             raise TargetGoneError(f"process {self.pid} is gone")
         if why in ("threads", "maps", "hold"):
             return self._slowly(accept)
+        if why == "shared":
+            raise UsageError(
+                f"process {self.pid} cannot be rolled back: it wrote to shared memory that other processes map too: "
+                "it would change there [shared]"
+            )
         raise PagelensError(
             f"process {self.pid} is partly rolled back ({why}: {os.strerror(fast.error)}): end it"
         )
@@ -269,6 +290,7 @@ class Checkpoint:
         with held:
             job = rollback_held(self._proc, held, self._mem, self._image, accept)
             self._track(list(self._image.vmas))
+        self._mark_shared()
         self.rollbacks += 1
         return Back(job.written + job.dropped, held.held_ns, False)
 

@@ -36,6 +36,14 @@ class Files:
             done = os.write(fd, view[: 1 << 30])
             view = view[done:]
 
+    def pwrite(self, fd: int, data: bytes, at: int) -> None:
+        """All of `data` at offset `at`, over short writes."""
+        self.step("write")
+        view = memoryview(data)
+        while view:
+            done = os.pwrite(fd, view, at)
+            view, at = view[done:], at + done
+
     def sync(self, fd: int) -> None:
         """fsync."""
         self.step("fsync")

@@ -92,7 +92,9 @@ def _with_private_file_pages(plan: plans.Plan, vmas: list[Vma]) -> Any:
             here = flat[lo:hi]
             here["kind"][here["kind"] == Kind.FILE] = Kind.DATA
             missing = np.ones(len(addr), bool)
-            missing[((here["start"] - np.uint64(vma.start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)] = False
+            missing[((here["start"] - np.uint64(vma.start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)] = (
+                False
+            )
             rest = addr[missing]
             rows = np.zeros(len(rest), flat.dtype)
             rows["start"], rows["pages"], rows["kind"] = rest, 1, Kind.DATA

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from pagelens.checkpoint.image import OWN, Kind, Rows, compress, per_page
 from pagelens.checkpoint.store import Writer
 from pagelens.checkpoint.stored import Located, Stored
 from pagelens.linux import pagecopy
-from pagelens.vm.errors import UsageError
+from pagelens.vm.errors import DamagedInputError, UsageError
+from pagelens.vm.pages import contained
 
 _CHUNK = 4096
 _KEYS = ("format", "version", "id", "process", "pack_bytes", "files")
@@ -33,90 +35,116 @@ def merge(path: Path, out: Path, *, level: int = 1, force: bool = False, files: 
     with Writer(out, level=level, force=force, files=files) as writer:
         flat = per_page(store.rows)
         data = np.flatnonzero(flat["kind"] == Kind.DATA)
-        _move_in(store, writer, flat, data, {})
+        _move_in(store, writer, flat, data, _Moved(out))
         meta = {key: value for key, value in store.manifest.items() if key not in _KEYS}
         meta |= {"parent": None, "origins": [], "notes": [*meta["notes"], f"merged from {store.id}"]}
         return writer.finish(store.process, compress(flat), meta)
 
 
-def _move_in(
-    store: Stored, writer: Writer, flat: Rows, data: Any, moved: dict[tuple[str, int, int], tuple[int, int]]
-) -> None:
+@dataclass(slots=True)
+class _Moved:
+    """What a checkpoint has taken in: origin's id -> places there (ascending), and block and first here."""
+
+    path: Path
+    places: dict[str, tuple[Any, Any, Any]] = field(default_factory=dict)
+
+
+def _place(block: Any, first: Any) -> Any:
+    # One number a place in a pack: columns of several fields would be compared field by field.
+    return block.astype(np.int64) << 16 | first.astype(np.int64)
+
+
+def _move_in(store: Stored, writer: Writer, flat: Rows, data: Any, moved: _Moved) -> None:
     # Append the contents of rows `data` (indices of per-page rows), each distinct page once.
-    key = np.stack([flat[name][data].astype(np.int64) for name in ("origin", "block", "first")])
-    unique, inverse = np.unique(key, axis=1, return_inverse=True)
-    inverse = inverse.reshape(-1)
-    count = unique.shape[1]
-    block, first = np.empty(count, np.int32), np.empty(count, np.uint32)
-    for at in range(0, count, _CHUNK):
-        part = unique[:, at : at + _CHUNK]
-        pages = store.contents(Located(np.full(part.shape[1], Kind.DATA), part[0], part[1], part[2]))
-        flatdata = np.ascontiguousarray(pages).reshape(-1)
-        hashes, _ = pagecopy.hash_pages(flatdata)
-        block[at : at + _CHUNK], first[at : at + _CHUNK] = writer.append(flatdata, hashes)
-    for i in range(count):
-        origin = store.origin(int(unique[0, i]))
-        moved[(origin.id, int(unique[1, i]), int(unique[2, i]))] = (int(block[i]), int(first[i]))
-    flat["origin"][data], flat["block"][data], flat["first"][data] = OWN, block[inverse], first[inverse]
+    places = _place(flat["block"][data], flat["first"][data])
+    origins = flat["origin"][data].astype(np.int64)
+    for number in np.unique(origins).tolist():
+        mine = data[origins == number]
+        place, inverse = np.unique(places[origins == number], return_inverse=True)
+        block, first = np.empty(len(place), np.int32), np.empty(len(place), np.uint32)
+        for at in range(0, len(place), _CHUNK):
+            part = place[at : at + _CHUNK]
+            shape = np.ones(len(part), np.int64)
+            where = Located(shape * Kind.DATA, shape * number, part >> 16, part & 0xFFFF)
+            pages = np.ascontiguousarray(store.contents(where)).reshape(-1)
+            block[at : at + _CHUNK], first[at : at + _CHUNK] = writer.append(
+                pages, pagecopy.hash_pages(pages)[0]
+            )
+        moved.places[store.origin(number).id] = (place, block, first)
+        flat["origin"][mine], flat["block"][mine], flat["first"][mine] = OWN, block[inverse], first[inverse]
 
 
 def drop(paths: Iterable[Path], remaining: Sequence[Path], *, files: Files | None = None) -> list[Path]:
     """Delete checkpoints `paths`; those in `remaining` stay whole. Returns the ones that were rewritten.
 
-    remaining must list every checkpoint that refers to a dropped one: others would become unreadable.
+    remaining must list every checkpoint that refers to a dropped one: others would become unreadable. Those that
+    lie beside a dropped one are looked at, and UsageError names one that was forgotten. Errors as `dump`;
+    DamagedInputError.
     """
     victims = {store.id: store for store in (Stored.open(path) for path in paths)}
     kept = [Stored.open(path) for path in remaining]
     if victims.keys() & {store.id for store in kept}:
         raise UsageError("a checkpoint cannot be dropped and kept")
+    _refuse_forgotten(victims, {store.path for store in kept})
     kept.sort(key=lambda store: int(store.manifest["process"]["time_ns"]))
-    moved: dict[str, tuple[Path, dict[tuple[str, int, int], tuple[int, int]]]] = {}
+    moved: dict[str, _Moved] = {}
     rewritten = []
     for store in kept:
         if any(entry["id"] in victims for entry in store.manifest["origins"]):
             rewritten.append(_rewrite(store, victims, moved, files))
     for store in victims.values():
         # The manifest goes first: without it nobody takes the rest for a checkpoint.
+        (files or Files()).step("unlink")
         (store.path / "manifest.json").unlink()
         shutil.rmtree(store.path)
     return rewritten
 
 
+def _refuse_forgotten(victims: dict[str, Stored], kept: set[Path]) -> None:
+    dropped = {store.path for store in victims.values()}
+    for folder in {path.parent for path in dropped}:
+        for path in sorted(folder.iterdir()):
+            if path in dropped or path in kept or not (path / "manifest.json").is_file():
+                continue
+            try:
+                store = Stored.open(path)
+            except DamagedInputError:
+                continue
+            for entry in store.manifest["origins"]:
+                if entry["id"] in victims:
+                    raise UsageError(
+                        f"{path} needs {victims[entry['id']].path}: keep it too (--keep), or drop it as well; "
+                        "nothing was touched"
+                    )
+
+
 def _rewrite(
-    store: Stored,
-    victims: dict[str, Stored],
-    moved: dict[str, tuple[Path, dict[tuple[str, int, int], tuple[int, int]]]],
-    files: Files | None,
+    store: Stored, victims: dict[str, Stored], moved: dict[str, _Moved], files: Files | None
 ) -> Path:
     flat = per_page(store.rows)
     origins = [dict(entry) for entry in store.manifest["origins"]]
     gone = np.array([number for number, entry in enumerate(origins) if entry["id"] in victims], np.int64)
-    hit = np.flatnonzero((flat["kind"] == Kind.DATA) & np.isin(flat["origin"], gone))
+    left = np.flatnonzero((flat["kind"] == Kind.DATA) & np.isin(flat["origin"], gone))
     # What an earlier rewritten checkpoint has taken in is referred to there.
-    number_of: dict[str, int] = {}
-    left = []
-    for i in hit.tolist():
-        key = (origins[flat["origin"][i]]["id"], int(flat["block"][i]), int(flat["first"][i]))
-        for other, (path, table) in moved.items():
-            if key in table:
-                if other not in number_of:
-                    number_of[other] = next(
-                        (n for n, e in enumerate(origins) if e["id"] == other), len(origins)
-                    )
-                    if number_of[other] == len(origins):
-                        origins.append({"id": other, "path": os.path.relpath(path, store.path)})
-                flat["origin"][i] = number_of[other]
-                flat["block"][i], flat["first"][i] = table[key]
-                break
-        else:
-            left.append(i)
+    for other, taken in moved.items():
+        number = next((n for n, entry in enumerate(origins) if entry["id"] == other), len(origins))
+        if number == len(origins):
+            origins.append({"id": other, "path": os.path.relpath(taken.path, store.path)})
+        for number_there in gone.tolist():
+            place, block, first = taken.places.get(origins[number_there]["id"], (np.empty(0, np.int64),) * 3)
+            mine = left[flat["origin"][left] == number_there]
+            wanted = _place(flat["block"][mine], flat["first"][mine])
+            has = contained(wanted, place)
+            at = np.searchsorted(place, wanted[has])
+            mine = mine[has]
+            flat["origin"][mine], flat["block"][mine], flat["first"][mine] = number, block[at], first[at]
+        left = left[np.isin(flat["origin"][left], gone)]
     level = int(store.manifest.get("zstd", 1))
     with Writer(store.path, level=level, force=True, files=files) as writer:
         writer.adopt(store)
-        table = {}
-        if left:
-            _move_in(store, writer, flat, np.array(left), table)
-        moved[store.id] = (store.path, table)
+        moved[store.id] = _Moved(store.path)
+        if len(left):
+            _move_in(store, writer, flat, left, moved[store.id])
         meta = {key: value for key, value in store.manifest.items() if key not in _KEYS}
         parent = meta["parent"]
         meta["parent"] = None if parent is not None and parent["id"] in victims else parent

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pagelens.checkpoint import concerns, undo
+from pagelens.checkpoint import concerns, shared, undo
 from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import Kind, ProcessState, ThreadState, per_page
 from pagelens.checkpoint.memory import InMemory
@@ -34,8 +34,9 @@ from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import NT_X86_XSTATE, Tracee, UserRegs
 from pagelens.linux.restart import restartable
 from pagelens.vm.errors import CapabilityMissingError, UsageError
+from pagelens.vm.pages import contained, distinct
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
-from pagelens.vm.vma import Vma, VmaList
+from pagelens.vm.vma import Prot, Vma, VmaList
 
 Source = Stored | InMemory
 _CONFINED = "it is confined by seccomp, whose filter might kill it for the system calls that this needs"
@@ -118,6 +119,7 @@ class _Job:
         self.confined = False  # by seccomp
         self.compared = self.written = self.dropped = 0
         self.notes: list[str] = []
+        self.read_only: list[tuple[int, int]] = []  # shared memory that cannot be written from here
 
     # -- before anything is touched
 
@@ -126,6 +128,11 @@ class _Job:
         present, _ = smaps.read(self.proc)
         now = read_state(self.proc, self.held, present, backing=False)
         found, notes = concerns.compare(self.saved, now)
+        sharing = shared.look(self.proc, self.mem, self.store, present)
+        self.read_only = sharing.read_only
+        found += sharing.concerns
+        notes += sharing.notes
+        found += self._changed_files()
         refused = [concern for concern in found if concern.kind not in accept]
         self.steps, impossible = undo.steps(self.store.vmas, present, self.saved.start_brk)
         impossible += self._find_backings(present) + self._find_altstacks(now) + self._unfit()
@@ -139,6 +146,23 @@ class _Job:
                 f"the leader of process {self.proc.pid} has exited; it cannot make the calls needed"
             )
         return [c.text for c in found if c.kind in accept], notes
+
+    def _changed_files(self) -> list[concerns.Concern]:
+        # A clean page is the file's: where that was written to since, it cannot be as it was.
+        ours = {v.name for v in self.store.vmas if v.shared and v.prot & Prot.WRITE}  # mtime is its own doing
+        by_reference = self.store.vmas.find_many(self.flat["start"][self.flat["kind"] == Kind.FILE])
+        names = {self.store.vmas[int(i)].name for i in set(by_reference.tolist())} - ours
+        out = []
+        for name in sorted(names):
+            entry = self.saved.backing.get(name, {"missing": ""})
+            try:
+                stat = os.stat(f"/proc/{self.proc.pid}/root{name}")  # noqa: PTH116 - through its root
+            except OSError:
+                continue  # another file's name now, or none's: the mapping keeps the one that it has
+            changed = (stat.st_size, stat.st_mtime_ns) != (entry.get("size"), entry.get("mtime_ns"))
+            if "missing" not in entry and stat.st_ino == entry["inode"] and changed:
+                out.append(concerns.Concern("files", f"{name}, which it maps, was written to since"))
+        return out
 
     def _needs_calls(self) -> bool:
         return bool(self.steps or self.stacks)
@@ -242,13 +266,14 @@ class _Job:
             return np.array([test(v) for v in vmas])[now["block"]]
 
         data, guard = now["kind"] == Kind.DATA, now["kind"] == Kind.GUARD
+        data &= ~self._unwritable(now["start"])
         free = ~of_vma(lambda v: plans.is_special(v) or "lo" in (v.vm_flags or ()))
         drop = free & ~of_vma(lambda v: v.shared) & data & np.isin(kind, (0, Kind.FILE))
         remove = free & of_vma(plans.is_shared_memory) & data & (kind == 0)
         calls = _ranges(now["start"][drop], DONTNEED) + _ranges(now["start"][remove], REMOVE)
         calls += _ranges(now["start"][guard & (kind != Kind.GUARD)], GUARD_REMOVE)
         was_guard = self.flat["start"][self.flat["kind"] == Kind.GUARD]
-        calls += _ranges(np.setdiff1d(was_guard, now["start"][guard]), GUARD_INSTALL)
+        calls += _ranges(was_guard[~contained(was_guard, now["start"][guard])], GUARD_INSTALL)
         if (
             calls and self.confined
         ):  # nothing was touched yet: it needs no other calls, or check() had refused
@@ -256,6 +281,12 @@ class _Job:
         if calls:
             self.caller.make(calls)
         self.dropped = int(drop.sum() + remove.sum())
+
+    def _unwritable(self, addr: Any) -> Any:
+        out = np.zeros(len(addr), bool)
+        for start, end in self.read_only:
+            out |= (addr >= np.uint64(start)) & (addr < np.uint64(end))
+        return out
 
     def _contents(self) -> None:
         now = self._read_pages()
@@ -266,15 +297,16 @@ class _Job:
         anonymous = np.array([not v.inode for v in self.store.vmas])
         left = now["start"][(now["kind"] == Kind.DATA) & anonymous[now["block"]]]
         left = left[self.store.locate(left).kind == 0]
-        self._write(data["start"], populated)
-        self._write_zero(np.union1d(np.intersect1d(zero, populated), left))
+        self._write(data["start"][~self._unwritable(data["start"])], populated)
+        zero = distinct(np.concatenate((zero[contained(zero, populated)], left)))
+        self._write_zero(zero[~self._unwritable(zero)])
 
     def _write(self, addr: Any, populated: Any) -> None:
         for at in range(0, len(addr), 4096):
             part = addr[at : at + 4096]
             where = self.store.locate(part)
             saved = self.store.hashes(where)
-            here = np.isin(part, populated)
+            here = contained(part, populated)
             differs = ~here
             there = part[here]
             if len(there):

@@ -182,3 +182,12 @@ def distinct(values: npt.NDArray[_Any]) -> npt.NDArray[_Any]:
         return values[:0]
     ordered = np.sort(values)
     return ordered[np.concatenate(([True], ordered[1:] != ordered[:-1]))]
+
+
+def contained(values: npt.NDArray[_Any], ascending: npt.NDArray[_Any]) -> npt.NDArray[np.bool_]:
+    """Which values are among `ascending` (sorted). As np.isin, without its np.unique of both (see `distinct`)."""
+    if not len(ascending):
+        return np.zeros(len(values), bool)
+    at = np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)
+    found: npt.NDArray[np.bool_] = ascending[at] == values
+    return found
