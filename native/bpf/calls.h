@@ -100,21 +100,56 @@ static __always_inline int is_clear_refs(struct task_struct *t, u64 fd)
 	return op == totals.clear_refs;
 }
 
-/* Calls of others that act on the tree: the text is the directory of the file, which is the target's pid. */
+/* The number that a text begins with, at most 10 digits. */
+static __always_inline u32 decimal(const char *text)
+{
+	u32 n = 0;
+
+	for (int i = 0; i < 10; i++) {
+		if (text[i] < '0' || text[i] > '9')
+			break;
+		n = n * 10 + (text[i] - '0');
+	}
+	return n;
+}
+
+/* The address space of the tree that task `tid` has, as the caller numbers it; 0: not of the tree. A caller in another
+ * pid namespace means somebody else by the same number: PL_NO_MM, it may act on the tree. */
+static __always_inline u32 acts_on(struct task_struct *t, u32 tid)
+{
+	u32 *mm;
+
+	if (!t->thread_pid || t->thread_pid->level != totals.pid_level)
+		return PL_NO_MM;
+	mm = bpf_map_lookup_elem(&members, &tid);
+	return mm ? *mm : 0;
+}
+
+/* Calls of others that act on the tree, and clear_refs by anyone: `mm` is the space that they act on, the text of a write
+ * the directory of its file, which is the target's pid. */
 static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *regs, long ret)
 {
 	struct pl_rec_call *r;
 	struct file *f;
 	void *ring;
+	char name[16] = {};
 	long nr = regs->orig_ax;
 	u64 byte = 0;
+	u32 mm;
 
 	if (nr == NR_WRITE) {
 		if (!is_clear_refs(t, regs->di) || ret <= 0)
 			return 0;
+		f = file_of(t, regs->di);
+		bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(f, f_path.dentry, d_parent, d_name.name));
+		mm = acts_on(t, decimal(name));
 	} else if (nr != NR_PROCESS_VM_WRITEV || ret <= 0) {
 		return 0;
+	} else {
+		mm = acts_on(t, regs->di);
 	}
+	if (!mm)
+		return 0;
 	ring = my_ring(bpf_get_smp_processor_id());
 	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r) + 16, 0) : NULL;
 	if (!r) {
@@ -125,9 +160,9 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 	r->h.kind = PL_SYSCALL;
 	r->h.nr = nr;
 	r->h.cpu = bpf_get_smp_processor_id();
-	r->h.pid = t->tgid;
-	r->h.tid = t->pid;
-	r->h.mm = PL_NO_MM;
+	r->h.pid = ns_tgid(t);
+	r->h.tid = ns_pid(t);
+	r->h.mm = mm;
 	r->h.time_ns = bpf_ktime_get_ns();
 	r->h.ip = regs->ip;
 	r->result = ret;
@@ -138,12 +173,10 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 	r->args[4] = regs->r8;
 	r->args[5] = regs->r9;
 	if (nr == NR_WRITE) {
-		f = file_of(t, regs->di);
 		bpf_probe_read_user(&byte, 1, (void *)regs->si);
 		r->args[1] = byte;      /* what was written: 1 to 5 */
 		r->h.ntext = 16;
-		bpf_probe_read_kernel_str((char *)r + sizeof(*r), 16,
-					  BPF_CORE_READ(f, f_path.dentry, d_parent, d_name.name));
+		__builtin_memcpy((char *)r + sizeof(*r), name, 16);
 	}
 	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	return 0;

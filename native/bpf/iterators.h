@@ -35,6 +35,7 @@ int adopt(struct bpf_iter__task *ctx)
 	mm_use(ptr, s->mm);
 	s->pid = tgid;
 	s->tid = ns_pid(t);
+	member_add(s->tid, s->mm);
 	s->nr = PL_OLD_CALL;
 	s->base_min = t->min_flt;
 	s->base = counted(t);

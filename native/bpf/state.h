@@ -51,6 +51,15 @@ struct {
 	__type(value, struct mm_entry);
 } mms SEC(".maps");
 
+/* The address space number of each task of the tree, by tid: whom a call of somebody else acts upon. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, u32);
+	__type(value, u32);
+} members SEC(".maps");
+
 /* Where a record with a tail of unknown length is put together. It is per task, so that neither preemption nor
  * a nested program can touch it. */
 struct scratch {
@@ -119,6 +128,16 @@ static __always_inline u64 user_ip(struct task_struct *t)
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(t);
 
 	return (regs->cs & 3) == 3 ? regs->ip : 0;
+}
+
+static __always_inline void member_add(u32 tid, u32 mm)
+{
+	bpf_map_update_elem(&members, &tid, &mm, BPF_ANY);
+}
+
+static __always_inline void member_drop(u32 tid)
+{
+	bpf_map_delete_elem(&members, &tid);
 }
 
 static __always_inline void mm_use(u64 ptr, u32 id)
@@ -198,6 +217,7 @@ static __always_inline struct pl_task *io_worker(struct task_struct *t)
 	s->nr = PL_NO_CALL;
 	s->state = PL_T_LIVE;
 	mm_use(s->mm_ptr, s->mm);
+	member_add(s->tid, s->mm);
 	ADD(tasks_started, 1);
 	return s;
 }

@@ -45,6 +45,7 @@ int BPF_PROG(task_new, struct task_struct *child, u64 clone_flags)
 	}
 	c->mm_ptr = (u64)child->mm;
 	mm_use(c->mm_ptr, c->mm);
+	member_add(c->tid, c->mm);
 	c->nr = s->nr;          /* it returns from the same call */
 	c->state = PL_T_LIVE;
 	ADD(tasks_started, 1);
@@ -67,12 +68,15 @@ int BPF_PROG(task_exec, struct task_struct *p, int old_pid, struct linux_binprm 
 	old = s->mm_ptr;
 	args[0] = s->mm;
 	args[2] = s->tid;
+	if (s->tid != s->pid)
+		member_drop(s->tid);
 	s->tid = s->pid;        /* de_thread() gave it the leader's number */
 	if (old)
 		mm_drop(old, s->mm);
 	s->mm = ADD(next_mm, 1) + 1;
 	s->mm_ptr = (u64)p->mm;
 	mm_use(s->mm_ptr, s->mm);
+	member_add(s->tid, s->mm);
 	args[1] = s->mm;
 	emit_task(p, s, PL_EXEC, args, bprm->filename);
 	return 0;
@@ -109,6 +113,7 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 		ADD(lost_records, 1);
 	}
 	mm_drop(s->mm_ptr, s->mm);
+	member_drop(s->tid);
 	ADD(min_flt, min);
 	ADD(maj_flt, maj);
 	ADD(recorded, s->recorded);

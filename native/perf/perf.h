@@ -89,6 +89,9 @@ struct sample {
 	uint64_t ips[];
 };
 
+/* open.c: the events of one thread of process pid on every CPU; its children inherit them. 0 or -errno. The first
+ * before start, so that each CPU has its ring. */
+int pl_perf_open(struct pl_perf *p, int pid, int tid, int on_exec);
 /* records.c */
 struct slot *pl_perf_find(struct slot *slots, size_t cap, uint32_t key);
 struct slot *pl_perf_slot(struct table *t, uint32_t key);

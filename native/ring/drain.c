@@ -9,11 +9,9 @@
  * few milliseconds costs it nothing); writing Parquet here (a C++ dependency).
  */
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,11 +23,11 @@
 #include "../bpf/record.h"
 #include "../pagelens.h"
 #include "drain.h"
+#include "spool.h"
 
 #define PAGE 4096UL
 #define RB_BUSY (1U << 31)
 #define RB_DISCARD (1U << 30)
-#define BUFFER (256 * 1024)
 
 struct ring {
 	_Atomic unsigned long *consumer;
@@ -38,19 +36,11 @@ struct ring {
 	void *map_rw, *map_ro;
 };
 
-struct out {
-	int fd;
-	size_t used;
-	uint64_t bytes;         /* in the segment, written or buffered */
-	unsigned char *buffer;
-};
-
 struct pl_drain {
-	char dir[4000];
 	unsigned int ncpu;
 	size_t ring_size;
 	struct ring *rings;
-	struct out out[PL_OUTS];
+	struct pl_spool spool;
 	struct pl_stacks *stacks;
 	pthread_t thread;
 	pthread_mutex_t lock;   /* held for a pass, and by rotate */
@@ -59,70 +49,12 @@ struct pl_drain {
 	struct pl_drain_stats stats;
 };
 
-static const char *const out_names[PL_OUTS] = { "faults", "calls", "switches", "stacks", "text", "raw" };
-
 static uint64_t now_ns(void)
 {
 	struct timespec t;
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return (uint64_t)t.tv_sec * 1000000000ULL + (uint64_t)t.tv_nsec;
-}
-
-static void flush_out(struct pl_drain *d, struct out *o)
-{
-	size_t done = 0;
-
-	while (done < o->used && !d->stats.error) {
-		ssize_t n = write(o->fd, o->buffer + done, o->used - done);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0) {
-			d->stats.error = n < 0 ? errno : EIO;
-			break;
-		}
-		done += (size_t)n;
-	}
-	o->used = 0;
-}
-
-static void put(struct pl_drain *d, int which, const void *data, size_t size)
-{
-	struct out *o = &d->out[which];
-
-	if (o->used + size > BUFFER)
-		flush_out(d, o);
-	memcpy(o->buffer + o->used, data, size);
-	o->used += size;
-	o->bytes += size;
-}
-
-static int open_segment(struct pl_drain *d)
-{
-	char name[4096];
-
-	for (int i = 0; i < PL_OUTS; i++) {
-		snprintf(name, sizeof(name), "%s/%08llu.%s", d->dir, (unsigned long long)d->stats.segment,
-			 out_names[i]);
-		d->out[i].fd = open(name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-		if (d->out[i].fd < 0)
-			return errno;
-		d->out[i].bytes = 0;
-		d->out[i].used = 0;
-	}
-	return 0;
-}
-
-static void close_segment(struct pl_drain *d)
-{
-	for (int i = 0; i < PL_OUTS; i++) {
-		if (d->out[i].fd < 0)
-			continue;
-		flush_out(d, &d->out[i]);
-		close(d->out[i].fd);
-		d->out[i].fd = -1;
-	}
 }
 
 /* Two faults have the same stack if instruction, stack and frame pointer and the whole copy are equal: the other
@@ -150,7 +82,7 @@ static int64_t take_raw(struct pl_drain *d, const struct pl_head *h, const uint6
 		row.mm = h->mm;
 		row.pid = h->pid;
 		row.length = n * 8;
-		put(d, PL_OUT_RAW, &row, sizeof(row));
+		pl_spool_put(&d->spool, PL_OUT_RAW, &row, sizeof(row));
 	}
 	return stack;
 }
@@ -167,7 +99,7 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 		return;
 	}
 	d->stats.taken[h->kind]++;
-	if (d->stats.error) {
+	if (d->spool.error) {
 		if (h->kind == PL_FAULT && !(h->flags & PL_F_FAILED))
 			d->stats.dropped_faults++;
 		else
@@ -185,8 +117,8 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 		if (fresh) {
 			uint64_t row[2] = { (uint64_t)stack, h->nframes };
 
-			put(d, PL_OUT_STACKS, row, sizeof(row));
-			put(d, PL_OUT_STACKS, frames, h->nframes * 8UL);
+			pl_spool_put(&d->spool, PL_OUT_STACKS, row, sizeof(row));
+			pl_spool_put(&d->spool, PL_OUT_STACKS, frames, h->nframes * 8UL);
 		}
 	}
 	if (small) {
@@ -196,7 +128,7 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 		if (h->kind == PL_FAULT)
 			row.r.h.flags &= (unsigned char)~PL_F_RAW;
 		row.stack_id = stack;
-		put(d, h->kind == PL_FAULT ? PL_OUT_FAULTS : PL_OUT_SWITCHES, &row, sizeof(row));
+		pl_spool_put(&d->spool, h->kind == PL_FAULT ? PL_OUT_FAULTS : PL_OUT_SWITCHES, &row, sizeof(row));
 		if (h->kind == PL_FAULT && !(h->flags & PL_F_FAILED))
 			d->stats.faults++;
 	} else {
@@ -204,10 +136,10 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 
 		memcpy(&row.r, p, sizeof(row.r));
 		row.stack_id = stack;
-		row.text_offset = d->out[PL_OUT_TEXT].bytes;
+		row.text_offset = d->spool.out[PL_OUT_TEXT].bytes;
 		if (h->ntext)
-			put(d, PL_OUT_TEXT, p + fixed + h->nframes * 8UL, h->ntext);
-		put(d, PL_OUT_CALLS, &row, sizeof(row));
+			pl_spool_put(&d->spool, PL_OUT_TEXT, p + fixed + h->nframes * 8UL, h->ntext);
+		pl_spool_put(&d->spool, PL_OUT_CALLS, &row, sizeof(row));
 	}
 }
 
@@ -301,46 +233,59 @@ static void *run(void *arg)
 	return NULL;
 }
 
+static void unmap_ring(struct ring *r, size_t ring_size)
+{
+	if (r->map_rw)
+		munmap(r->map_rw, PAGE);
+	if (r->map_ro)
+		munmap(r->map_ro, PAGE + 2 * ring_size);
+}
+
+/* 0 or errno; on failure nothing is mapped. */
+static int map_ring(struct ring *r, int fd, size_t ring_size)
+{
+	void *rw = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0), *ro;
+
+	if (rw == MAP_FAILED)
+		return errno;
+	ro = mmap(NULL, PAGE + 2 * ring_size, PROT_READ, MAP_SHARED, fd, PAGE);
+	if (ro == MAP_FAILED) {
+		int error = errno;
+
+		munmap(rw, PAGE);
+		return error;
+	}
+	*r = (struct ring){ .consumer = rw, .producer = ro, .data = (const unsigned char *)ro + PAGE,
+			    .map_rw = rw, .map_ro = ro };
+	return 0;
+}
+
+/* NULL: errno says why, and nothing is left of it but the files that it made. */
 PL_EXPORT struct pl_drain *pl_drain_open(unsigned int ncpu, const int *fds, size_t ring_size, const char *dir);
+PL_EXPORT void pl_drain_free(struct pl_drain *d);
 PL_EXPORT struct pl_drain *pl_drain_open(unsigned int ncpu, const int *fds, size_t ring_size, const char *dir)
 {
 	struct pl_drain *d = calloc(1, sizeof(*d));
+	int error;
 
-	if (!d || strlen(dir) >= sizeof(d->dir))
-		goto fail;
-	strcpy(d->dir, dir);
-	d->ncpu = ncpu;
-	d->ring_size = ring_size;
+	if (!d)
+		return NULL;
 	pthread_mutex_init(&d->lock, NULL);
+	d->ring_size = ring_size;
 	d->rings = calloc(ncpu ? ncpu : 1, sizeof(*d->rings));
 	d->stacks = pl_stacks_new();
+	error = pl_spool_init(&d->spool, dir);
 	if (!d->rings || !d->stacks)
-		goto fail;
-	for (int i = 0; i < PL_OUTS; i++) {
-		d->out[i].fd = -1;
-		d->out[i].buffer = malloc(BUFFER);
-		if (!d->out[i].buffer)
-			goto fail;
-	}
-	for (unsigned int i = 0; i < ncpu; i++) {
-		struct ring *r = &d->rings[i];
-
-		if (fds[i] < 0)
-			continue;
-		r->map_rw = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fds[i], 0);
-		r->map_ro = mmap(NULL, PAGE + 2 * ring_size, PROT_READ, MAP_SHARED, fds[i], PAGE);
-		if (r->map_rw == MAP_FAILED || r->map_ro == MAP_FAILED)
-			goto fail;
-		r->consumer = r->map_rw;
-		r->producer = r->map_ro;
-		r->data = (const unsigned char *)r->map_ro + PAGE;
-	}
-	errno = open_segment(d);
-	if (errno)
-		goto fail;
-	return d;
-fail:
-	free(d);        /* the process ends: mappings and files go with it */
+		error = ENOMEM;
+	for (; !error && d->ncpu < ncpu; d->ncpu++)
+		if (fds[d->ncpu] >= 0)
+			error = map_ring(&d->rings[d->ncpu], fds[d->ncpu], ring_size);
+	if (!error)
+		error = pl_spool_open(&d->spool);
+	if (!error)
+		return d;
+	pl_drain_free(d);
+	errno = error;
 	return NULL;
 }
 
@@ -362,11 +307,11 @@ PL_EXPORT uint64_t pl_drain_rotate(struct pl_drain *d)
 
 	pthread_mutex_lock(&d->lock);
 	pass(d);
-	closed = d->stats.segment;
-	close_segment(d);
-	d->stats.segment++;
-	if (!d->stats.error)
-		d->stats.error = open_segment(d);
+	closed = d->spool.segment;
+	pl_spool_close(&d->spool);
+	d->spool.segment++;
+	if (!d->spool.error)
+		d->spool.error = pl_spool_open(&d->spool);
 	pthread_mutex_unlock(&d->lock);
 	return closed;
 }
@@ -376,9 +321,11 @@ PL_EXPORT void pl_drain_stats(struct pl_drain *d, struct pl_drain_stats *to)
 {
 	pthread_mutex_lock(&d->lock);
 	*to = d->stats;
+	to->segment = d->spool.segment;
+	to->error = d->spool.error;
 	to->segment_bytes = 0;
 	for (int i = 0; i < PL_OUTS; i++)
-		to->segment_bytes += d->out[i].bytes;
+		to->segment_bytes += d->spool.out[i].bytes;
 	pthread_mutex_unlock(&d->lock);
 }
 
@@ -392,22 +339,17 @@ PL_EXPORT uint64_t pl_drain_stop(struct pl_drain *d)
 		d->running = 0;
 	}
 	pass(d);
-	close_segment(d);
-	return d->stats.segment;
+	pl_spool_close(&d->spool);
+	return d->spool.segment;
 }
 
-PL_EXPORT void pl_drain_free(struct pl_drain *d);
 PL_EXPORT void pl_drain_free(struct pl_drain *d)
 {
-	for (unsigned int i = 0; i < d->ncpu; i++) {
-		if (!d->rings[i].data)
-			continue;
-		munmap(d->rings[i].map_rw, PAGE);
-		munmap(d->rings[i].map_ro, PAGE + 2 * d->ring_size);
-	}
-	for (int i = 0; i < PL_OUTS; i++)
-		free(d->out[i].buffer);
+	for (unsigned int i = 0; i < d->ncpu; i++)
+		unmap_ring(&d->rings[i], d->ring_size);
+	pl_spool_free(&d->spool);
 	pl_stacks_free(d->stacks);
+	pthread_mutex_destroy(&d->lock);
 	free(d->rings);
 	free(d);
 }

@@ -52,11 +52,54 @@ def test_clear_refs_by_the_program_and_by_others(tmp_path: Path) -> None:
     helper.wait()
     assert_complete(run)
     pid = ready.read_text()
-    # Whoever else on the machine writes a clear_refs meanwhile names another process.
     mine, other = run.rows(f"kind = 'syscall' and name = 'write' and detail = '{pid}'")
     assert (mine["args"][1], mine["pid"], mine["result"]) == (ord("1"), int(pid), 1)
-    assert (other["args"][1], other["detail"], other["mm"]) == (ord("4"), pid, None)
+    assert (other["args"][1], other["detail"]) == (ord("4"), pid)
     assert other["pid"] != int(pid)
+    # Both act on the program's memory, whoever called.
+    assert mine["mm"] == other["mm"] == run.rows(f"kind = 'task' and name = 'exit' and tid = {pid}")[0]["mm"]
+
+
+WRITER = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+class Iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+own = ctypes.create_string_buffer(b"x" * 8)
+def write(pid, address, size):
+    local, remote = Iovec(ctypes.addressof(own), size), Iovec(address, size)
+    args = pid, ctypes.byref(local), ctypes.c_ulong(1), ctypes.byref(remote), ctypes.c_ulong(1), ctypes.c_ulong(0)
+    done = libc.process_vm_writev(*args)
+    assert done == size, os.strerror(ctypes.get_errno())
+write(int(sys.argv[1]), int(sys.argv[2]), 5)
+write(os.getpid(), ctypes.addressof(own), 3)
+open(f"/proc/{os.getpid()}/clear_refs", "w").write("1")
+"""
+
+
+def test_writes_of_others_into_the_tree_and_only_those(tmp_path: Path) -> None:
+    program = (
+        "import ctypes, os, sys, time, threading\n"
+        "mine = ctypes.create_string_buffer(8)\n"
+        "def wait():\n"
+        "    open(sys.argv[1] + '.new', 'w').write(f'{threading.get_native_id()} {ctypes.addressof(mine)}')\n"
+        "    os.rename(sys.argv[1] + '.new', sys.argv[1])\n"
+        "    while not mine.value: time.sleep(0.01)\n"
+        "thread = threading.Thread(target=wait)\n"  # the call may name any thread
+        "thread.start(); thread.join()\n"
+        "time.sleep(0.3)\n"
+    )
+    ready = tmp_path / "ready"
+    command = f'while [ ! -s {ready} ]; do sleep 0.02; done; exec {sys.executable} -c "$0" $(cat {ready})'
+    with subprocess.Popen(["sh", "-c", command, WRITER]) as other:
+        run = record(tmp_path, [sys.executable, "-c", program, ready])
+        assert other.wait() == 0
+    assert_complete(run)
+    tid = int(ready.read_text().split()[0])
+    (call,) = run.rows("kind = 'syscall' and name = 'process_vm_writev'")
+    assert (call["args"][0], call["result"], call["pid"]) == (tid, 5, other.pid)
+    assert call["mm"] == run.rows(f"kind = 'task' and name = 'exit' and tid = {tid}")[0]["mm"]
+    assert not run.rows(f"pid = {other.pid} and name = 'write'")
 
 
 def test_collapse_is_seen(tmp_path: Path) -> None:

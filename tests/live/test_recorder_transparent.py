@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pagelens import why
 from support.recording import SRC, assert_complete, pagelens, record
 from support.subjects import Subjects
 
@@ -220,5 +221,42 @@ def test_max_size_keeps_the_newest(tmp_path: Path, subjects: Subjects) -> None:
     run = record(tmp_path, ["sh", "-c", program], "--max-size", "200K", "--snapshot", "none")
     events = sorted((run.path / "events").iterdir())
     assert sum(p.stat().st_size for p in events) < 600_000
-    assert any("--max-size" in row["note"] for row in run.capture.table("losses").to_pylist())
-    assert run.faults["unexplained"] == 0
+    (note,) = (row["note"] for row in run.capture.table("losses").to_pylist() if row["what"] == "max-size")
+    assert "--max-size" in note
+    kept = len(run.rows("kind = 'fault' and not failed"))
+    assert f"{run.faults['recorded'] - kept:,} faults among them" in note
+    assert run.faults["unexplained"] == 0 and run.faults["lost"] == 0
+    assert (run.summary["status"], run.summary["complete"]) == ("partial", False)
+
+
+@needs_bpf
+@pytest.mark.parametrize("snapshot", ["none", "full"])
+def test_causes_that_rest_on_dropped_events_stay_open(tmp_path: Path, snapshot: str) -> None:
+    # One mapping, made at the start, over and over emptied and touched again: what is left of the events shows writes
+    # to absent pages, and neither the mmap nor that the pages had been there before.
+    program = (
+        "import mmap, time\n"
+        "m = mmap.mmap(-1, 80 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)\n"
+        "for round in range(6):\n"
+        "    for i in range(0, 80 << 20, 4096): m[i] = 1\n"
+        "    time.sleep(0.7)\n"
+        "    if round < 3: m.madvise(mmap.MADV_DONTNEED)\n"
+    )
+    run = record(tmp_path, [sys.executable, "-c", program], "--max-size", "150K", "--snapshot", snapshot)
+    assert not run.summary["complete"]
+    mapped = run.rows("kind = 'syscall' and name = 'mmap' and args[2] = 83886080")
+    dropped = run.rows("kind = 'syscall' and name = 'madvise' and args[3] = 4 and args[2] = 83886080")
+    assert not mapped, "nothing was dropped: the test shows nothing"
+    result = why.classify(run.capture)
+    faults = result.run.faults
+    causes = {
+        result.of(row).cause
+        for row in range(len(faults))
+        if not dropped or faults.time[row] < dropped[0]["time_ns"]
+    }
+    assert causes <= {"ambiguous", "unknown", "kernel-access"}, causes
+    assert all(
+        "--max-size" in j.verdict.why
+        for j in result.judgements
+        if j.verdict.cause in ("ambiguous", "unknown")
+    )

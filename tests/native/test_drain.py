@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pagelens.linux.drain import Drain
 from support.rings import BUSY, DISCARD, FAULT, HEAD, PAGE, ROWS, SWITCH, SYSCALL, Ring, record
 
 RAW = 64
@@ -138,3 +139,31 @@ def test_with_its_thread(tmp_path: Path) -> None:
             ring.put(record(FAULT, frames=(1, 2, 3)))
         assert ring.drain.stop() == 0
         assert ring.stats.faults == 50 and ring.consumer == ring.producer
+
+
+def test_a_drain_that_cannot_be_opened_leaves_nothing(tmp_path: Path) -> None:
+    """No directory to write to, or a ring that cannot be mapped: no descriptor and no mapping is left."""
+
+    def held() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), len(
+            Path("/proc/self/maps").read_text().splitlines()
+        )
+
+    small = os.memfd_create("ring")  # mapping it whole works: nobody touches what is behind its end
+    nowhere = tmp_path / "none"
+    pipe = os.pipe()
+
+    def refused() -> None:
+        for fds, directory in (([small], nowhere), ([small, pipe[0]], tmp_path)):
+            with pytest.raises(OSError, match=r".*"):
+                Drain(fds, PAGE, directory)
+
+    refused()  # imports and the like
+    before = held()
+    for _ in range(20):
+        refused()
+    after = held()
+    for fd in (small, *pipe):
+        os.close(fd)
+    assert after[0] == before[0]
+    assert after[1] <= before[1] + 3  # malloc may map another arena piece

@@ -11,6 +11,7 @@ from pagelens.why.causes import BY_SLUG, RULES
 from pagelens.why.evidence import (
     FIELDS,
     Area,
+    Cut,
     Evidence,
     Forked,
     Guarded,
@@ -70,6 +71,8 @@ CASES: list[tuple[str, str, Evidence]] = [
     ("after-free", "certain", evidence(write=True, prior=Prior.ANON, mark=Mark.FREE)),
     ("after-pageout", "certain", evidence(prior=Prior.ANON, mark=Mark.PAGEOUT, major=True)),
     ("after-cold", "likely", evidence(prior=Prior.ANON, mark=Mark.COLD)),
+    ("after-truncate", "certain", evidence(area=Area.SHMEM, dropped=True, origin=Origin.CUT)),
+    ("after-truncate", "certain", evidence(area=Area.FILE, dropped=True, origin=Origin.CUT)),
     ("swap-in", "certain", evidence(prior=Prior.SWAPPED)),
     ("swap-in", "likely", evidence(prior=Prior.ANON, major=True)),
     ("userfaultfd", "certain", evidence(write=True, uffd=True, race=Race.HANDLER)),
@@ -103,6 +106,9 @@ CASES: list[tuple[str, str, Evidence]] = [
     ("unknown", "unknown", evidence(area=Area.UNSEEN)),
     ("unknown", "unknown", evidence(area=Area.UNMAPPED)),
     ("ambiguous", "ambiguous", evidence(known=False)),
+    ("ambiguous", "ambiguous", evidence(**W, cut=Cut.HISTORY)),
+    ("first-write", "likely", evidence(**W, cut=Cut.MAPPING)),
+    ("unknown", "unknown", evidence(area=Area.UNSEEN, cut=Cut.HISTORY)),
 ]
 
 
@@ -124,6 +130,13 @@ def test_kernel_access_names_what_the_page_needed() -> None:
     judged = judge(evidence(write=True, user=False, in_call=True))
     assert (judged.verdict.cause, judged.page) == ("kernel-access", "first-write")
     assert "first-write" in judged.verdict.why
+
+
+def test_what_max_size_dropped_is_named() -> None:
+    verdict = judge(evidence(**W, cut=Cut.HISTORY)).verdict
+    assert "--max-size" in verdict.why
+    assert verdict.candidates == ("first-write",)
+    assert "--max-size" in judge(evidence(area=Area.UNSEEN, cut=Cut.HISTORY)).verdict.why
 
 
 def test_packing_loses_nothing() -> None:

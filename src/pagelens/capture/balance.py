@@ -22,7 +22,8 @@ METHOD_PERF = "perf events inherited by the tree, counters at exit stops"
 @dataclass(frozen=True, slots=True)
 class Ended:
     """Figures at the end. totals: of the recording (`totals()`); drained, dropped_faults, dropped_others,
-    damaged: of the drain; written: faults in the capture; alive: tasks that ran on; error: errno that
+    damaged: of the drain; written: faults in the capture; dropped_rows, dropped_written: events, and faults of
+    `written`, that --max-size took out again; alive: tasks that ran on; error: errno that
     stopped the writing, or 0. calls: told by a tracer, with the gup faults of each.
     events: of faults; False where they are only counted."""
 
@@ -33,6 +34,7 @@ class Ended:
     damaged: int
     written: int
     dropped_rows: int
+    dropped_written: int
     alive: int
     snapshot_losses: int
     error: int
@@ -51,7 +53,12 @@ def losses(e: Ended) -> list[tuple[str, int, str]]:
         ("ring", get("lost_records", 0), "other records that found the ring full (--ring-size)"),
         ("missed", get("missed", 0), "faults whose event the kernel did not deliver"),
         ("disk", e.dropped_faults + e.dropped_others, "records after the disk was full"),
-        ("max-size", e.dropped_rows, "older events dropped by --max-size"),
+        (
+            "max-size",
+            e.dropped_rows,
+            f"older events dropped by --max-size, {e.dropped_written:,} faults among them;"
+            " causes that rest on them stay open",
+        ),
         ("snapshot", e.snapshot_losses, "snapshots that could not be taken"),
         ("task", get("tasks_untracked", 0), "tasks that could not be marked: not recorded"),
         ("task", get("tasks_uncounted", 0), "tasks whose counters could not be read: not in the sum"),
@@ -70,7 +77,7 @@ def balance(e: Ended) -> dict[str, Any]:
     status = None
     if e.error:
         status = "disk full" if e.error == errno.ENOSPC else f"stopped: {os.strerror(e.error)}"
-    elif e.alive or get("tasks_uncounted", 0):
+    elif e.alive or get("tasks_uncounted", 0) or e.dropped_rows:
         status = "partial"
     unseen = 0
     if e.perf:

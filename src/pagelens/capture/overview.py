@@ -22,22 +22,19 @@ def count(capture: Capture) -> dict[str, Any]:
     first), "losses": [[count, note], …]}, ready for JSON. DamagedInputError where a part cannot be read."""
     import numpy as np
 
-    from pagelens.capture.reader import read_part
+    from pagelens.capture.reader import plain, read_batches
 
     events: Counter[str] = Counter()
     by_mm: Counter[int] = Counter()
     for part in capture.parts("events"):
-        table = read_part(part, ["kind", "mm"])
-        kinds = table.column("kind").combine_chunks()
-        codes = kinds.indices.to_numpy(zero_copy_only=False)
-        for code, name in enumerate(kinds.dictionary.to_pylist()):
-            mine = codes == code
-            events[name] += int(np.count_nonzero(mine))
-            if name == "fault":
-                mms, faults = np.unique(
-                    table.column("mm").to_numpy()[mine].astype(np.int64), return_counts=True
-                )
-                by_mm.update(dict(zip(mms.tolist(), faults.tolist(), strict=True)))
+        for batch in read_batches(part, ["kind", "mm"]):
+            codes = plain(batch.column("kind").indices, -1)
+            for code, name in enumerate(batch.column("kind").dictionary.to_pylist()):
+                mine = codes == code
+                events[name] += int(np.count_nonzero(mine))
+                if name == "fault":
+                    faults = np.bincount(plain(batch.column("mm"), 0)[mine])
+                    by_mm.update({mm: int(faults[mm]) for mm in np.flatnonzero(faults).tolist()})
     tasks = capture.table("tasks", ["pid", "tid"])
     paths = {r["mm"]: r["path"] for r in capture.table("mms", ["mm", "path"]).to_pylist()}
     return {

@@ -7,11 +7,12 @@ capture, is its version known, was the recorder killed) and the snapshots as `vm
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pagelens.capture.directory import CaptureDirectory
 from pagelens.capture.tables import TABLES, schema
@@ -102,8 +103,65 @@ def read_part(path: Path, columns: Sequence[str] | None = None) -> Any:
             table = part.read(columns=None if columns is None else list(columns), use_threads=False)
         return table if columns is None else table.select(list(columns))
     except (OSError, KeyError, pa.ArrowInvalid) as error:
-        first = str(error).splitlines()[0]
-        raise DamagedInputError(f"{path} is damaged or cannot be read: {first}") from None
+        raise _damaged(path, error) from None
+
+
+_BATCH = 1 << 16
+
+
+def rows_of(path: Path) -> int:
+    """Rows of one part. DamagedInputError where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(path, error) from None
+
+
+def read_batches(path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """One part as pyarrow.RecordBatches of some rows each. DamagedInputError where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, pre_buffer=False) as part:
+            yield from part.iter_batches(_BATCH, columns=list(columns), use_threads=False)
+    except (OSError, KeyError, pa.ArrowInvalid) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> DamagedInputError:
+    return DamagedInputError(f"{path} is damaged or cannot be read: {str(error).splitlines()[0]}")
+
+
+def plain(column: Any, null: int) -> npt.NDArray[Any]:
+    """An Arrow column as numpy array of its own width, `null` for nulls; a view of Arrow's memory where it can be.
+
+    `to_numpy` makes floats of a column with nulls, and `fill_null` before it a second copy of all.
+    """
+    chunks = column.chunks if hasattr(column, "chunks") else [column]
+    if len(chunks) != 1:
+        parts = [plain(chunk, null) for chunk in chunks]
+        return np.concatenate(parts) if parts else np.empty(0, column.type.to_pandas_dtype())
+    (array,) = chunks
+    valid, data = array.buffers()
+    if array.type.bit_width == 1:
+        values = _bits(data, array.offset, len(array))
+    else:
+        kind = np.dtype(array.type.to_pandas_dtype())
+        values = np.frombuffer(data, kind)[array.offset : array.offset + len(array)]
+    if array.null_count and valid is not None:
+        values = np.where(_bits(valid, array.offset, len(array)), values, values.dtype.type(null))
+    return values
+
+
+def _bits(buffer: Any, offset: int, length: int) -> npt.NDArray[np.bool_]:
+    first = offset // 8
+    packed = np.frombuffer(buffer, np.uint8)[first : (offset + length + 7) // 8]
+    bits = np.unpackbits(packed, bitorder="little")[offset - 8 * first :][:length]
+    return bits.view(np.bool_)
 
 
 def _pages(table: Any) -> PageRuns | None:

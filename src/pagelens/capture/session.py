@@ -201,6 +201,7 @@ class Session:
             damaged=int(stats.damaged),
             written=writer.recorded,
             dropped_rows=writer.dropped_rows,
+            dropped_written=writer.dropped_faults,
             alive=alive,
             snapshot_losses=self._snapshot_losses,
             error=(error.errno or errno.EIO) if error else int(stats.error),

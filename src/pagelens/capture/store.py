@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,14 @@ class CaptureWriter:
             if not (path / META).is_file():
                 raise UsageError(f"{path} is not a capture; it is not overwritten")
             shutil.rmtree(path)
-        self.spool.mkdir(parents=True)
-        self.write_meta()
+        try:
+            self.spool.mkdir(parents=True)
+            self.write_meta()
+        except OSError as error:
+            shutil.rmtree(path, ignore_errors=True)
+            raise UsageError(
+                f"the capture cannot be written to {path}: {error.strerror}; -c DIR names another place"
+            ) from None
 
     @classmethod
     def reopen(cls, path: Path, meta: dict[str, Any]) -> CaptureWriter:
@@ -78,7 +85,7 @@ class CaptureWriter:
         final = directory / f"part-{number:08d}.parquet"
         aside = directory / f".part-{number:08d}.new"
         try:
-            pq.write_table(rows, aside, compression="zstd", compression_level=1)
+            pq.write_table(rows, aside, **encoding(table, rows.column_names))
             fd = os.open(aside, os.O_RDONLY)
             try:
                 os.fsync(fd)
@@ -132,6 +139,25 @@ class CaptureWriter:
         with contextlib.suppress(OSError):  # segments that could not be converted stay for `recover`
             self.spool.rmdir()
         self.write_meta(**changes)
+
+
+# Columns of `events` whose values hardly repeat but lie close together.
+_CLOSE = ("seq", "time_ns", "addr", "latency_ns")
+
+
+def encoding(table: str, columns: Sequence[str]) -> dict[str, Any]:
+    """How the columns of a table are written (arguments of pyarrow.parquet.write_table).
+
+    Arrow tries a dictionary first, of every column, and gives up when it is full: for columns that hardly repeat that
+    takes two and a half times as long, and three times the space, of storing differences.
+    """
+    close = [c for c in columns if c in _CLOSE] if table in ("events", "causes") else []
+    return {
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": [c for c in columns if c not in close],
+        "column_encoding": dict.fromkeys(close, "DELTA_BINARY_PACKED") or None,
+    }
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -75,7 +75,7 @@ def print_summary(args: argparse.Namespace, capture: Path, summary: dict[str, An
 
     from pagelens.capture.summary import text
 
-    causes = _causes(capture, summary) if args.summary_json or not args.quiet else []
+    causes = _causes(capture, summary)  # also where nobody asks: the capture carries them from now on
     try:
         if args.summary_json:
             Path(args.summary_json).write_text(json.dumps(summary, indent=1) + "\n")

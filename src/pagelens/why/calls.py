@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import PAGE_SIZE, page_down, page_up
 from pagelens.vm.vma import Vma
+from pagelens.why.cuts import FileCut
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
 from pagelens.why.files import Files, device
@@ -28,7 +29,7 @@ from pagelens.why.space import (
 
 MAP_SHARED, MAP_TYPE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 0xF, 0x20, 0x100
 MAP_LOCKED, MAP_POPULATE, MAP_STACK, MAP_HUGETLB = 0x2000, 0x8000, 0x20000, 0x40000
-SHRINKING = frozenset({"munmap", "shmdt", "madvise", "process_madvise"})
+SHRINKING = frozenset({"munmap", "shmdt", "madvise", "process_madvise", "ftruncate", "fallocate"})
 # Effective at entry: they take pages or mappings away.
 
 
@@ -80,6 +81,8 @@ def state_of(vma: Vma, thp: str, files: Files = _NO_FILES) -> State:
         dontfork="dc" in flags,
         wipeonfork="wf" in flags,
         name=vma.name,
+        file=(vma.dev, vma.inode) if vma.inode else None,
+        shift=vma.offset - vma.start if vma.inode else 0,
     )
 
 
@@ -125,7 +128,7 @@ class Effects:
         self._do[call.name](space, call, time)
 
     def _mmap(self, space: Space, call: Call, time: int) -> None:
-        _, length, prot, flags, fd, _ = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
+        _, length, prot, flags, fd, offset = (*call.args, 0, 0, 0, 0, 0, 0)[:6]
         start, end = call.result, call.result + page_up(length)
         shared = (flags & MAP_TYPE) != 2
         anon = bool(flags & MAP_ANONYMOUS) or (fd & 0xFFFFFFFF) == 0xFFFFFFFF
@@ -149,6 +152,8 @@ class Effects:
             populated_write=bool(prot & 2) and not shared,
             made=call.seq,
             name=call.detail,
+            file=None if anon or not call.inode else (dev, call.inode),
+            shift=0 if anon or not call.inode else offset - start,
         )
         space.remove(start, end, call.seq, call.start, call.end)
         space.map(start, end, state, Origin.MMAP, time, call.seq)
@@ -199,6 +204,8 @@ class Effects:
             for seg in moved:
                 # mremap_userfaultfd_prep: without EVENT_REMAP the range leaves the userfaultfd.
                 state = space.lives.states[seg.state]._replace(uffd=0, wp_time=-1)
+                if state.file:
+                    state = state._replace(shift=state.shift + old - new)
                 number = space.lives.intern(state)
                 space.insert(Seg(seg.start - old + new, seg.end - old + new, seg.key, number))
                 if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty
@@ -313,6 +320,18 @@ class Effects:
             space.change(first, first + page_up(second), lambda s: s._replace(wp_time=-1))
         elif command == _PAGEMAP_SCAN and first & 1:  # PM_SCAN_WP_MATCHING
             space.change(second, third, lambda s: s._replace(wp_time=time) if s.uffd & UFFD_WP else s)
+
+
+def cut(space: Space, what: FileCut, call: Call) -> None:
+    """What `call` took out of a file leaves the mappings of it here."""
+    for seg in list(space.segs):
+        state = space.lives.states[seg.state]
+        if state.file != what.file or not (what.copies or state.area is not Area.FILE):
+            continue
+        start = max(seg.start, what.start - state.shift)
+        end = min(seg.end, what.end - state.shift)
+        if start < end:
+            space.drop(start, end, call.start, call.seq, Origin.CUT)
 
 
 def clear_refs(space: Space, time: int) -> None:

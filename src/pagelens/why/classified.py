@@ -8,6 +8,7 @@ the kernel counted.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,14 +24,14 @@ from pagelens.why.judge import Judgement, judge
 from pagelens.why.replay import Replay, Replayed
 from pagelens.why.verdict import AMBIGUOUS, CERTAIN, LIKELY, UNKNOWN, Verdict
 
-I64 = npt.NDArray[np.int64]
+I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 
 CONFIDENCES = (CERTAIN, LIKELY, AMBIGUOUS, UNKNOWN)
 
 
 @dataclass(slots=True)
 class Classified:
-    """verdict: int64[n], index into `judgements`, beside `run.faults`. calls: those with gup faults, and
+    """verdict: int[n], index into `judgements`, beside `run.faults`. calls: those with gup faults, and
     their cause."""
 
     facts: Facts
@@ -58,24 +59,37 @@ class Classified:
         for call, cause in self.calls:
             gup[cause] = gup.get(cause, 0) + call.gup
         total = len(faults) + sum(gup.values())
-        page = (faults.addr >> np.uint64(12)).astype(np.int64) | (faults.mm.astype(np.int64) << 40)
-        unsure = np.array([j.verdict.confidence == AMBIGUOUS for j in self.judgements] + [False], bool)
+        unsure = np.array([j.verdict.confidence == AMBIGUOUS for j in self.judgements], bool)
+        each = np.bincount(self.verdict, minlength=len(self.judgements))
+        spent = np.bincount(self.verdict, np.maximum(faults.latency, 0), minlength=len(self.judgements))
+        pages = self._pages(by_cause)
         for cause in {*by_cause, *gup}:
-            mask = np.isin(self.verdict, by_cause.get(cause, []))
-            number = int(mask.sum()) + gup.get(cause, 0)
-            latency = faults.latency[mask]
+            mine = by_cause.get(cause, [])
+            number = int(each[mine].sum()) + gup.get(cause, 0)
             out.append(
                 {
                     "cause": cause,
                     "faults": number,
-                    "pages": _distinct(page[mask]) + gup.get(cause, 0),
+                    "pages": pages.get(cause, 0) + gup.get(cause, 0),
                     "share": number / total if total else 0.0,
-                    "time_ns": int(latency[latency > 0].sum()),
-                    "ambiguous": int(unsure[self.verdict[mask]].sum()),
+                    "time_ns": int(spent[mine].sum()),
+                    "ambiguous": int(each[mine][unsure[mine]].sum()),
                 }
             )
         self._counts = sorted(out, key=lambda row: (-int(str(row["faults"])), str(row["cause"])))
         return self._counts
+
+    def _pages(self, by_cause: dict[str, list[int]]) -> dict[str, int]:
+        # Distinct pages of each cause.
+        faults = self.run.faults
+        number = np.zeros(len(self.judgements) or 1, np.int8)  # of the cause of each verdict
+        for i, verdicts in enumerate(by_cause.values()):
+            number[verdicts] = i
+        cause = np.take(number, self.verdict)
+        page = (faults.addr >> np.uint64(12)).view(np.int64)
+        if len(self.run.spaces) > 1:
+            page |= faults.mm.astype(np.int64) << 40
+        return {slug: _distinct(page[cause == i]) for i, slug in enumerate(by_cause)}
 
     def shares(self, rows: list[dict[str, object]] | None = None) -> tuple[float, float]:
         """(unknown, ambiguous) as shares of all faults. rows: of `counts`, where they are at hand."""
@@ -86,8 +100,24 @@ class Classified:
 
 
 def _distinct(values: I64) -> int:
-    # np.unique hashes, which for a million pages is several times as slow as one sort.
-    return 1 + int(np.count_nonzero(np.diff(np.sort(values)))) if len(values) else 0
+    # np.unique hashes, which for a million pages is several times as slow as one sort; where they were touched in their
+    # order, nearly, the sort that makes use of it is ten times as fast as the other one.
+    if not len(values):
+        return 0
+    turns = int(np.count_nonzero(values[1:] < values[:-1]))
+    if turns:
+        values = np.sort(values, kind="stable" if turns * 64 < len(values) else None)
+    return 1 + int(np.count_nonzero(values[1:] != values[:-1]))
+
+
+def _numbered(codes: I64) -> tuple[list[int], I64]:
+    """(the distinct codes, the index of each row's), in order of first appearance.
+
+    By hashing: few of a million are distinct, and np.unique sorts them all."""
+    import pyarrow as pa
+
+    found = pa.array(codes).dictionary_encode()
+    return found.dictionary.to_pylist(), found.indices.to_numpy(zero_copy_only=False)
 
 
 def classify_facts(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Classified:
@@ -96,10 +126,10 @@ def classify_facts(facts: Facts, rules: tuple[Rule, ...] = RULES) -> Classified:
     inferred = infer(facts, run)
     past = trace(facts, run)
     packed = features(facts, run, past, inferred)
-    codes, verdict = np.unique(packed, return_inverse=True)
-    judgements = [judge(unpack(code), rules) for code in codes.tolist()]
+    codes, verdict = _numbered(packed)
+    judgements = [judge(unpack(code), rules) for code in codes]
     calls = [(call, of_call(call.name)) for call in facts.calls if call.gup > 0]
-    return Classified(facts, run, past, packed, verdict.astype(np.int64), judgements, calls)
+    return Classified(facts, run, past, packed, verdict, judgements, calls)
 
 
 __all__ = ["CONFIDENCES", "PREFAULT", "SLUGS", "Classified", "classify_facts"]

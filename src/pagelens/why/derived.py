@@ -13,6 +13,7 @@ import numpy as np
 
 from pagelens.capture import overview
 from pagelens.capture.reader import Capture
+from pagelens.capture.store import encoding
 from pagelens.why.agreement import agreement
 from pagelens.why.classified import Classified, classify_facts
 from pagelens.why.kept import DERIVED, known, state
@@ -44,21 +45,24 @@ def table(result: Classified) -> Any:
         "page_cause": [None] * len(calls),
     }
     seq = np.concatenate((faults.seq, np.array([c.seq for c, _ in calls], np.int64)))
-    weight = np.concatenate((np.ones(len(faults), np.int64), np.array([c.gup for c, _ in calls], np.int64)))
-    order = np.argsort(seq, kind="stable")
+    order = np.argsort(seq, kind="stable") if len(seq) else np.empty(0, np.int64)
+    at = np.flatnonzero(order >= len(faults))  # the calls among them
+    weight = np.ones(len(seq), np.int64)
+    weight[at] = np.array([c.gup for c, _ in calls], np.int64)[order[at] - len(faults)]
     columns: dict[str, Any] = {"seq": pa.array(seq[order])}
     for name, values in names.items():
         words = sorted({*values, *(v for v in gup[name] if v is not None)})
         place = {word: i for i, word in enumerate(words)}
-        lut = np.array([place[v] for v in values] or [0], np.int32)
-        codes = np.concatenate(
-            (
-                lut[index] if len(index) else np.empty(0, np.int32),
-                np.array([-1 if v is None else place[v] for v in gup[name]], np.int32),
-            )
-        )[order]
-        columns[name] = pa.DictionaryArray.from_arrays(pa.array(codes, mask=codes < 0), pa.array(words))
-    columns["faults"] = pa.array(weight[order])
+        lut = np.array([place[v] for v in values] or [0], np.int8)
+        codes = np.empty(len(seq), np.int8)
+        np.take(lut, index, out=codes[: len(faults)])
+        codes[len(faults) :] = [-1 if v is None else place[v] for v in gup[name]]
+        codes = codes[order]
+        mask = codes < 0 if None in gup[name] else None
+        columns[name] = pa.DictionaryArray.from_arrays(
+            pa.array(codes, mask=mask), pa.array(words, pa.string())
+        )
+    columns["faults"] = pa.array(weight)
     return pa.table(columns)
 
 
@@ -117,7 +121,7 @@ def _write(capture: Capture, verdicts: Any, meta: dict[str, Any]) -> None:
     stamp.unlink(missing_ok=True)
     aside = directory / ".part-00000000.new"
     with lean_arrow():
-        pq.write_table(verdicts, aside, compression="zstd", compression_level=1)
+        pq.write_table(verdicts, aside, write_statistics=["seq"], **encoding("causes", verdicts.column_names))
     aside.replace(directory / "part-00000000.parquet")
     aside = stamp.with_name(".meta.json.new")
     aside.write_text(json.dumps(meta))

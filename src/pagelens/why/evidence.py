@@ -54,6 +54,7 @@ class Origin(enum.IntEnum):
     FORK = 5
     MREMAP = 6
     UNSEEN = 7
+    CUT = 8  # ftruncate or fallocate took the pages out of the file
 
 
 class Mark(enum.IntEnum):
@@ -124,6 +125,14 @@ class Huge(enum.IntEnum):
     INSIDE = 3  # an earlier fault of the block made a huge page
 
 
+class Cut(enum.IntEnum):
+    """What `--max-size` may have dropped of the page's story."""
+
+    NONE = 0
+    MAPPING = 1  # the call that mapped it, perhaps; a fault of the page is at hand
+    HISTORY = 2  # earlier faults and calls too
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """One fault, as the rules see it. Booleans are 0 or 1 in the packed form."""
@@ -158,6 +167,7 @@ class Evidence:
     was_mapped: bool  # unmapped now, but something was mapped there earlier
     by_exec: bool  # taken in execve, before the new program ran
     inferred: bool  # the error code was not recorded; the last snapshot tells the access
+    cut: Cut
 
 
 # Widths in bits, in the order of the fields; decoding is generated from it.
@@ -172,9 +182,25 @@ _ENUMS: dict[str, type[enum.IntEnum]] = {
     "race": Race,
     "huge": Huge,
     "guarded": Guarded,
+    "cut": Cut,
 }
 FIELDS: tuple[str, ...] = tuple(f.name for f in fields(Evidence))
-_WIDTH = {name: (3 if name in _ENUMS else 1) for name in FIELDS}
+_WIDTH = {name: (max(_ENUMS[name]).bit_length() if name in _ENUMS else 1) for name in FIELDS}
+
+
+def _places() -> dict[str, tuple[int, int]]:
+    # Which byte, and by how many bits shifted: no field lies in two bytes, so that a million rows are packed a byte
+    # at a time. The top byte stays clear of the sign.
+    free = [8] * 7 + [7]
+    out = {}
+    for name in sorted(FIELDS, key=lambda n: -_WIDTH[n]):
+        byte = next(i for i, bits in enumerate(free) if bits >= _WIDTH[name])
+        out[name] = (byte, (8 if byte < 7 else 7) - free[byte])
+        free[byte] -= _WIDTH[name]
+    return out
+
+
+_PLACE = _places()
 
 
 def pack(columns: dict[str, npt.NDArray[np.generic] | int]) -> I64:
@@ -182,22 +208,29 @@ def pack(columns: dict[str, npt.NDArray[np.generic] | int]) -> I64:
     `Evidence`.
     """
     length = max(len(c) for c in columns.values() if isinstance(c, np.ndarray))
-    out = np.zeros(length, np.int64)
-    shift = 0
-    for name in FIELDS:
-        out |= np.asarray(columns[name]).astype(np.int64) << shift
-        shift += _WIDTH[name]
-    return out
+    out = np.empty((length, 8), np.uint8)
+    for byte in range(8):
+        whole = np.zeros(length, np.uint8)
+        for name in FIELDS:
+            if _PLACE[name][0] != byte:
+                continue
+            column = columns[name]
+            if not isinstance(column, np.ndarray):
+                whole |= np.uint8(int(column) << _PLACE[name][1])
+            else:
+                values = column.view(np.uint8) if column.dtype == bool else column.astype(np.uint8)
+                whole |= values << np.uint8(_PLACE[name][1])
+        out[:, byte] = whole
+    return out.view("<i8").ravel()
 
 
 def unpack(code: int) -> Evidence:
     """The `Evidence` of one packed value."""
     values: dict[str, object] = {}
     for name in FIELDS:
-        width = _WIDTH[name]
-        raw = code & ((1 << width) - 1)
+        byte, shift = _PLACE[name]
+        raw = (code >> (8 * byte + shift)) & ((1 << _WIDTH[name]) - 1)
         values[name] = _ENUMS[name](raw) if name in _ENUMS else bool(raw)
-        code >>= width
     return Evidence(**values)  # type: ignore[arg-type]
 
 

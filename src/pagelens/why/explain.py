@@ -56,9 +56,8 @@ class Explainer:
             made = result.run.lives.states[state].made
             if made >= 0 and all(r.get("seq") != made for r in out):
                 out += self._event(made, "mapped it")
-        removed = int(result.run.removed[row])
-        if removed >= 0:
-            out += self._event(removed, "unmapped what was there")
+        if row in result.run.removed:
+            out += self._event(result.run.removed[row], "unmapped what was there")
         out += self._fork(row)
         return out
 
@@ -100,6 +99,7 @@ class Explainer:
             ]
         role = {
             Origin.DONTNEED: "dropped the page",
+            Origin.CUT: "took the page out of its file",
             Origin.FORK: "copied the address space",
             Origin.GROWTH: "grew the stack",
         }.get(origin, "mapped it")

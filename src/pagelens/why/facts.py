@@ -97,7 +97,8 @@ class Task:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """One capture. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
-    them (`numa_balancing`, `thp`, …; absent = unknown). ran: (mm, ns) of switches onto a CPU, int64[n, 2]."""
+    them (`numa_balancing`, `thp`, …; absent = unknown). ran: (mm, ns) of switches onto a CPU, int64[n, 2].
+    dropped_before: ns before which events may have been dropped (--max-size), -1 where none were."""
 
     faults: Faults
     calls: tuple[Call, ...] = ()
@@ -106,3 +107,4 @@ class Facts:
     last: Mapping[int, Snapshot] = field(default_factory=dict)
     settings: Mapping[str, object] = field(default_factory=dict)
     ran: I64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    dropped_before: int = -1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -9,6 +11,7 @@ from pagelens.vm.pages import PageState
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
 from pagelens.why.evidence import (
     Area,
+    Cut,
     Forked,
     Guarded,
     Huge,
@@ -23,17 +26,17 @@ from pagelens.why.facts import Call, Facts
 from pagelens.why.history import History
 from pagelens.why.replay import (
     BLOCK,
-    EXECVE,
     GREW,
     IN_FLIGHT,
     WAS_MAPPED,
     Replayed,
+    in_execve,
     state_column,
 )
 from pagelens.why.sharing import sharers
 from pagelens.why.space import DROP_LINK, UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 
-I64 = npt.NDArray[np.int64]
+I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 
 # ioctls that resolve a userfault: COPY, ZEROPAGE, MOVE, WRITEPROTECT, CONTINUE, POISON, WAKE (low 16 bits).
@@ -59,16 +62,17 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     prot = np.where(state_column(run.lives, run.state, "guard", 0) != 0, 0, prot)
     prot = np.where((error & PF_PK) != 0, prot & ~3, prot)  # a protection key took the rights away
     prior = past.prior.copy()
-    begun = faults.time - np.maximum(faults.latency, 0)
-
-    race = _thread_race(run, past, begun, write)
+    race = np.full(n, int(Race.NONE), np.int8)
+    again = np.flatnonzero(past.before >= 0)
+    begun = _begun(run, again)
+    _thread_race(run, past, race, again, begun, write)
     # A read of another thread came first: the page was there when this write was looked at.
-    raced_read = (race == Race.NONE) & (past.before >= 0) & write & ~present
-    raced_read &= (past.touch > begun) & (prior == Prior.ZERO)
-    present = present | raced_read
-    _call_race(facts, run, race, begun)
+    raced_read = (race[again] == Race.NONE) & write[again] & ~present[again]
+    raced_read &= (past.touch[again] > begun) & (prior[again] == Prior.ZERO)
+    present[again[raced_read]] = True
+    _call_race(facts, run, race)
     guarded = _guarded(run, past, present & write & ~faults.failed)
-    uffd = _handlers(facts, run, race, begun, present, guarded)
+    uffd = _handlers(facts, run, race, present, guarded)
 
     # fork leaves out the entries of file and shared mappings: the child maps them for itself.
     uncopied = past.inherited & (past.before < 0) & ~present
@@ -78,9 +82,13 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     mark_time = state_column(run.lives, run.state, "mark_time", -1)
     mark = state_column(run.lives, run.state, "mark", 0)
     # A page that came back read-only is so on account of what had taken it away before.
-    back = (guarded == Guarded.BACK) | (guarded == Guarded.BACK_DISK)
-    since = np.where(back, past.own[past.before], past.touch)
-    mark = np.where((mark_time > since) & (prior != Prior.NONE), mark, int(Mark.NONE))
+    since = past.touch
+    back = np.flatnonzero((guarded == Guarded.BACK) | (guarded == Guarded.BACK_DISK))
+    if len(back):
+        since = since.copy()
+        since[back] = past.own[past.before[back]]
+    if mark.any():
+        mark = np.where((mark_time > since) & (prior != Prior.NONE), mark, int(Mark.NONE))
     huge = _huge(facts, run, past, present, write)
     columns: dict[str, npt.NDArray[np.generic] | int] = {
         "known": known,
@@ -107,29 +115,43 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "huge": huge,
         "guarded": guarded,
         "uffd": uffd,
-        "numa": np.full(n, bool(facts.settings.get("numa_balancing"))),
+        "numa": bool(facts.settings.get("numa_balancing")),
         "rearmed": state_column(run.lives, run.state, "prot_time", -1) > past.touch,
         "flushed": state_column(run.lives, run.state, "sync_time", -1) > past.touch,
         "was_mapped": (run.flags & WAS_MAPPED) != 0,
         "inferred": inferred,
-        "by_exec": np.isin(faults.call, EXECVE) & ~faults.user,
+        "by_exec": in_execve(faults) & ~faults.user,
+        "cut": _cut(facts, past),
     }
     return pack(columns) if n else np.empty(0, np.int64)
 
 
-def _thread_race(run: Replayed, past: History, begun: I64, write: Bool) -> I64:
+def _begun(run: Replayed, rows: I64) -> I64:
+    # ns at which faults were entered.
     faults = run.faults
-    race = np.full(len(faults), int(Race.NONE), np.int64)
-    rows = np.flatnonzero((past.before >= 0) & ~faults.failed & (faults.latency > 0))
+    return np.asarray(faults.time[rows] - np.maximum(faults.latency[rows], 0))
+
+
+def _cut(facts: Facts, past: History) -> I64 | int:
+    if facts.dropped_before < 0:
+        return int(Cut.NONE)
+    older = past.times[past.life] < facts.dropped_before
+    blind = past.touch < facts.dropped_before
+    return np.where(older, np.where(blind, int(Cut.HISTORY), int(Cut.MAPPING)), int(Cut.NONE))
+
+
+def _thread_race(run: Replayed, past: History, race: I64, rows: I64, begun: I64, write: Bool) -> None:
+    # rows: faults on pages that have faulted before, begun: when they were entered.
+    faults = run.faults
     prev = past.before[rows]
-    hit = (faults.time[prev] > begun[rows]) & (faults.tid[prev] != faults.tid[rows])
+    hit = ~faults.failed[rows] & (faults.latency[rows] > 0)
+    hit &= (faults.time[prev] > begun) & (faults.tid[prev] != faults.tid[rows])
     hit &= faults.mm[prev] == faults.mm[rows]
     hit &= write[prev] | ~write[rows]
     race[rows[hit]] = int(Race.THREAD)
-    return race
 
 
-def _overlaps(run: Replayed, call: Call, begun: I64) -> I64:
+def _overlaps(run: Replayed, call: Call) -> I64:
     # Faults of the call's address space, by other threads, under way while the call was.
     faults = run.faults
     lo, hi = np.searchsorted(faults.mm, [call.mm, call.mm + 1])
@@ -138,10 +160,10 @@ def _overlaps(run: Replayed, call: Call, begun: I64) -> I64:
     a = lo + int(np.searchsorted(faults.time[lo:hi], call.start))
     b = lo + int(np.searchsorted(faults.time[lo:hi], call.end + 10_000_000_000))
     rows = np.arange(a, b)
-    return np.asarray(rows[(begun[rows] <= call.end) & (faults.tid[rows] != call.tid)], dtype=np.int64)
+    return np.asarray(rows[(_begun(run, rows) <= call.end) & (faults.tid[rows] != call.tid)])
 
 
-def _call_race(facts: Facts, run: Replayed, race: I64, begun: I64) -> None:
+def _call_race(facts: Facts, run: Replayed, race: I64) -> None:
     faults = run.faults
     race[((run.flags & IN_FLIGHT) != 0) & (race == Race.NONE)] = int(Race.CALL)
     odd = np.flatnonzero(faults.failed & (race == Race.NONE))
@@ -150,7 +172,7 @@ def _call_race(facts: Facts, run: Replayed, race: I64, begun: I64) -> None:
     for call in facts.calls:
         if call.name not in ("mprotect", "pkey_mprotect", "munmap", "mmap", "mremap", "madvise"):
             continue
-        rows = np.intersect1d(_overlaps(run, call, begun), odd, assume_unique=True) if len(odd) else odd
+        rows = np.intersect1d(_overlaps(run, call), odd, assume_unique=True) if len(odd) else odd
         if len(rows):
             start = call.result if call.name == "mmap" else call.args[0]
             addr = faults.addr[rows].astype(np.int64)
@@ -159,9 +181,11 @@ def _call_race(facts: Facts, run: Replayed, race: I64, begun: I64) -> None:
 
 def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
     # Who write-protected a page since its last write. rewrites: completed writes to present pages.
-    out = np.full(len(rewrites), int(Guarded.NONE), np.int64)
+    out = np.full(len(rewrites), int(Guarded.NONE), np.int8)
     own = past.own
     faults = run.faults
+    if not rewrites.any():
+        return out
     back = np.flatnonzero(rewrites & (past.before >= 0))
     back = back[(own[past.before[back]] >= 0) & (faults.error[past.before[back]] >= 0)]
     error, major = faults.error[past.before[back]], faults.major[past.before[back]]
@@ -173,7 +197,7 @@ def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
     return out
 
 
-def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64, present: Bool, guarded: I64) -> Bool:
+def _handlers(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64) -> Bool:
     """Faults that a userfaultfd had to do with; race becomes HANDLER where an ioctl resolved that very page.
 
     An absent page must have waited for a handler; a present one must have been write-protected, and waited
@@ -181,6 +205,8 @@ def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64, present: Bool,
     """
     faults = run.faults
     mode = state_column(run.lives, run.state, "uffd", 0)
+    if not mode.any():
+        return np.zeros(len(faults), bool)
     slow = (faults.latency >= UFFD_SLOW) & ~faults.failed
     missing = ~present & slow & ((mode & (UFFD_MISSING | UFFD_MINOR)) != 0)
     protected = present & ((mode & UFFD_WP) != 0) & ((faults.error & 2) != 0) & ~faults.failed
@@ -202,31 +228,38 @@ def _handlers(facts: Facts, run: Replayed, race: I64, begun: I64, present: Bool,
     page, start = page[order], spans[at, 2][order]
     lo = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="left")
     hi = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="right")
-    for row, a, b in zip(rows[lo < hi].tolist(), lo[lo < hi].tolist(), hi[lo < hi].tolist(), strict=True):
-        first = a + int(np.searchsorted(start[a:b], begun[row]))
+    some = rows[lo < hi]
+    spans_of = zip(
+        some.tolist(), _begun(run, some).tolist(), lo[lo < hi].tolist(), hi[lo < hi].tolist(), strict=True
+    )
+    for row, begun, a, b in spans_of:
+        first = a + int(np.searchsorted(start[a:b], begun))
         if first < b and start[first] <= faults.time[row]:
             race[row] = int(Race.HANDLER)
             uffd[row] = True
     return uffd
 
 
-def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, I64]:
+def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, int]:
     faults = run.faults
     n = len(faults)
-    forked = np.full(n, int(Forked.NONE), np.int64)
-    share = np.full(n, int(Sharers.NA), np.int64)
-    outcome = np.full(n, int(Outcome.UNDECIDED), np.int64)
-    rows = np.flatnonzero(wanted & np.isin(prior, [Prior.ANON, Prior.POPULATED, Prior.NONE]))
+    forked = np.full(n, int(Forked.NONE), np.int8)
+    share = np.full(n, int(Sharers.NA), np.int8)
+    outcome = int(Outcome.UNDECIDED)
+    rows = np.flatnonzero(wanted)
+    rows = rows[np.isin(prior[rows], [Prior.ANON, Prior.POPULATED, Prior.NONE])]
     child = rows[past.inherited[rows] & (past.own[rows] < 0)]
     forked[child] = int(Forked.CHILD)
-    since = np.maximum(past.own, past.begun)
+    if not len(rows):
+        return forked, share, outcome
     time = np.asarray(faults.time).astype(np.int64)
     begins = _fork_calls(facts)
     for mm, times in run.family.forks.items():
         mine = rows[(faults.mm[rows] == mm) & (forked[rows] == Forked.NONE)]
         when = np.array(sorted(times), np.int64)
         time[mine] = _after_fork(when, begins.get(mm, {}), faults.time[mine])
-        later = np.searchsorted(when, time[mine]) > np.searchsorted(when, since[mine])
+        since = np.maximum(past.own[mine], past.begun(mine))
+        later = np.searchsorted(when, time[mine]) > np.searchsorted(when, since)
         forked[mine[later]] = int(Forked.PARENT)
     old = _forked_before(facts, run, past, rows, forked, prior)
     both = np.flatnonzero(forked)
@@ -302,7 +335,7 @@ def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:
 
 def _huge(facts: Facts, run: Replayed, past: History, present: Bool, write: Bool) -> I64:
     faults = run.faults
-    out = np.full(len(faults), int(Huge.NO), np.int64)
+    out = np.full(len(faults), int(Huge.NO), np.int8)
     rows = np.flatnonzero(((run.flags & BLOCK) != 0) & ~faults.failed & (past.life >= 0))
     if not len(rows):
         return out
@@ -333,10 +366,12 @@ def _dropped_in_block(run: Replayed, past: History, huge: I64) -> Bool:
     # A part of a huge page that was dropped had been in use, though only the block's first page ever faulted.
     out = np.zeros(len(huge), bool)
     made = np.flatnonzero(huge == Huge.MADE)
+    if not len(made):
+        return out
     lives = run.lives
     key, link, parent = (np.array(c or [0], np.int64) for c in (lives.key, lives.link, lives.parent))
     rows = np.flatnonzero((past.prior == Prior.NONE) & ~past.dropped & (past.life >= 0))
-    rows = rows[link[past.life[rows]] == DROP_LINK] if len(made) else rows[:0]
+    rows = rows[link[past.life[rows]] == DROP_LINK]
     if not len(rows):
         return out
     block = (run.faults.addr // np.uint64(HPAGE_SIZE)).astype(np.int64)

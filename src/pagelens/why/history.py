@@ -17,7 +17,7 @@ from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Area, Origin, Prior
 from pagelens.why.facts import Facts
 from pagelens.why.replay import Replayed, state_column
-from pagelens.why.space import DROP_LINK, FORK_LINK, UNSEEN_KEY
+from pagelens.why.space import DROP_LINK, FORK_LINK, NO_LINK, UNSEEN_KEY
 
 I64 = npt.NDArray[np.signedinteger[Any]]
 Bool = npt.NDArray[np.bool_]
@@ -28,11 +28,11 @@ READ, WRITE, SNAP_FILE, SNAP_ANON, SNAP_ZERO, SNAP_SWAP = range(6)
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """Columns beside the faults of `Replayed` (int64[n] where not said).
+    """Columns beside the faults of `Replayed` (integers of as many bits as they need).
 
     prior: Prior. before: row of the fault before this one on the page (-1 none), touch: ns of the last row
     in this life (-1), own: ns of the last write in this life (-1). inherited, dropped: bool, by links.
-    origin: Origin. life: index into Lives (-1 none). begun: ns at which the life began.
+    origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
     """
 
     prior: I64
@@ -43,7 +43,11 @@ class History:
     dropped: Bool
     origin: I64
     life: I64
-    begun: I64
+    times: I64
+
+    def begun(self, rows: I64) -> I64:
+        """ns at which the life of each of `rows` began, -1 where there is none."""
+        return np.asarray(self.times[self.life[rows]])
 
 
 def trace(facts: Facts, run: Replayed) -> History:
@@ -52,15 +56,8 @@ def trace(facts: Facts, run: Replayed) -> History:
     n = len(faults)
     area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
     write = (faults.error < 0) | ((faults.error & 2) != 0)
-    done = np.flatnonzero(~faults.failed & (run.key >= 0))
-    snap_key, snap_time, snap_kind = _snapshot_rows(facts, run)
-    rows_key = np.concatenate((run.key[done], snap_key))
-    rows_time = np.concatenate((faults.time[done], snap_time))
-    rows_kind = np.concatenate((np.where(write[done], WRITE, READ), snap_kind)).astype(np.int8)
-    rows_fault = np.concatenate((done, np.full(len(snap_key), -1, np.int64))).astype(np.int32)
-    order = np.lexsort((rows_fault, rows_time, rows_key)).astype(np.int32)
-    key, time, kind, fault = rows_key[order], rows_time[order], rows_kind[order], rows_fault[order]
-    del rows_key, rows_time, rows_kind, rows_fault, order, done, write  # memory: a million rows each
+    key, time, kind, fault = _rows(facts, run, write)
+    del write
     index = np.arange(len(key), dtype=np.int32)
     new = np.ones(len(key), bool)
     new[1:] = key[1:] != key[:-1]
@@ -85,12 +82,12 @@ def trace(facts: Facts, run: Replayed) -> History:
 
     del at, earlier, who, prev, mine, has
     # In earlier lives, through links. Failed faults and first faults of a life get here.
-    life = np.searchsorted(np.array(run.lives.key, np.int64), run.key, side="right") - 1
-    life[(run.key < 0) | (run.key >= UNSEEN_KEY)] = -1
     table = _Table(run)
+    life = _lives(run)
     inherited = np.zeros(n, bool)
     dropped = np.zeros(n, bool)
-    todo = np.flatnonzero((prior == Prior.NONE) & (life >= 0))
+    linked = np.append(table.link != NO_LINK, False)
+    todo = np.flatnonzero(np.take(linked, life) & (prior == Prior.NONE)) if linked.any() else index[:0]
     cur_key, cur_life = run.key[todo], life[todo]
     drop = np.zeros(len(todo), bool)
     for _ in range(64):
@@ -114,14 +111,53 @@ def trace(facts: Facts, run: Replayed) -> History:
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
 
     populated = state_column(run.lives, run.state, "populated", -1)
-    writes = state_column(run.lives, run.state, "populated_write", 0) != 0
-    by_call = (prior == Prior.NONE) & (populated >= 0) & (populated < faults.time)
-    prior[by_call] = np.where(
-        (area[by_call] == Area.ANON) & ~writes[by_call], int(Prior.ZERO), int(Prior.POPULATED)
-    )
-    origin = np.where(life >= 0, table.origin[np.maximum(life, 0)], int(Origin.UNSEEN))
-    begun = np.where(life >= 0, table.time[np.maximum(life, 0)], -1)
-    return History(prior, before, touch, own, inherited, dropped, origin, life, begun)
+    by_call = np.flatnonzero((populated >= 0) & (prior == Prior.NONE) & (populated < faults.time))
+    writes = state_column(run.lives, run.state[by_call], "populated_write", 0) != 0
+    prior[by_call] = np.where((area[by_call] == Area.ANON) & ~writes, int(Prior.ZERO), int(Prior.POPULATED))
+    origin = np.take(np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), life)
+    return History(prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1))
+
+
+def _rows(facts: Facts, run: Replayed, write: Bool) -> tuple[I64, I64, I64, I64]:
+    """(key, ns, kind, row of `run.faults` or -1) of every completed fault and every page of the first snapshots.
+
+    In order of (key, ns); the snapshot's first where both are of one moment."""
+    faults = run.faults
+    keep = ~faults.failed & (run.key >= 0)
+    if keep.all():
+        key, time = run.key, faults.time
+        fault = np.arange(len(key), dtype=np.int32)
+        kind = np.where(write, np.int8(WRITE), np.int8(READ))
+        mm = faults.mm
+    else:
+        fault = np.flatnonzero(keep).astype(np.int32)
+        key, time, mm = run.key[fault], faults.time[fault], faults.mm[fault]
+        kind = np.where(write[fault], np.int8(WRITE), np.int8(READ))
+    # Faults are in order of (mm, ns), and a key is of one mm: with the snapshots' rows at their moments, a stable sort
+    # by key alone gives both.
+    snaps = _snapshot_rows(facts, run)
+    if snaps:
+        at = []
+        for number, when, keys, _ in snaps:
+            lo, hi = np.searchsorted(mm, [number, number + 1])
+            at.append(np.full(len(keys), lo + int(np.searchsorted(time[lo:hi], when)), np.int64))
+        where = np.concatenate(at)
+        key = np.insert(key, where, np.concatenate([keys for _, _, keys, _ in snaps]))
+        time = np.insert(time, where, np.concatenate([np.full(len(k), t, np.int64) for _, t, k, _ in snaps]))
+        kind = np.insert(kind, where, np.concatenate([kinds for _, _, _, kinds in snaps]))
+        fault = np.insert(fault, where, -1)
+    if bool(np.all(key[1:] >= key[:-1])):
+        return key, time, kind, fault
+    order = np.argsort(key, kind="stable")
+    return key[order], time[order], kind[order], fault[order]
+
+
+def _lives(run: Replayed) -> I64:
+    # The life of each fault's page: index into Lives, -1 where nothing is known of it.
+    keys = np.array(run.lives.key, np.int64)
+    life = (np.searchsorted(keys, run.key, side="right") - 1).astype(np.int32)
+    life[(run.key < 0) | (run.key >= UNSEEN_KEY)] = -1
+    return life
 
 
 class _Table:
@@ -170,9 +206,10 @@ def _last(key: I64, time: I64, want: I64, cut: I64) -> I64:
     return out
 
 
-def _snapshot_rows(facts: Facts, run: Replayed) -> tuple[I64, I64, I64]:
-    keys, times, kinds = [], [], []
-    for mm, (starts, segs) in run.first_keys.items():
+def _snapshot_rows(facts: Facts, run: Replayed) -> list[tuple[int, int, I64, I64]]:
+    """(mm, ns, keys, kinds) of the pages that each first snapshot shows, in order of mm."""
+    out = []
+    for mm, (starts, segs) in sorted(run.first_keys.items()):
         pages = facts.first[mm].pages
         if pages is None or not len(pages) or not segs:
             continue
@@ -186,10 +223,6 @@ def _snapshot_rows(facts: Facts, run: Replayed) -> tuple[I64, I64, I64]:
         bits = [(state & np.uint32(b)) != 0 for b in (PageState.SWAPPED, PageState.FILE, PageState.ZERO)]
         kind = np.select(bits, [SNAP_SWAP, SNAP_FILE, SNAP_ZERO], SNAP_ANON)
         there = inside & ((state & np.uint32(PageState.PRESENT | PageState.SWAPPED)) != 0)
-        keys.append((base[at] + ((addr - start[at]) >> PAGE_SHIFT))[there])
-        kinds.append(kind[there].astype(np.int64))
-        times.append(np.full(int(there.sum()), facts.first[mm].time_ns, np.int64))
-    if not keys:
-        empty = np.empty(0, np.int64)
-        return empty, empty, empty
-    return np.concatenate(keys), np.concatenate(times), np.concatenate(kinds)
+        keys = (base[at] + ((addr - start[at]) >> PAGE_SHIFT))[there]
+        out.append((mm, facts.first[mm].time_ns, keys, kind[there].astype(np.int8)))
+    return out

@@ -10,6 +10,7 @@ than `likely`.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,7 @@ from pagelens.why.evidence import Area, Origin
 from pagelens.why.facts import Facts
 from pagelens.why.replay import Replayed, state_column
 
-I64 = npt.NDArray[np.int64]
+I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 
 READ_ABSENT, WRITE_ABSENT, WRITE_PRESENT = 4, 6, 7

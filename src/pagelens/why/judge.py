@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from pagelens.why.causes import ACCESS, RULES, Finding, Rule
-from pagelens.why.evidence import Evidence
-from pagelens.why.verdict import AMBIGUOUS, LIKELY, UNKNOWN, Verdict
+from pagelens.why.evidence import Cut, Evidence
+from pagelens.why.verdict import AMBIGUOUS, CERTAIN, LIKELY, UNKNOWN, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Judgement:
 
 def judge(e: Evidence, rules: Sequence[Rule] = RULES) -> Judgement:
     """The verdict on one evidence. `rules` is there for tests that break one on purpose."""
-    page = _page_verdict(e, rules)
+    page = _as_far_as_kept(e, _page_verdict(e, rules))
     found = ACCESS.holds(e)
     if found is None:
         return Judgement(page, page.cause)
@@ -49,6 +49,21 @@ def _page_verdict(e: Evidence, rules: Sequence[Rule]) -> Verdict:
         return Verdict(rule.slug, confidence, finding.why, rule.remedy, rule.doc, candidates)
     slugs = tuple(held)
     return Verdict("ambiguous", AMBIGUOUS, "the evidence fits several causes", candidates=slugs)
+
+
+def _as_far_as_kept(e: Evidence, verdict: Verdict) -> Verdict:
+    # --max-size dropped the oldest events: what they may have told is open.
+    if e.cut is Cut.NONE:
+        return verdict
+    if e.cut is Cut.MAPPING:
+        confidence = LIKELY if verdict.confidence == CERTAIN else verdict.confidence
+        why = f"{verdict.why}; what mapped it may have been dropped by --max-size"
+        return replace(verdict, confidence=confidence, why=why)
+    if verdict.cause == "unknown":
+        return replace(verdict, why=f"earlier events were dropped by --max-size; {verdict.why}")
+    fits = verdict.candidates or (verdict.cause,)
+    why = f"earlier events were dropped by --max-size; those that are left fit {' or '.join(fits)}"
+    return Verdict("ambiguous", AMBIGUOUS, why, candidates=fits)
 
 
 def _holding(e: Evidence, rules: Sequence[Rule]) -> dict[str, tuple[Rule, Finding]]:

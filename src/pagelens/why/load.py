@@ -1,6 +1,7 @@
 """From a capture on disk to `Facts`.
 
-Only the columns that are used are read, and only memory calls and calls that took faults become objects.
+Only the columns that are used are read, batch by batch, and only memory calls and calls that took faults become
+objects.
 """
 
 from __future__ import annotations
@@ -15,27 +16,28 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.capture.reader import Capture, read_part
+from pagelens.capture.reader import Capture, plain, read_batches, rows_of
 from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma, VmaList
 from pagelens.why.facts import I64, Call, Facts, Faults, Task
 from pagelens.why.replay import in_order, with_new_mm
 
-_FAULT_COLUMNS = [
-    "seq",
-    "time_ns",
-    "latency_ns",
-    "mm",
-    "tid",
-    "addr",
-    "ip",
-    "error_code",
-    "in_syscall",
-    "user_mode",
-    "major",
-    "failed",
-]
+# Of `Faults`: column of `events`, what a null becomes, type.
+_TYPES: dict[str, tuple[str, int, type]] = {
+    "seq": ("seq", -1, np.int64),
+    "time": ("time_ns", -1, np.int64),
+    "latency": ("latency_ns", -1, np.int64),
+    "mm": ("mm", -1, np.int32),
+    "tid": ("tid", -1, np.int32),
+    "addr": ("addr", 0, np.uint64),
+    "ip": ("ip", 0, np.uint64),
+    "error": ("error_code", -1, np.int32),
+    "call": ("in_syscall", -1, np.int16),
+    "user": ("user_mode", 0, np.bool_),
+    "major": ("major", 0, np.bool_),
+    "failed": ("failed", 0, np.bool_),
+}
 _CALL_COLUMNS = [
     "seq",
     "time_ns",
@@ -50,7 +52,12 @@ _CALL_COLUMNS = [
     "detail",
     "file_dev",
     "file_inode",
+    "kind",
 ]
+_COLUMNS = list(dict.fromkeys([*(column for column, _, _ in _TYPES.values()), *_CALL_COLUMNS]))
+
+# ns by which the events of two parts overlap at most: the rings of the CPUs are emptied one after the other.
+_OVERLAP = 50_000_000
 
 
 def load(capture: Capture) -> Facts:
@@ -60,36 +67,28 @@ def load(capture: Capture) -> Facts:
 
 
 def _load(capture: Capture) -> Facts:
-    faults: list[dict[str, Any]] = []
+    faults = _Columns(sum(rows_of(path) for path in capture.parts("events")))
     calls: list[Call] = []
     tasks: list[Task] = []
     ran: list[I64] = []
+    dropped_before = None
     for path in capture.parts("events"):
-        # Faults are most rows and need few columns; what the rest needs (arguments, names) is read for it
-        # alone.
-        table = read_part(path, [*_FAULT_COLUMNS, "kind"])
-        kinds = table.column("kind").combine_chunks()
-        names = kinds.dictionary.to_pylist()
-        kind = kinds.indices.to_numpy(zero_copy_only=False)
-        fault = np.flatnonzero(kind == names.index("fault")) if "fault" in names else np.empty(0, int)
-        if len(fault):
-            chosen = table.select(_FAULT_COLUMNS)
-            faults.append(_faults(chosen if len(fault) == table.num_rows else chosen.take(fault)))
-            del chosen
-        del table, kinds
-        others = [names.index(n) for n in ("syscall", "task", "switch") if n in names]
-        rows = np.flatnonzero(np.isin(kind, others))
-        if not len(rows):
-            continue
-        table = read_part(path, [*_CALL_COLUMNS, "kind"]).take(rows)
-        kind_of = np.array(table.column("kind").to_pylist(), object)
-        onto = kind_of == "switch"
-        if onto.any():
-            ran.append(_switches_in(table.select(["name", "mm", "time_ns"]), onto))
-        for row in table.take(np.flatnonzero(~onto)).to_pylist():
-            (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
-        del table
-    columns = _joined(faults)
+        # Batches small enough to stay in the CPU's cache, and in memory that is at hand already.
+        for batch in read_batches(path, _COLUMNS):
+            kinds = batch.column("kind")
+            names = kinds.dictionary.to_pylist()
+            kind = plain(kinds.indices, -1)
+            if dropped_before is None:
+                dropped_before = _dropped_before(batch, kind, names)
+            fault = kind == (names.index("fault") if "fault" in names else -2)
+            faults.add(batch, fault)
+            if "switch" in names:
+                ran.append(_switches_in(batch, kind == names.index("switch")))
+            others = [names.index(n) for n in ("syscall", "task") if n in names]
+            rows = np.flatnonzero(np.isin(kind, others) & ~fault)
+            if len(rows):
+                for row in batch.select(_CALL_COLUMNS).take(rows).to_pylist():
+                    (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
     first, last = _snapshots(capture)
     settings = dict(capture.meta.get("settings") or {})
     # Address spaces that were there before us may share pages by forks that nobody recorded.
@@ -98,8 +97,19 @@ def _load(capture: Capture) -> Facts:
     settings["calls"] = known in ("bpf", "ptrace")
     settings["older"] = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
-    facts = Facts(columns, tuple(calls), tuple(tasks), first, last, settings, onto)
+    dropped = -1 if dropped_before is None else dropped_before
+    facts = Facts(faults.done(), tuple(calls), tuple(tasks), first, last, settings, onto, dropped)
     return replace(facts, faults=_sorted(with_new_mm(facts)))
+
+
+def _dropped_before(first: Any, kind: npt.NDArray[np.generic], names: list[str]) -> int:
+    # Of the first rows that are left. Numbers begin at 0: where they begin later, parts are gone.
+    if first.column("seq")[0].as_py() == 0:
+        return -1
+    time = first.column("time_ns").to_numpy()
+    # A call is dated when it began, which may be long before; all else when it was written.
+    dated = np.isin(kind, [i for i, name in enumerate(names) if name != "syscall"])
+    return int(time[dated].min() if dated.any() else time.max()) + _OVERLAP
 
 
 @contextlib.contextmanager
@@ -125,52 +135,37 @@ def _sorted(faults: Faults) -> Faults:
     return faults.take(np.lexsort((faults.seq, faults.time, faults.mm)))
 
 
-def _switches_in(table: Any, wanted: npt.NDArray[np.bool_]) -> I64:
-    name = np.array(table.column("name").to_pylist(), object)
-    rows = np.flatnonzero(wanted & (name == "in"))
-    both = (_column(table, "mm", -1)[rows], _column(table, "time_ns", -1)[rows])
-    return np.stack(both, axis=1)
+def _switches_in(batch: Any, wanted: npt.NDArray[np.bool_]) -> I64:
+    names = batch.column("name")
+    words = names.dictionary.to_pylist()
+    rows = wanted & (plain(names.indices, -1) == (words.index("in") if "in" in words else -2))
+    both = (plain(batch.column("mm"), -1)[rows], plain(batch.column("time_ns"), -1)[rows])
+    return np.stack(both, axis=1).astype(np.int64)
 
 
-def _column(table: Any, name: str, null: int) -> I64:
-    import pyarrow.compute as pc
+class _Columns:
+    # `Faults` in the making: of as many rows as there may be, filled from the front. Memory that nobody writes to is
+    # none.
+    def __init__(self, most: int) -> None:
+        self._arrays: dict[str, npt.NDArray[Any]] = {
+            name: np.empty(most, kind) for name, (_, _, kind) in _TYPES.items()
+        }
+        self._used = 0
 
-    column = table.column(name)
-    if column.null_count:
-        column = pc.fill_null(column, null)
-    return np.asarray(column.to_numpy().astype(np.int64))
+    def add(self, batch: Any, rows: npt.NDArray[np.bool_]) -> None:
+        """The rows of a batch that are faults. Their arguments and the like are not read."""
+        count = int(np.count_nonzero(rows))
+        if not count:
+            return
+        whole = count == len(rows)
+        for name, (column, null, _) in _TYPES.items():
+            values = plain(batch.column(column), null)
+            self._arrays[name][self._used : self._used + count] = values if whole else values[rows]
+        self._used += count
 
-
-def _faults(table: Any) -> dict[str, Any]:
-    # args and the like are not read for faults: null lists cost memory too.
-    import pyarrow.compute as pc
-
-    def flag(name: str) -> Any:
-        return pc.fill_null(table.column(name), False).to_numpy().astype(bool)
-
-    return {
-        "seq": _column(table, "seq", -1),
-        "time": _column(table, "time_ns", -1),
-        "latency": _column(table, "latency_ns", -1),
-        "mm": _column(table, "mm", -1).astype(np.int32),
-        "tid": _column(table, "tid", -1).astype(np.int32),
-        "addr": table.column("addr").to_numpy().astype(np.uint64),
-        "ip": _column(table, "ip", 0).astype(np.uint64),
-        "error": _column(table, "error_code", -1).astype(np.int32),
-        "call": _column(table, "in_syscall", -1).astype(np.int16),
-        "user": flag("user_mode"),
-        "major": flag("major"),
-        "failed": flag("failed"),
-    }
-
-
-def _joined(parts: list[dict[str, Any]]) -> Faults:
-    kinds = {"addr": np.uint64, "ip": np.uint64, "user": bool, "major": bool, "failed": bool}
-    columns = {}
-    for name in Faults.__dataclass_fields__:
-        pieces = [part.pop(name) for part in parts]  # given back as soon as they are joined
-        columns[name] = np.concatenate(pieces) if pieces else np.empty(0, kinds.get(name, np.int64))
-    return Faults(**columns)
+    def done(self) -> Faults:
+        """All of them."""
+        return Faults(**{name: array[: self._used] for name, array in self._arrays.items()})
 
 
 def _record(row: dict[str, Any]) -> Call | Task:

@@ -12,6 +12,7 @@ import bisect
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +20,14 @@ import numpy.typing as npt
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
 from pagelens.vm.vma import Vma
-from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
+from pagelens.why.calls import Effects, clear_refs, cut, effect_time, state_of
+from pagelens.why.cuts import file_cut
 from pagelens.why.evidence import Area, Origin
-from pagelens.why.facts import I64, Call, Facts, Faults, Task
+from pagelens.why.facts import Call, Facts, Faults, Task
 from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
 
+I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
+Bool = npt.NDArray[np.bool_]
 CLONE_VM = 0x100
 EXECVE = (59, 322)
 _FEW = 24  # below this many faults, bisect beats building arrays
@@ -45,14 +49,14 @@ class Family:
 
 @dataclass(slots=True)
 class Replayed:
-    """faults: sorted by (mm, time). key, state: int64[n] (state -1: nothing mapped). flags: int64[n].
-    removed: for a failed fault, seq of the call that unmapped the address (-1 none)."""
+    """faults: sorted by (mm, time). key, state: int[n] (state -1: nothing mapped). flags: int[n].
+    removed: row of a fault -> seq of the call that had unmapped the address."""
 
     faults: Faults
     key: I64
     state: I64
     flags: I64
-    removed: I64
+    removed: dict[int, int]
     lives: Lives
     spaces: dict[int, Space]
     family: Family
@@ -80,14 +84,15 @@ class Replay:
         self.faults = faults
         n = len(self.faults)
         self.key = np.full(n, -1, np.int64)
-        self.state = np.full(n, -1, np.int64)
-        self.flags = np.zeros(n, np.int64)
-        self.removed = np.full(n, -1, np.int64)
+        self.state = np.full(n, -1, np.int32)
+        self.flags = np.zeros(n, np.int8)
+        self.removed: dict[int, int] = {}
         self._unseen = self.lives.intern(State(Area.UNSEEN, 7))
-        mms, first = np.unique(self.faults.mm, return_index=True)
-        bounds = [*first.tolist(), n]
-        self._next = dict(zip(mms.tolist(), bounds[:-1], strict=True))
-        self._end = dict(zip(mms.tolist(), bounds[1:], strict=True))
+        mm = self.faults.mm
+        bounds = [0, *(np.flatnonzero(mm[1:] != mm[:-1]) + 1).tolist(), n] if n else [0]
+        mms = mm[bounds[:-1]].tolist()
+        self._next = dict(zip(mms, bounds[:-1], strict=True))
+        self._end = dict(zip(mms, bounds[1:], strict=True))
 
     def run(self) -> Replayed:
         """Walk all events."""
@@ -97,13 +102,18 @@ class Replay:
             self._begin(mm)
             self._users[mm] = 1
         steps: list[tuple[int, int, Call | Task]] = [
-            (effect_time(c), c.seq, c) for c in self.facts.calls if self.effects.handles(c.name) or _clears(c)
+            (effect_time(c), c.seq, c)
+            for c in self.facts.calls
+            if self.effects.handles(c.name) or _clears(c) or file_cut(c)
         ]
         steps += [(t.time, t.seq, t) for t in self.facts.tasks]
         steps.sort(key=lambda s: s[:2])
         for time, _, event in steps:
             if isinstance(event, Call) and _clears(event):
                 self._clear(int(event.detail), time)
+                continue
+            if isinstance(event, Call) and not self.effects.handles(event.name):
+                self._cut(event, time)
                 continue
             space = self.spaces.get(event.mm)
             if space is not None:
@@ -128,7 +138,8 @@ class Replay:
 
     def _begin(self, mm: int) -> Space:
         snapshot = self.facts.first.get(mm)
-        space = Space(mm, self.lives, snapshot is not None)
+        # What is not in the first snapshot may have been mapped by a call that --max-size dropped.
+        space = Space(mm, self.lives, snapshot is not None and self.facts.dropped_before < 0)
         self.spaces[mm] = space
         if snapshot is not None and not self.facts.settings.get("calls", True):
             self._begin_without_calls(space, snapshot)
@@ -168,6 +179,16 @@ class Replay:
         if space is not None:
             self._flush(space, time)
             clear_refs(space, time)
+
+    def _cut(self, call: Call, time: int) -> None:
+        # Every mapping of the file, whoever cut it.
+        what = file_cut(call)
+        if what is None:
+            return
+        for mm, space in self.spaces.items():
+            if mm not in self.family.end and space.maps(what.file):
+                self._flush(space, time)
+                cut(space, what, call)
 
     def _task(self, task: Task) -> None:
         users = self._users
@@ -220,18 +241,34 @@ class Replay:
         addr = self.faults.addr[lo:hi].astype(np.int64)
         start, end, key, state = space.columns()
         inside = np.zeros(hi - lo, bool)
-        if len(start):
-            at = np.searchsorted(start, addr, side="right") - 1
-            inside = (at >= 0) & (addr < end[np.maximum(at, 0)])
-            at = at[inside]
-            self.key[lo:hi][inside] = key[at] + ((addr[inside] - start[at]) >> PAGE_SHIFT)
-            self.state[lo:hi][inside] = state[at]
-            self._blocks(space, lo, np.flatnonzero(inside), addr)
+        # Most faults of a span of time go to one or two intervals; those of three that are drawn are put there at once.
+        for sample in (hi - lo) * np.array((1, 3, 5)) // 6:
+            at = int(np.searchsorted(start, addr[sample], side="right")) - 1
+            if at < 0 or inside[sample] or addr[sample] >= end[at]:
+                continue
+            here = (addr >= start[at]) & (addr < end[at])
+            np.copyto(
+                self.key[lo:hi], (addr >> PAGE_SHIFT) + (key[at] - (start[at] >> PAGE_SHIFT)), where=here
+            )
+            self.state[lo:hi][here] = state[at]
+            inside |= here
+        left = np.flatnonzero(~inside)
+        if len(start) and len(left):
+            found = np.searchsorted(start, addr[left], side="right") - 1
+            held = (found >= 0) & (addr[left] < end[np.maximum(found, 0)])
+            left, found = left[held], found[held]
+            self.key[lo + left] = key[found] + ((addr[left] - start[found]) >> PAGE_SHIFT)
+            self.state[lo + left] = state[found]
+            inside[left] = True
+        self._blocks(space, lo, inside, addr)
         for i in np.flatnonzero(~inside).tolist():
             self._one(space, lo + i)
 
-    def _blocks(self, space: Space, lo: int, rows: I64, addr: I64) -> None:
+    def _blocks(self, space: Space, lo: int, inside: Bool, addr: I64) -> None:
         huge = np.array([s.huge for s in self.lives.states], bool)
+        if not huge.any():
+            return
+        rows = np.flatnonzero(inside)
         rows = rows[huge[self.state[lo + rows]]]
         if not len(rows):
             return
@@ -281,7 +318,7 @@ def with_new_mm(facts: Facts) -> Faults:
     """execve works on the new address space before the recorder gives it its number: those faults move."""
     faults = facts.faults
     execs = [t for t in facts.tasks if t.name == "exec"]
-    in_exec = np.flatnonzero(np.isin(faults.call, EXECVE) & ~faults.user)
+    in_exec = np.flatnonzero(in_execve(faults) & ~faults.user)
     if not execs or not len(in_exec):
         return faults
     mm = faults.mm.copy()
@@ -303,6 +340,11 @@ def with_new_mm(facts: Facts) -> Faults:
     return Faults(**(columns | {"mm": mm}))
 
 
+def in_execve(faults: Faults) -> Bool:
+    """bool[n]: taken in execve or execveat."""
+    return np.asarray((faults.call == EXECVE[0]) | (faults.call == EXECVE[1]))
+
+
 def in_order(faults: Faults) -> bool:
     """Whether faults ascend by (mm, time)."""
     mm, time = faults.mm, faults.time
@@ -315,9 +357,12 @@ def _holds(first: Mapping[int, Snapshot], mm: int, addr: int) -> bool:
 
 
 def state_column(lives: Lives, state: I64, name: str, missing: int) -> I64:
-    """int64[n]: one field of each fault's state, `missing` where nothing is mapped."""
+    """int[n]: one field of each fault's state, `missing` where nothing is mapped. Read only: where all states have the
+    same (nobody gave any advice, say), it is one number seen n times. As narrow as its values are."""
     table = np.array([int(getattr(s, name)) for s in lives.states] + [missing], np.int64)
-    return np.asarray(table[state], dtype=np.int64)
-
-
-Bool = npt.NDArray[np.bool_]
+    low, high = int(table.min()), int(table.max())
+    if low == high:
+        return np.broadcast_to(np.int64(low), len(state))
+    if low >= -128 and high < 128:
+        table = table.astype(np.int8)
+    return np.take(table, state)

@@ -9,6 +9,7 @@ its exit is recorded after its memory went.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Sharers
 from pagelens.why.replay import Replayed
 
-I64 = npt.NDArray[np.int64]
+I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 
 FOREVER = 1 << 62

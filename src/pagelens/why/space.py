@@ -49,6 +49,8 @@ class State(NamedTuple):
     wipeonfork: bool = False
     made: int = -1  # seq of the call that mapped it, -1 = it was there at the first snapshot
     name: str = ""
+    file: tuple[str, int] | None = None  # (dev as in maps, inode)
+    shift: int = 0  # offset in the file less the address
 
 
 class Seg:
@@ -129,6 +131,10 @@ class Space:
         i = bisect.bisect_right(self.starts, addr) - 1
         return i if i >= 0 and addr < self.segs[i].end else -1
 
+    def maps(self, file: tuple[str, int]) -> bool:
+        """Whether any interval is of that file."""
+        return any(self.lives.states[seg.state].file == file for seg in self.segs)
+
     def cut(self, addr: int) -> None:
         """Make addr a boundary."""
         i = self.index(addr)
@@ -187,7 +193,7 @@ class Space:
             seg.state = self.lives.intern(how(self.lives.states[seg.state]))
         self._columns = None
 
-    def drop(self, start: int, end: int, time: int, seq: int) -> None:
+    def drop(self, start: int, end: int, time: int, seq: int, origin: Origin = Origin.DONTNEED) -> None:
         """The pages go, the mapping stays: MADV_DONTNEED and its like."""
         self.drops.append((start, end, time))
         lo, hi = self.span(start, end)
@@ -195,7 +201,7 @@ class Space:
             state = self.lives.states[seg.state]
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             seg.key = self.lives.begin(
-                pages, self.mm, Origin.DONTNEED, time, seq, DROP_LINK, seg.key, state.populated >= 0
+                pages, self.mm, origin, time, seq, DROP_LINK, seg.key, state.populated >= 0
             )
             seg.state = self.lives.intern(
                 state._replace(populated=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)

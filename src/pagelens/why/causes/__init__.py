@@ -49,6 +49,7 @@ RULES: tuple[Rule, ...] = (
     write_protected.RULE_KSM,
     stack_growth.RULE,
     after_advice.RULE,
+    after_advice.RULE_CUT,
     after_advice.RULE_FREE,
     after_advice.RULE_PAGEOUT,
     after_advice.RULE_COLD,

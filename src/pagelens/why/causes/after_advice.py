@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagelens.why.causes._rule import Finding, Rule, ordinary, returned
-from pagelens.why.evidence import Area, Evidence, Mark, Prior
+from pagelens.why.evidence import Area, Evidence, Mark, Origin, Prior
 from pagelens.why.verdict import CERTAIN, LIKELY
 
 
@@ -14,7 +14,15 @@ def _absent(e: Evidence) -> bool:
 def _dontneed(e: Evidence) -> Finding | None:
     if not (_absent(e) and e.dropped and e.prior is Prior.NONE):
         return None
-    return Finding("the page had been in use until MADV_DONTNEED (or MADV_REMOVE, punch hole) dropped it")
+    if e.origin is Origin.CUT:
+        return None
+    return Finding("the page had been in use until MADV_DONTNEED (or MADV_REMOVE) dropped it")
+
+
+def _cut(e: Evidence) -> Finding | None:
+    if not (_absent(e) and e.dropped and e.prior is Prior.NONE and e.origin is Origin.CUT):
+        return None
+    return Finding("the page had been mapped until ftruncate or fallocate took it out of the file")
 
 
 def _read_back(e: Evidence, mark: Mark) -> Finding | None:
@@ -56,6 +64,12 @@ RULE = Rule(
     "touched again after MADV_DONTNEED",
     "let the allocator keep memory longer (glibc M_TRIM_THRESHOLD; jemalloc dirty_decay_ms, muzzy_decay_ms)",
     _dontneed,
+)
+RULE_CUT = Rule(
+    "after-truncate",
+    "touched again after ftruncate or a hole",
+    "keep the file's length, or let who cuts it tell who maps it",
+    _cut,
 )
 RULE_FREE = Rule("after-free", "touched again after MADV_FREE", "as after-dontneed", _free)
 RULE_PAGEOUT = Rule(
