@@ -231,3 +231,13 @@ def test_fault_counters_of_threads(puppet: Puppet) -> None:
     assert set(after) == {puppet.pid, tid}
     assert after[puppet.pid].min_flt - before[puppet.pid].min_flt == 10
     assert after[tid].min_flt == before[tid].min_flt
+
+
+def test_smaps_flagged_is_what_parse_says(puppet: Puppet) -> None:
+    with Process.open(puppet.pid) as proc:
+        text = proc.read("smaps")
+        vmas, _, _ = smaps.parse(text)
+    for flag in ("wr", "gd", "sd", "zz"):
+        want = [(v.start, v.end) for v in vmas if v.vm_flags is not None and flag in v.vm_flags]
+        assert smaps.flagged(text, flag.encode()) == want
+    assert smaps.flagged(b"", b"sd") == []

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+from pathlib import Path
+
 import pytest
 
 from pagelens.dirty.epoch import Epoch
 from pagelens.dirty.track import track
-from support.puppet import Puppet
+from support import raw
+from support.puppet import MAP_ANON, MAP_SHARED, Puppet
 from support.subjects import Subjects
 
 PAGE = 4096
@@ -68,3 +73,56 @@ def test_contents_discarded_and_read_again_look_clean_to_the_bit_and_are_listed(
             puppet.madvise(at, 8, "DONTNEED")
             puppet.read(at, 4)
             assert _inside(tracker.epoch(), at, 16) == {4: 8}  # DISCARDED
+
+
+def _to_other_node(pid: int, at: int, pages: int) -> int:
+    """move_pages(2) to the NUMA node that they are not on; how many lie in another frame than before."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    address = (ctypes.c_void_p * pages)(*(at + i * PAGE for i in range(pages)))
+    status = (ctypes.c_int * pages)()
+    before = [entry & raw.PFN for entry in raw.pagemap(pid, at, pages)]
+    assert libc.syscall(279, pid, pages, address, None, status, 0) == 0, os.strerror(ctypes.get_errno())
+    target = (ctypes.c_int * pages)(*(1 - node for node in status))
+    assert libc.syscall(279, pid, pages, address, target, status, 2) >= 0, os.strerror(ctypes.get_errno())
+    after = [entry & raw.PFN for entry in raw.pagemap(pid, at, pages)]
+    return sum(one != two for one, two in zip(before, after, strict=True))
+
+
+@pytest.mark.requires("soft-dirty", "root")
+@pytest.mark.usefixtures("no_numa_balancing")
+def test_pages_that_the_kernel_moves_to_other_frames_are_marked_and_listed_as_such(
+    subjects: Subjects,
+) -> None:
+    """What NUMA balancing and compaction do at any time, done here by move_pages (remove_migration_pte)."""
+    if not Path("/sys/devices/system/node/node1").exists():
+        pytest.skip("missing capability: two NUMA nodes")
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(64)
+        shared = puppet.island(16, flags=MAP_SHARED | MAP_ANON)
+        puppet.write(at, 32)
+        puppet.write(shared, 16)
+        with track(pid=puppet.pid, backend="soft-dirty") as tracker:
+            tracker.epoch()
+            assert _to_other_node(puppet.pid, at, 32) == 32
+            assert _to_other_node(puppet.pid, shared, 16) == 16
+            marked = raw.bits(puppet.pid, at, 32, raw.SOFT_DIRTY)
+            assert marked in (0, 32)  # 0: a kernel that clears the bit again
+            puppet.write(at + 32 * PAGE, 4)  # never moved
+            expected = ({9: marked} if marked else {}) | {1: 4}  # MOVED, WRITTEN
+            assert raw.bits(puppet.pid, shared, 16, raw.SOFT_DIRTY) == marked // 2
+            epoch = tracker.epoch()
+            assert _inside(epoch, at, 64) == expected
+            assert _inside(epoch, shared, 16) == ({9: 16} if marked else {})
+            # Written by this epoch's program, in frames that stay: nothing that was moved before is in doubt.
+            puppet.write(at + 8 * PAGE, 8)
+            epoch = tracker.epoch()
+            assert _inside(epoch, at, 64) == {1: 8}
+            assert _inside(epoch, shared, 16) == {}
+        # A copy that a write makes after fork has a frame of its own too, and is no doubt.
+        puppet.fork()
+        with track(pid=puppet.pid, backend="soft-dirty") as tracker:
+            before = [entry & raw.PFN for entry in raw.pagemap(puppet.pid, at, 16)]
+            puppet.write(at, 16)
+            assert not set(before) & {entry & raw.PFN for entry in raw.pagemap(puppet.pid, at, 16)}
+            assert _inside(tracker.epoch(), at, 64) == {1: 16}
+        puppet.back()

@@ -20,10 +20,11 @@ from pagelens.linux.memory import read_into
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
 from pagelens.linux.procfs import Process
 from support.dirty_oracle import Judge, Subject
-from support.pace import EMULATED, rounds
+from support.pace import rounds
 from support.subjects import Subjects
 
-EPOCHS = rounds(100) if not EMULATED else 3 * rounds(100)
+EPOCHS = 300  # in each guest too
+ROUNDS = rounds(100)
 SEED = 20_000
 
 
@@ -50,7 +51,7 @@ def test_soft_dirty_misses_nothing_and_explains_every_extra_page(subjects: Subje
         track(pid=subject.pid, backend="soft-dirty") as tracker,
     ):
         judge = Judge(tracker.semantics.extra)
-        for i in range(EPOCHS // 3):
+        for i in range(EPOCHS):
             truth = subject.go(SEED + i, 20)
             verdict = judge(truth, tracker.epoch())
             assert not verdict.missed, (i, verdict.missed.pairs(), truth.arenas)
@@ -64,7 +65,7 @@ def test_all_backends_at_once_agree_but_for_false_dirt(subjects: Subjects) -> No
         track(pid=subject.pid, backend="all") as tracker,
     ):
         judge = Judge(tracker.semantics.extra)
-        for i in range(EPOCHS // 4):
+        for i in range(ROUNDS // 4):
             truth = subject.go(SEED + 900 + i, 20)
             epoch = tracker.epoch()
             assert not judge(truth, epoch).missed
@@ -81,7 +82,7 @@ def test_keep_huge_leaves_huge_pages_whole(subjects: Subjects) -> None:
         track(pid=subject.pid, keep_huge=True) as tracker,
     ):
         judge = Judge((*tracker.semantics.extra, Why.KEPT_HUGE))
-        for i in range(EPOCHS // 2):
+        for i in range(ROUNDS // 2):
             truth = subject.go(SEED + 5000 + i, 20)
             verdict = judge(truth, tracker.epoch())
             assert not verdict.missed, (i, verdict.missed.pairs(), truth.arenas)
@@ -107,6 +108,12 @@ class _BlindToNewMappings(Pagescan):
 
     def _read_maps(self) -> bool:
         return super()._read_maps() if not self._layout.is_read else False
+
+
+class _BlindToReplacedMappings(Pagescan):
+    def _lost(self, content: spans.Spans, shared: spans.Spans, look: Look) -> None:
+        self._layout.take_replaced()
+        super()._lost(content, shared, look)
 
 
 class _DropsTheLastRegion(Pagescan):
@@ -148,6 +155,7 @@ class _ResetsOutsideTheLook(Pagescan):
         _NeverResets,
         _ForgetsDiscarded,
         _BlindToNewMappings,
+        _BlindToReplacedMappings,
         _DropsTheLastRegion,
         _BelievesEveryEntry,
         _MarksNoSharedMemory,
@@ -162,7 +170,7 @@ def test_the_oracle_catches_a_backend_broken_on_purpose(subjects: Subjects, brok
 
         with Tracker(proc, make) as tracker:
             judge = Judge(tracker.semantics.extra)
-            for i in range(150):
+            for i in range(EPOCHS):
                 truth = subject.go(SEED + i, 20)
                 verdict = judge(truth, tracker.epoch())
                 if verdict.missed or verdict.wrong:
@@ -199,7 +207,7 @@ def test_a_copy_kept_by_dirty_pages_equals_the_memory_under_concurrent_writers(
             arenas = spans.of((a, b) for a, b, _, _ in truth.arenas)
             copy = _image(subject.pid, arenas)
             subject.fill(5, 4)
-            for _ in range(EPOCHS):
+            for _ in range(ROUNDS):
                 copy |= _image(subject.pid, spans.common(tracker.epoch().spans, arenas))
             subject.halt()
             copy |= _image(subject.pid, spans.common(tracker.epoch().spans, arenas))

@@ -102,45 +102,54 @@ class Subject:
 
 class Judge:
     """Compares epoch after epoch, inside the arenas (the subject's bookkeeping outside them is dirty too),
-    and for what must be listed everywhere."""
+    and for what must be listed everywhere. By columns: an epoch is judged ten times as fast as by arena and
+    reason, which an emulated guest needs."""
 
     def __init__(self, allowed: tuple[Why, ...]) -> None:
         self._allowed = allowed
         self._populated = spans.EMPTY
+        self._migrated = _migrated()
+        self._has_moved = False
 
     def __call__(self, truth: Truth, epoch: Epoch) -> Verdict:
-        missed = spans.minus(truth.must, epoch.spans)
+        arenas = sorted(truth.arenas)
+        first = np.array([a for a, _, _, _ in arenas], np.uint64)
+        last = np.array([b for _, b, _, _ in arenas], np.uint64)
+        kind = np.array([ord(k) for _, _, k, _ in arenas], np.int64)
+        fresh = np.array([f for _, _, _, f in arenas], np.int64)
+        renewed = (fresh & 1) != 0
+        self._populated = spans.minus(self._populated, Spans(first[renewed], last[renewed]))
+        held = np.bincount(spans.overlaps(self._populated, Spans(first, last))[2], minlength=len(first)) > 0
+        # New to the backend: mapped now; or never populated before; or in one vma with an arena that was moved
+        # (mremap drops the registration of the whole vma that it merges into), which may have moved on since.
+        new = (fresh != 0) | ~held | ((kind == ord("a")) & (truth.moves > 0))
+        if Why.MOVED in self._allowed:
+            migrated = _migrated()
+            self._has_moved, self._migrated = migrated != self._migrated, migrated
+
+        page = epoch.addresses()
+        why = epoch.why.repeat(epoch.count.astype(np.int64)).astype(np.int64)
+        arena, inside = _place(page, first, last)
+        content = inside & ((why == Why.WRITTEN) | (why == Why.HUGE) | (why == Why.NEW))
+        self._populated = spans.common(
+            spans.union(self._populated, _joined(page[content])), Spans(first, last)
+        )
+        needless = np.flatnonzero(inside & ~_place(page, *truth.must)[1])
+        row = arena[needless]
+        sort = (why[needless] << 9) | (kind[row] << 1) | new[row]
         extra: Counter[str] = Counter()
         wrong: list[tuple[int, int, str]] = []
-        renewed = spans.of((a, b) for a, b, _, fresh in truth.arenas if fresh & 1)
-        self._populated = spans.minus(self._populated, renewed)
-        for why in Why:
-            mask = epoch.why == why
-            if not mask.any():
+        for key in np.flatnonzero(np.bincount(sort)).tolist():
+            mine = sort == key
+            reason, letter = Why(key >> 9), chr((key >> 1) & 0xFF)
+            if self._fits(reason, letter, bool(key & 1)):
+                extra[reason.name] += int(mine.sum())
                 continue
-            end = epoch.start[mask] + epoch.count[mask] * np.uint64(PAGE_SIZE)
-            needless = spans.minus(spans.joined(epoch.start[mask], end), truth.must)
-            for first, last, kind, fresh in truth.arenas:
-                arena = spans.of([(first, last)])
-                part = spans.common(needless, arena)
-                if not part:
-                    continue
-                # New to the backend: mapped now; or never populated before; or in one vma with an arena that
-                # was moved (mremap drops the registration of the whole vma that it merges into), which may
-                # have moved on since.
-                new = bool(fresh) or not spans.common(self._populated, arena) or (kind == "a" and truth.moves)
-                if self._fits(why, kind, bool(new)):
-                    extra[why.name] += part.pages
-                else:
-                    tag = f"{why.name} in {kind}{fresh}"
-                    wrong += [(a, (b - a) // PAGE_SIZE, tag) for a, b in part.pairs()]
-        held = np.isin(epoch.why, (Why.WRITTEN, Why.HUGE, Why.NEW))
-        end = epoch.start[held] + epoch.count[held] * np.uint64(PAGE_SIZE)
-        self._populated = spans.common(
-            spans.union(self._populated, spans.joined(epoch.start[held], end)),
-            spans.of((a, b) for a, b, _, _ in truth.arenas),
-        )
-        return Verdict(truth.must.pages, missed, extra, wrong)
+            for index in np.flatnonzero(np.bincount(row[mine])).tolist():
+                tag = f"{reason.name} in {letter}{int(fresh[index])}"
+                part = _joined(page[needless[mine & (row == index)]])
+                wrong += [(a, (b - a) // PAGE_SIZE, tag) for a, b in part.pairs()]
+        return Verdict(truth.must.pages, spans.minus(truth.must, epoch.spans), extra, wrong)
 
     def _fits(self, why: Why, kind: str, new: bool) -> bool:
         if why is Why.WRITTEN:
@@ -158,4 +167,24 @@ class Judge:
                 return kind == "h" or (Why.VMA_FLAG in self._allowed and kind in "sg")
             case Why.DROPPED:  # or shared before it was mapped anew
                 return kind in "sg" or new
+            case Why.MOVED:  # only where the kernel did move pages since the look before, or mremap did
+                return self._has_moved or new
         return True
+
+
+def _place(page: spans.U64, first: spans.U64, last: spans.U64) -> tuple[np.ndarray, np.ndarray]:
+    # (index of the span that holds each page, or any; whether one does). Spans ascending and disjoint.
+    if not len(first):
+        return np.zeros(len(page), np.int64), np.zeros(len(page), bool)
+    index = np.maximum(np.searchsorted(first, page, side="right") - 1, 0)
+    return index, (page >= first[index]) & (page < last[index])
+
+
+def _joined(page: spans.U64) -> Spans:
+    return spans.joined(page, page + np.uint64(PAGE_SIZE))
+
+
+def _migrated() -> int:
+    # Pages that this machine's kernel has moved to other frames so far.
+    text = Path("/proc/vmstat").read_text()
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith("pgmigrate_success "))

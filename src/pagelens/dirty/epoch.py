@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pagelens.dirty import spans
 from pagelens.dirty.spans import U64, Spans
-from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
+from pagelens.vm.units import PAGE_SHIFT
 from pagelens.vm.vma import VmaList
 
 
@@ -32,6 +32,9 @@ class Why(enum.IntEnum):
     VMA_FLAG = 6  # soft-dirty only: marked with its whole vma (birth, growth, merge, mremap), or by fork
     UNGUARDED = 7  # mprotect only: the program made the range writable itself
     KEPT_HUGE = 8  # --keep-huge: a huge page that is left unarmed; whether it was written is not known
+    MOVED = (
+        9  # soft-dirty only: the kernel moved it to another frame, and marked it; written or not is not known
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,7 @@ class Epoch:
 
     def addresses(self) -> U64:
         """uint64[dirty_pages]: the address of each listed page."""
-        total = self.dirty_pages
-        if not total:
-            return np.empty(0, np.uint64)
-        count = self.count.astype(np.int64)
-        run = np.repeat(np.arange(len(count)), count)
-        within = np.arange(total) - (np.cumsum(count) - count)[run]
-        return np.asarray(self.start[run] + within.astype(np.uint64) * np.uint64(PAGE_SIZE), np.uint64)
+        return spans.pages(Spans(self.start, self.start + (self.count << np.uint64(PAGE_SHIFT))))
 
     def of(self, name: str) -> list[tuple[int, int]]:
         """[(offset, bytes)] within the named buffer that may have changed. A page at its edge may be listed

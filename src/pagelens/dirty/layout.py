@@ -3,9 +3,15 @@
 The maps text is read at each look and parsed only where it changed (a comparison of bytes costs nothing beside
 a parse). Three kinds matter, because a page that goes away means something else in each: private anonymous
 (it reads as zeros), private of a file (it reads as the file again), shared (its contents live on elsewhere).
+
+The latter two have contents without page-table entries, so that nothing in the entries tells when another mapping
+takes their place: the two lists of vmas do.
 """
 
 from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
 
 from pagelens.dirty import spans
 from pagelens.dirty.spans import Spans
@@ -35,7 +41,9 @@ def kind_of(vma: Vma) -> int:
 
 class Layout:
     """The watched part of an address space. `kinds`: spans by kind; `watched`: all of them; `vmas`: the maps;
-    `walk`: the address space without the vmas that are not watched (few long spans: holes cost nothing).
+    `walk`: the address space without the vmas that are not watched (few long spans: holes cost nothing);
+    `replaced`: where a watched mapping of a file or of shared memory gave way to one of something else, since it
+    was last emptied.
 
     ranges: only these bytes; None: all. limit: shared mappings larger than this (bytes) are in `large`.
     """
@@ -45,11 +53,13 @@ class Layout:
         self._ranges = ranges
         self._limit = limit
         self._raw = b""
+        self._lines: dict[bytes, Vma] = {}
         self.vmas = VmaList()
         self.kinds: dict[int, Spans] = dict.fromkeys(KINDS, spans.EMPTY)
         self.large = spans.EMPTY
         self.watched = spans.EMPTY
         self.walk = spans.EMPTY
+        self.replaced = spans.EMPTY
 
     @property
     def is_read(self) -> bool:
@@ -63,7 +73,10 @@ class Layout:
         if raw == self._raw:
             return False
         self._raw = raw
-        self.vmas = maps.parse(raw)
+        before, self.vmas = self.vmas, self._parsed(raw)
+        backed = spans.union(self.kinds[FILE], self.kinds[SHARED])
+        if backed:
+            self.replaced = spans.union(self.replaced, spans.common(_replaced(before, self.vmas), backed))
         pairs: dict[int, list[tuple[int, int]]] = {kind: [] for kind in KINDS}
         read_only: dict[int, list[tuple[int, int]]] = {FILE: [], SHARED: []}
         large = []
@@ -90,11 +103,23 @@ class Layout:
         )
         return True
 
+    def _parsed(self, raw: bytes) -> VmaList:
+        # Most lines are those of the look before, and a line says all of its vma.
+        known, self._lines = self._lines, {}
+        for line in raw.splitlines():
+            self._lines[line] = known.get(line) or maps.parse_line(line)
+        return VmaList(vma for vma in self._lines.values() if vma.start < maps.GATE)
+
     def leave_out(self, where: Spans) -> None:
         """Watch no longer what cannot be watched."""
         for kind, kept in self.kinds.items():
             self.kinds[kind] = spans.minus(kept, where)
         self.watched = spans.minus(self.watched, where)
+
+    def take_replaced(self) -> Spans:
+        """`replaced`, and empty it."""
+        out, self.replaced = self.replaced, spans.EMPTY
+        return out
 
     def whole_vmas(self, where: Spans) -> Spans:
         """The watched vmas that share a page with `where`, whole."""
@@ -103,3 +128,17 @@ class Layout:
         mapped = Spans(self.vmas.starts, self.vmas.ends)
         hit: list[int] = sorted(set(spans.overlaps(where, mapped)[2].tolist()))
         return spans.common(spans.joined(mapped.start[hit], mapped.end[hit]), self.watched)
+
+
+def _replaced(before: VmaList, after: VmaList) -> Spans:
+    # What was mapped from a file or shared memory and is mapped from another one, another part of it, or none.
+    part, old, new = spans.overlaps(Spans(before.starts, before.ends), Spans(after.starts, after.ends))
+    was, now = _backing(before), _backing(after)
+    changed = np.flatnonzero((was[old] != now[new]).any(axis=1) & (was[old, 0] != 0))
+    return spans.joined(part.start[changed], part.end[changed])
+
+
+def _backing(vmas: VmaList) -> npt.NDArray[np.int64]:
+    # (inode, device, offset at address 0) of each vma: the same along a mapping, however it is split.
+    rows = [(v.inode, hash(v.dev), v.offset - v.start) if v.inode else (0, 0, 0) for v in vmas]
+    return np.array(rows, np.int64).reshape(-1, 3)

@@ -213,8 +213,10 @@ class Pagescan:
         return spans.union(content, held), shared
 
     def _lost(self, content: Spans, shared: Spans, look: Look) -> None:
-        # What had contents and has none now, at an address that is still mapped, by whatever mapping.
+        # What had contents and has none now, or others, at an address that is still mapped, by whatever mapping.
         mapped = Spans(look.vmas.starts, look.vmas.ends)
+        if replaced := self._layout.take_replaced():
+            look.builder.add(spans.common(replaced, mapped), Why.DISCARDED)
         if not spans.same(content, self._content):
             gone = spans.minus(self._content, content)
             still = spans.common(gone, mapped)

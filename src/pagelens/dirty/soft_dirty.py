@@ -15,13 +15,14 @@ Rejected: reading the bit without holding the target (loses writes, as the oracl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import mmap
 import os
 from typing import NamedTuple
 
 import numpy as np
 
-from pagelens.dirty import spans
+from pagelens.dirty import moved, spans
 from pagelens.dirty.epoch import Builder, Look, Semantics, Why
 from pagelens.dirty.layout import ANON, FILE, SHARED, Layout
 from pagelens.dirty.spans import U64, Spans
@@ -30,8 +31,8 @@ from pagelens.linux.hold import Held
 from pagelens.linux.pagescan import Category
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
-from pagelens.vm.pages import PageRuns, PageState
-from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
+from pagelens.vm.pages import PageState
+from pagelens.vm.units import PAGE_SIZE
 
 _WANTED = (
     Category.PRESENT
@@ -63,9 +64,9 @@ class SoftDirty:
         name="soft-dirty",
         scope="any process",
         needs="CONFIG_MEM_SOFT_DIRTY (probed); ptrace rights; nobody else using soft-dirty on the process",
-        extra=(Why.VMA_FLAG, Why.HUGE, Why.NEW, Why.DISCARDED, Why.DROPPED),
+        extra=(Why.VMA_FLAG, Why.HUGE, Why.NEW, Why.DISCARDED, Why.DROPPED, Why.MOVED),
         too_much="a mapping whole at birth, growth, merge or move (VMA_FLAG); 512 pages for a byte of a huge page, "
-        "and all pages of a large folio that a write fault maps",
+        "and all pages of a large folio that a write fault maps; pages that the kernel moved to another frame",
         misses="writes through another mapping of the same memory; shared pages written and dropped by the "
         "kernel between two looks; without PAGEMAP_SCAN and CAP_SYS_ADMIN, contents discarded and read again",
         cost="one fault at the first write to a page; each look reads 8 bytes a populated page and stops the "
@@ -82,6 +83,7 @@ class SoftDirty:
         self._watched = spans.EMPTY
         self._content = spans.EMPTY
         self._shared = spans.EMPTY
+        self._frames = self._frames_before = moved.NONE
 
     def arm(self) -> None:
         """Clear the bits; everything written from here on is dirt."""
@@ -112,10 +114,10 @@ class SoftDirty:
     def read_step(self) -> tuple[_Pages, Spans]:
         """Maps, bits, and the vmas that carry the flag."""
         self._layout.read(self._watched)
-        vmas, _, _ = smaps.parse(self._proc.read("smaps"))
-        flagged = spans.of((v.start, v.end) for v in vmas if v.vm_flags and "sd" in v.vm_flags)
+        text = self._proc.read("smaps")
+        flagged = spans.of(smaps.flagged(text, b"sd"))
         pages = self._read()
-        if not len(vmas) or not self._proc.alive:
+        if not text or not self._proc.alive:
             raise TargetGoneError(f"the address space of process {self._proc.pid} is gone")
         return pages, flagged
 
@@ -141,10 +143,21 @@ class SoftDirty:
         builder.add(spans.common(marked, flagged), Why.VMA_FLAG)
         huge = spans.common(marked, pages.having(Category.HUGE))
         builder.add(huge, Why.HUGE)
-        builder.add(self._of_large_folios(spans.minus(marked, builder.seen), look), Why.HUGE)
+        rest = spans.minus(marked, builder.seen)
+        if rest:
+            try:
+                builder.add(self._of_large_folios(rest), Why.HUGE)
+                rest = spans.minus(rest, builder.seen)
+                builder.add(moved.moved(self._frames_before, self._frames, rest), Why.MOVED)
+            except CapabilityMissingError:
+                look.notes.append(
+                    "frames are hidden: pages that were marked with their large folio, or moved by the kernel, "
+                    "count as written"
+                )
         builder.add(marked, Why.WRITTEN)
         gone = spans.minus(before_content, self._content)
         mapped = Spans(look.vmas.starts, look.vmas.ends)
+        builder.add(spans.common(self._layout.take_replaced(), mapped), Why.DISCARDED)
         still = spans.common(gone, mapped)
         builder.add(still, Why.DISCARDED)
         builder.add(spans.common(spans.minus(before_shared, self._shared), mapped), Why.DROPPED)
@@ -160,19 +173,13 @@ class SoftDirty:
         self._watched = self._layout.watched
         return look
 
-    def _of_large_folios(self, marked: Spans, look: Look) -> Spans:
+    def _of_large_folios(self, marked: Spans) -> Spans:
         # A write fault maps as many pages of a large folio as fit, all of them writable and dirty (finish_fault
         # and set_pte_range in mm/memory.c: shared memory; in 7.2 files too, for ext4 has such folios;
         # do_anonymous_page: multi-size huge pages), and a huge page that was written and then split leaves the
         # bit in all of its entries. Whether the page was mapped at the look before does not tell: it may have
         # been dropped and mapped again since.
-        if not marked:
-            return marked
-        try:
-            page = frames.in_large_folios(self._fd, marked.start, marked.end)
-        except CapabilityMissingError:
-            look.notes.append("frames are hidden: pages marked with their large folio count as written")
-            return spans.EMPTY
+        page = frames.in_large_folios(self._fd, marked.start, marked.end)
         return spans.joined(page, page + np.uint64(PAGE_SIZE))
 
     def close(self) -> None:
@@ -196,36 +203,57 @@ class SoftDirty:
             os.close(fd)
 
     def _read(self) -> _Pages:
+        # Frames are read with the bits, while the target is held and before the clear: what the kernel moves later
+        # is marked in the next epoch.
         where = self._layout.watched
+        self._frames_before = self._frames
         if self._scans:
             found = pagescan.scan(self._fd, where.pairs(), anyof=_POPULATED, ret=_WANTED)
-            return _Pages(found.start, found.end, found.categories)
-        parts = [self._entries(start, end) for start, end in where.pairs()]
-        if not parts:
-            return _Pages(spans.EMPTY.start, spans.EMPTY.end, spans.EMPTY.start)
-        return _Pages(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-    def _entries(self, start: int, end: int) -> _Pages:
+            pages = _Pages(found.start, found.end, found.categories)
+            populated = spans.common(_any(pages, Category.PFNZERO), where)
+            self._frames = moved.read(self._fd, populated)
+            return pages
         # Linux before 6.8: the bits from pagemap itself, in steps that keep a huge reservation affordable.
-        runs: list[PageRuns] = []
-        step = 1 << 30
-        for at in range(start, end, step):
-            entry = pagemap.entries(self._fd, at, (min(end, at + step) - at) >> PAGE_SHIFT)
-            keep = np.flatnonzero(entry >> np.uint64(62))
-            if not len(keep):
-                continue
-            state, frame = pagemap.decode(entry[keep])
-            if self._zero_pfn:
-                zero = frame == np.uint64(self._zero_pfn)
-                state[zero] |= np.uint32(PageState.ZERO)
-            address = np.uint64(at) + (keep.astype(np.uint64) << np.uint64(PAGE_SHIFT))
-            runs.append(PageRuns.from_pages(address, state))
-        if not runs:
-            return _Pages(spans.EMPTY.start, spans.EMPTY.end, spans.EMPTY.start)
-        first = np.concatenate([r.start for r in runs])
-        count = np.concatenate([r.count for r in runs])
-        state = np.concatenate([r.state for r in runs])
-        return _Pages(first, first + count * np.uint64(PAGE_SIZE), _categories(state))
+        columns: list[tuple[U64, U64, U64]] = [self._entries(part) for part in _steps(where)]
+        page, categories, frame = (np.concatenate(column) for column in zip(*columns, strict=True))
+        self._frames = moved.from_pages(page, frame)
+        return _runs(page, categories)
+
+    def _entries(self, where: Spans) -> tuple[U64, U64, U64]:
+        # (address, categories, frame) of each page that is populated.
+        entry = frames.entries(self._fd, where.start, where.end)
+        keep = np.flatnonzero(entry >> np.uint64(62))
+        state, frame = pagemap.decode(entry[keep])
+        if self._zero_pfn:
+            state[frame == np.uint64(self._zero_pfn)] |= np.uint32(PageState.ZERO)
+        return spans.pages(where)[keep], _categories(state), frame
+
+
+_STEP = 1 << 30  # bytes: 2 MiB of entries
+
+
+def _steps(where: Spans) -> list[Spans]:
+    # `where` in parts of at most _STEP bytes, or one span of more.
+    cut = where
+    if cut and int((cut.end - cut.start).max()) > _STEP:
+        cut = Spans(*np.array(
+            [(at, min(end, at + _STEP)) for start, end in where.pairs() for at in range(start, end, _STEP)],
+            np.uint64,
+        ).T.copy())  # fmt: skip
+    total = (cut.end - cut.start).cumsum() // np.uint64(_STEP)
+    edge = [0, *(np.flatnonzero(total[1:] != total[:-1]) + 1).tolist(), len(total)]
+    return [Spans(cut.start[a:b], cut.end[a:b]) for a, b in itertools.pairwise(edge)]
+
+
+def _runs(page: U64, categories: U64) -> _Pages:
+    # Pages of the same categories that follow each other become one run.
+    if not len(page):
+        return _Pages(page, page, categories)
+    size = np.uint64(PAGE_SIZE)
+    cut = np.flatnonzero((page[1:] != page[:-1] + size) | (categories[1:] != categories[:-1])) + 1
+    first = np.concatenate(([0], cut))
+    last = np.concatenate((cut - 1, [len(page) - 1]))
+    return _Pages(page[first], page[last] + size, categories[first])
 
 
 _SAME = {

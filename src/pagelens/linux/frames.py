@@ -9,6 +9,7 @@ With CONFIG_NO_PAGE_MAPCOUNT (6.15 and later) kpagecount gives the average of a 
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 import numpy as np
@@ -16,12 +17,13 @@ import numpy.typing as npt
 
 from pagelens.linux import native
 from pagelens.linux.pagemap import PFN_MASK
-from pagelens.vm.errors import CapabilityMissingError
+from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
 from pagelens.vm.pages import I64, U64, PageRuns
 from pagelens.vm.units import PAGE_SHIFT
 
 _NONE = np.uint64((1 << 64) - 1)  # no entry: neither file ever has this value
 _PRESENT = 63  # bit of a pagemap entry
+DIRTY = 1 << 4  # KPF_DIRTY (include/uapi/linux/kernel-page-flags.h)
 _COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 _GAP = 32  # frames: reading a few frames too many is cheaper than another pread
 
@@ -74,6 +76,28 @@ def _pread(fd: int, start: U64, count: U64) -> U64:
     if error:
         raise OSError(-error, os.strerror(-error))
     return out
+
+
+def of_pages(pagemap_fd: int, start: U64, end: U64) -> U64:
+    """uint64[n]: the frame of each page of [start, end) (bytes), one span after another; 0 where the page is not
+    present or the kernel hides it (CAP_SYS_ADMIN)."""
+    entry = entries(pagemap_fd, start, end)
+    entry[entry >> np.uint64(_PRESENT) == 0] = 0
+    entry &= np.uint64(PFN_MASK)
+    return entry
+
+
+def entries(pagemap_fd: int, start: U64, end: U64) -> U64:
+    """uint64[n]: the pagemap entry of each page of [start, end) (bytes), one span after another; 0 where there is
+    none. Raises TargetGoneError where the address space is gone."""
+    try:
+        entry = _pread(pagemap_fd, start >> np.uint64(PAGE_SHIFT), (end - start) >> np.uint64(PAGE_SHIFT))
+    except OSError as exc:
+        if exc.errno == errno.ESRCH:
+            raise TargetGoneError("the process is gone") from None
+        raise
+    entry[entry == _NONE] = 0
+    return entry
 
 
 def in_large_folios(pagemap_fd: int, start: U64, end: U64) -> U64:

@@ -13,7 +13,7 @@ from pagelens.linux.procfs import Process
 from pagelens.vm.errors import DamagedInputError
 from pagelens.vm.vma import Prot, Vma, VmaList
 
-_GATE = 1 << 63
+GATE = 1 << 63  # [vsyscall] lies above
 _PERMS: dict[bytes, tuple[Prot, bool]] = {}
 
 
@@ -27,7 +27,7 @@ def parse(data: bytes) -> VmaList:
     out = []
     for line in data.splitlines():
         vma = parse_line(line)
-        if vma.start < _GATE:
+        if vma.start < GATE:
             out.append(vma)
     return VmaList(out)
 

@@ -68,6 +68,20 @@ def parse(data: bytes) -> tuple[VmaList, tuple[str, ...], npt.NDArray[np.int64]]
     return VmaList(vmas), tuple(names), np.ascontiguousarray(rows)
 
 
+def flagged(data: bytes, flag: bytes) -> list[tuple[int, int]]:
+    """[(start, end)] of the vmas of a smaps text that have the VmFlag `flag` (two letters): for who needs no more,
+    a tenth of what `parse` costs."""
+    out = []
+    header, *blocks = data.split(b"VmFlags: ")
+    for block in blocks:
+        flags, _, following = block.partition(b"\n")
+        if flag in flags.split():
+            start, _, rest = header.partition(b"-")
+            out.append((int(start, 16), int(rest[: rest.index(b" ")], 16)))
+        header = following
+    return [pair for pair in out if pair[0] < maps.GATE]
+
+
 def _is_header(line: bytes) -> bool:
     return b"-" in line.partition(b" ")[0]
 

@@ -33,6 +33,7 @@ struct arena {
 	char kind;
 	int fresh;
 	char written[MAX_PAGES], content[MAX_PAGES], before[MAX_PAGES];
+	char other[MAX_PAGES]; /* of memory that another mapping replaced, whatever it held */
 };
 
 static struct arena arenas[MAX_ARENAS];
@@ -40,7 +41,7 @@ static char *stack_low, *stack_high;
 static int zero_fd, file_fd, direct_fd;
 static uint64_t state;
 static int moves;
-static int huge_ok = 1, forget_dropped;
+static int huge_ok = 1, huge_always, forget_dropped;
 static volatile int halt;
 
 static uint64_t rnd(uint64_t n)
@@ -65,6 +66,13 @@ static void wrote(struct arena *a, size_t first, size_t n)
 {
 	memset(a->written + first, 1, n);
 	memset(a->content + first, 1, n);
+}
+
+/* Small pages, also where the machine's setting is "always": which reasons fit is judged by the kind. */
+static void small_pages(void *at, size_t pages)
+{
+	if (huge_always)
+		madvise(at, pages * PAGE, MADV_NOHUGEPAGE);
 }
 
 static void map_new(struct arena *a, char kind)
@@ -99,9 +107,22 @@ static void map_new(struct arena *a, char kind)
 		perror("mmap");
 		exit(1);
 	}
+	if (kind != 'h')
+		small_pages(a->at, pages);
 	a->pages = pages;
 	a->kind = kind;
 	a->fresh = 1;
+}
+
+static void fail(const char *what, const struct arena *a)
+{
+	char text[4096];
+	ssize_t n;
+	int fd = open("/proc/self/smaps", O_RDONLY);
+	fprintf(stderr, "%s: %s: %lx, %zu pages\n", what, strerror(errno), (unsigned long)a->at, a->pages);
+	while ((n = read(fd, text, sizeof(text))) > 0)
+		fwrite(text, 1, (size_t)n, stderr);
+	exit(1);
 }
 
 static int is_private(const struct arena *a) { return a->kind != 's' && a->kind != 'g'; }
@@ -200,13 +221,18 @@ static void operation(void)
 		char *to = mmap(NULL, a->pages * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		char *at = mremap(a->at, a->pages * PAGE, a->pages * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to);
 		if (at == MAP_FAILED) {
-			perror("mremap");
-			exit(1);
+			/* A mapping that stands alone is not one vma any more once a part of it was locked before any
+			 * of it was written (is_mergeable_anon_vma), and then does not move. */
+			if (errno != EFAULT)
+				fail("mremap", a);
+			munmap(to, a->pages * PAGE);
+			return;
 		}
 		a->at = at;
 		a->fresh = 1;
 		moves++;
 		memset(a->before, 0, sizeof(a->before));
+		memset(a->other, 0, sizeof(a->other));
 	} else if (what < 88 && a->kind == 'a') { /* grown or shrunk */
 		size_t pages = 1 + rnd(300);
 		char *at = mremap(a->at, a->pages * PAGE, pages * PAGE, MREMAP_MAYMOVE);
@@ -216,17 +242,24 @@ static void operation(void)
 			moves++;
 			a->fresh = 1;
 			memset(a->before, 0, sizeof(a->before));
+			memset(a->other, 0, sizeof(a->other));
 		}
 		if (pages < a->pages) {
 			memset(a->written + pages, 0, MAX_PAGES - pages);
 			memset(a->content + pages, 0, MAX_PAGES - pages);
 			memset(a->before + pages, 0, MAX_PAGES - pages);
+			memset(a->other + pages, 0, MAX_PAGES - pages);
 		}
 		a->fresh |= pages > a->pages ? 2 : 0;
 		a->at = at;
 		a->pages = pages;
-	} else if (what < 90 && a->kind == 'a') { /* replaced in place */
+	} else if (what < 90 && strchr("asfg", a->kind)) { /* replaced in place, and what was of a file or shared
+							     * loses its contents even where no entry holds them */
+		if (a->kind != 'a' && !a->fresh)
+			memset(a->other, 1, a->pages);
+		a->kind = 'a';
 		mmap(a->at, a->pages * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+		small_pages(a->at, a->pages);
 		memset(a->written, 0, sizeof(a->written));
 		memset(a->content, 0, sizeof(a->content));
 		a->fresh = 1;
@@ -262,13 +295,14 @@ static void report(void)
 		for (size_t p = 0; p < a->pages;) {
 			size_t n = 0;
 			while (p + n < a->pages &&
-			       (a->written[p + n] || (a->before[p + n] && !a->content[p + n])))
+			       (a->written[p + n] || a->other[p + n] || (a->before[p + n] && !a->content[p + n])))
 				n++;
 			if (n)
 				printf("W %lx %zu\n", (unsigned long)(a->at + p * PAGE), n);
 			p += n ? n : 1;
 		}
 		memset(a->written, 0, sizeof(a->written));
+		memset(a->other, 0, sizeof(a->other));
 		memcpy(a->before, a->content, sizeof(a->before));
 		a->fresh = 0;
 	}
@@ -302,6 +336,11 @@ int main(int argc, char **argv)
 	unsigned long count;
 	pthread_t threads[16];
 	unsigned long running = 0;
+	FILE *setting = fopen("/sys/kernel/mm/transparent_hugepage/enabled", "r");
+	if (setting) {
+		huge_always = fgets(line, sizeof(line), setting) && strstr(line, "[always]");
+		fclose(setting);
+	}
 	for (int i = 1; i < argc; i++) {
 		huge_ok &= strcmp(argv[i], "nohuge") != 0;
 		forget_dropped |= strcmp(argv[i], "dropped") == 0;

@@ -1,0 +1,216 @@
+"""The states in which a target can be, made: running, stopped, frozen, traced, exiting, in exec, of another user…
+
+Each maker takes a directory that every user may use, and an exit stack that undoes what it did.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.nobody import NOBODY
+
+
+@dataclass
+class Target:
+    """A process in some state. tracer: that it has already."""
+
+    pid: int
+    tracer: int = 0
+
+
+class MissingError(Exception):
+    """This machine cannot make the state: the row is left out, and said."""
+
+
+Maker = Callable[[Path, contextlib.ExitStack], Target]
+
+
+def start(stack: contextlib.ExitStack, *command: str | Path, **options: object) -> int:
+    child = subprocess.Popen([str(c) for c in command], **options)  # type: ignore[call-overload]
+
+    def end() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+
+    stack.callback(end)
+    return int(child.pid)
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not what():
+        assert time.monotonic() < end, "the state did not come about"
+        time.sleep(0.01)
+
+
+def _child_of(pid: int, name: str) -> int:
+    # The child that executes `name`: strace has others for a moment, to try what it can.
+    found: list[int] = []
+
+    def look() -> bool:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{child}/comm").read_text() == f"{name}\n":
+                    found.append(int(child))
+        return bool(found)
+
+    until(look)
+    return found[0]
+
+
+def _compiled(directory: Path, text: str, *flags: str) -> Path:
+    source, out = directory / "s.c", directory / "s"
+    source.write_text(text)
+    done = subprocess.run(["gcc", "-O1", "-o", out, source, *flags], capture_output=True, check=False)
+    if done.returncode:
+        raise MissingError(f"gcc {' '.join(flags)}")
+    return out
+
+
+def running(_d: Path, stack: contextlib.ExitStack) -> Target:
+    return Target(start(stack, "sleep", "60"))
+
+
+def gone(_d: Path, _s: contextlib.ExitStack) -> Target:
+    return Target(4_000_000)
+
+
+def kernel_thread(_d: Path, _s: contextlib.ExitStack) -> Target:
+    return Target(2)
+
+
+def zombie(_d: Path, stack: contextlib.ExitStack) -> Target:
+    pid = os.fork()
+    if not pid:
+        os._exit(0)
+    stack.callback(os.waitpid, pid, 0)
+    until(lambda: state(pid) == "Z")
+    return Target(pid)
+
+
+LEADER_GONE = """
+#include <pthread.h>
+#include <unistd.h>
+static void *work(void *a) { for (;;) usleep(1000); return a; }
+int main(void) { pthread_t t; pthread_create(&t, 0, work, 0); pthread_exit(0); }
+"""
+
+
+def leader_gone(directory: Path, stack: contextlib.ExitStack) -> Target:
+    pid = start(stack, _compiled(directory, LEADER_GONE, "-pthread"))
+    until(lambda: state(pid) == "Z")
+    return Target(pid)
+
+
+EXECS = """
+#include <unistd.h>
+int main(int c, char **v) { usleep(500); execl(v[0], v[0], (char *)0); return 1; }
+"""
+
+
+def in_exec(directory: Path, stack: contextlib.ExitStack) -> Target:
+    return Target(start(stack, _compiled(directory, EXECS)))
+
+
+def stopped(_d: Path, stack: contextlib.ExitStack) -> Target:
+    pid = start(stack, "sleep", "60")
+    os.kill(pid, signal.SIGSTOP)
+    until(lambda: state(pid) == "T")
+    return Target(pid)
+
+
+def frozen(_d: Path, stack: contextlib.ExitStack) -> Target:
+    pid = start(stack, "sleep", "60")
+    name = f"pagelens-test-{os.getpid()}"
+    for base, knob, freeze, thaw in (
+        (Path("/sys/fs/cgroup/freezer"), "freezer.state", "FROZEN", "THAWED"),
+        (Path("/sys/fs/cgroup"), "cgroup.freeze", "1", "0"),
+    ):
+        group = base / name
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        stack.callback(lambda group=group: _leave(group, pid))
+        try:
+            (group / "cgroup.procs").write_text(str(pid))
+            (group / knob).write_text(freeze)
+        except OSError:
+            continue
+        stack.callback((group / knob).write_text, thaw)
+        return Target(pid)
+    raise MissingError("a cgroup that freezes")
+
+
+def _leave(group: Path, pid: int) -> None:
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+            return
+        time.sleep(0.02)
+
+
+def traced(_d: Path, stack: contextlib.ExitStack) -> Target:
+    if not shutil.which("strace"):
+        raise MissingError("strace")
+    tracer = start(stack, "strace", "-o", "/dev/null", "sleep", "60")
+    pid = _child_of(tracer, "sleep")
+    stack.callback(_kill, pid)
+    until(lambda: f"TracerPid:\t{tracer}" in Path(f"/proc/{pid}/status").read_text())
+    return Target(pid, tracer)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def other_user(_d: Path, stack: contextlib.ExitStack) -> Target:
+    return Target(start(stack, "sleep", "60", user=NOBODY, group=NOBODY))
+
+
+def other_namespace(_d: Path, stack: contextlib.ExitStack) -> Target:
+    if not shutil.which("unshare"):
+        raise MissingError("unshare")
+    pid = _child_of(
+        start(stack, "unshare", "--pid", "--fork", "sleep", "60", stderr=subprocess.DEVNULL), "sleep"
+    )
+    stack.callback(_kill, pid)
+    return Target(pid)
+
+
+def setuid(directory: Path, stack: contextlib.ExitStack) -> Target:
+    program = directory / "suid"
+    shutil.copy("/bin/sleep", program)
+    program.chmod(0o4755)
+    pid = start(stack, program, "60", user=NOBODY, group=NOBODY)
+    until(lambda: Path(f"/proc/{pid}/exe").readlink() == program)
+    return Target(pid)
+
+
+THIRTY_TWO = """
+/* No libc, so that no multilib is needed. nanosleep is 162. */
+void _start(void) { static int t[2] = {0, 10000000}; for (;;) { int r;
+  __asm__ volatile("int $0x80" : "=a"(r) : "a"(162), "b"(t), "c"(0) : "memory"); } }
+"""
+
+
+def thirty_two_bits(directory: Path, stack: contextlib.ExitStack) -> Target:
+    flags = ("-m32", "-nostdlib", "-static", "-fno-pie", "-no-pie", "-ffreestanding", "-fno-stack-protector")
+    return Target(start(stack, _compiled(directory, THIRTY_TWO, *flags)))
