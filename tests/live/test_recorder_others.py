@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,7 +161,7 @@ def test_debuggers_inside_work_without_snapshots(tmp_path: Path, tool: str) -> N
         "gdb": ["gdb", "-q", "-batch", "-ex", "run", "/bin/true"],
         "strace": ["strace", "-f", "-o", str(tmp_path / "log"), "/bin/true"],
     }[tool]
-    if subprocess.run(["which", tool], capture_output=True).returncode:
+    if shutil.which(tool) is None:
         pytest.skip(f"missing tool: {tool}")
     run = record(tmp_path, command, "--snapshot", "none")
     assert run.returncode == 0, run.stderr

@@ -8,10 +8,10 @@ from pathlib import Path
 EMULATED = "TCG" in Path("/proc/cpuinfo").read_text()
 
 
-def rounds(count: int) -> int:
+def rounds(count: int, least: int = 3) -> int:
     """`count` rounds on a real machine, a tenth in an emulated one; $PAGELENS_TEST_ROUNDS is a factor."""
     factor = float(os.environ.get("PAGELENS_TEST_ROUNDS", "0.1" if EMULATED else "1"))
-    return max(3, round(count * factor))
+    return max(least, round(count * factor))
 
 
 def patience(seconds: float) -> float:

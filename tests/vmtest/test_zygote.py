@@ -46,7 +46,12 @@ with subprocess.Popen(
 # What it cannot serve is started as ever.
 with subprocess.Popen([*run, "--version"], preexec_fn=os.setpgrp, stdout=subprocess.DEVNULL) as child:
     assert child.wait() == 0
-with subprocess.Popen([*run, "top"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+# It waits for its program, which ends with its input.
+with subprocess.Popen(
+    [*run, "run", "-c", "y.plens", "--", "cat"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, process_group=0
+) as child:
+    assert b"vmtest.zygote" in exe(child.pid), exe(child.pid)
+    assert os.getpgid(child.pid) == child.pid
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -9
 print("all as it should be")

@@ -1,10 +1,11 @@
 """`pagelens` in guests without importing everything anew: a process that has, and is forked for each command.
 
 Under emulation the imports of one command (numpy, pyarrow, duckdb) take longer than what it then does, and tests
-start some hundred commands. So inside a guest, a Popen of exactly `PYTHON -m pagelens.cli.main …` is served from here:
-the clone is made with CLONE_PARENT, so it is a child of the test itself (signals, wait and exit codes are the real
-ones), with the descriptors, directory, environment and session that Popen asked for. Whatever asks for more (another
-user, a function before exec, other libraries) is started as ever.
+start some hundred commands. So inside a guest, a Popen of exactly `PYTHON -m pagelens.cli.main …` (or, for an
+ordinary user, `support.nobody_main`) is served from here: the clone is made with CLONE_PARENT, so it is a child of the
+test itself (signals, wait and exit codes are the real ones), with the descriptors, directory, environment, session and
+process group that Popen asked for. Whatever asks for more (another user, a function before exec, other libraries) is
+started as ever.
 
 Rejected: fork in pytest's own process (its memory, warnings, signal handlers and capture would be the command's);
 a launcher that asks a server (the command would not be the test's child).
@@ -21,6 +22,8 @@ import gc
 import importlib
 import json
 import os
+import pkgutil
+import runpy
 import signal
 import socket
 import subprocess
@@ -29,7 +32,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-COMMAND = ["-m", "pagelens.cli.main"]
+MODULES = ("pagelens.cli.main", "support.nobody_main")
 _CLONE_PARENT = 0x8000
 _SYS_CLONE = 56
 _HIGH = 500  # descriptors are parked from here on while they find their places
@@ -59,32 +62,37 @@ class Zygote:
         """Whether this start is one that we can serve."""
         if not isinstance(args, list | tuple) or len(args) < 3 or self._process.poll() is not None:
             return False
-        if [os.fspath(a) for a in args[:3]] != [sys.executable, *COMMAND]:
+        if [os.fspath(a) for a in args[:2]] != [sys.executable, "-m"] or args[2] not in MODULES:
             return False
         early = {k: v for k, v in (env or os.environ).items() if k.startswith(_EARLY) and k != "PYTHONPATH"}
         known = {k: v for k, v in self._environment.items() if k != "PYTHONPATH"}
         plain = rest["uid"] is rest["gid"] is rest["gids"] is None and rest["umask"] < 0
-        alone = rest["process_group"] in (-1, None)
         return (
             early == known
             and plain
-            and alone
             and preexec_fn is None
             and not rest["shell"]
             and executable in (None, args[0])
         )
 
     def start(
-        self, args: Any, cwd: Any, env: Any, new_session: bool, streams: tuple[int, int, int], passed: Any
+        self,
+        args: Any,
+        cwd: Any,
+        env: Any,
+        place: tuple[bool, int | None],
+        streams: tuple[int, int, int],
+        passed: Any,
     ) -> int:
-        """The new process's id."""
+        """The new process's id. place: (a new session, its process group or -1)."""
         targets = [0, 1, 2, *passed]
         sources = [*streams, *passed]
         request: _Request = {
-            "argv": [os.fspath(a) for a in args[3:]],
+            "argv": [os.fspath(a) for a in args[2:]],
             "cwd": str(Path(cwd or ".").absolute()),
             "env": {os.fsdecode(k): os.fsdecode(v) for k, v in (env or os.environ).items()},
-            "session": new_session,
+            "session": place[0],
+            "group": -1 if place[1] is None else place[1],
             "cpus": sorted(os.sched_getaffinity(0)),
             "targets": targets,
         }
@@ -124,9 +132,8 @@ def install() -> None:
         ends = [rest[n] for n in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         streams = [end if end != -1 else own for own, end in enumerate((ends[0], ends[3], ends[5]))]
         try:
-            self.pid = zygote.start(
-                args, cwd, env, rest["start_new_session"], (streams[0], streams[1], streams[2]), pass_fds
-            )
+            place = rest["start_new_session"], rest["process_group"]
+            self.pid = zygote.start(args, cwd, env, place, (streams[0], streams[1], streams[2]), pass_fds)
         except OSError:  # it is gone
             execute(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more)
             return
@@ -165,8 +172,11 @@ def _become(request: _Request, received: list[int]) -> None:
     os.sched_setaffinity(0, request["cpus"])
     if request["session"]:
         os.setsid()
+    if request["group"] >= 0:
+        os.setpgid(0, request["group"])
     os.chdir(request["cwd"])
-    sys.argv = [sys.modules["pagelens.cli.main"].__file__ or "pagelens", *request["argv"]]
+    sys.path += [p for p in os.environ.get("PYTHONPATH", "").split(":") if p and p not in sys.path]
+    sys.argv = request["argv"]
     streams: Any = sys
     for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
         errors, buffering = ("backslashreplace", 1) if fd == 2 else (None, -1)
@@ -211,6 +221,12 @@ def main() -> None:
         importlib.import_module(name)
     for name in cli.available():
         cli.command_parser(name)
+    # Also what a command imports late: a recording's own modules and those of its causes take three seconds.
+    import pagelens
+
+    for module in pkgutil.walk_packages(pagelens.__path__, "pagelens."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
     threads = list(Path("/proc/self/task").iterdir())
     if len(threads) > 1:
         sys.exit(f"vmtest: the zygote has {len(threads)} threads: commands are started as ever")
@@ -218,7 +234,10 @@ def main() -> None:
     gc.freeze()
     _serve(ours)
     try:
-        cli.entry()
+        if sys.argv[0] == MODULES[0]:
+            sys.argv[0] = cli.__file__
+            cli.entry()
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
