@@ -82,13 +82,14 @@ class Chain:
         return dump(self.pid, path, parent=parent, level=self.level, with_files=self.with_files)
 
     def _forget(self) -> None:
-        # Delete, oldest first, what is neither among the newest `keep` nor needed by one of them.
+        # Delete what is neither among the newest `keep` nor needed by one of them. Newest first: if we are killed
+        # meanwhile, none is left without what it needs.
         kept = self.made[-self.keep :]
         needed = {path.name for path in kept}
         for path in kept:
             for entry in Stored.open(path).manifest["origins"]:
                 needed.add(Path(entry["path"]).name)
-        for path in list(self.made):
+        for path in reversed(self.made.copy()):
             if path.name not in needed:
                 (path / "manifest.json").unlink()
                 shutil.rmtree(path)
