@@ -9,6 +9,7 @@
  * us at every signal.
  */
 #include "fastback.h"
+#include "inject.h"
 
 #include <elf.h>
 #include <errno.h>
@@ -169,6 +170,8 @@ PL_EXPORT int pl_fast_rollback(struct pl_fast *f) {
         }
     }
     for (uint64_t i = 0; i < seized; i++) {
+        if (f->why != WHY_OK && status[i] >> 16 && WSTOPSIG(status[i]) == SIGTRAP)
+            pl_undo_eintr(f->tids[i]); /* it was not put back, so it goes on from here */
         /* A signal that was about to be delivered is delivered now. */
         unsigned long sig = status[i] && !(status[i] >> 16) ? (unsigned long)WSTOPSIG(status[i]) : 0;
         trace(PTRACE_DETACH, f->tids[i], 0, (void *)sig);

@@ -138,6 +138,26 @@ static int signal_pending_unblocked(pid_t tid, uint64_t blocked)
 	return 0;
 }
 
+/* A thread in a stop of ours whose call ended with EINTR only because of it makes that call again when let go. 1 where
+ * *regs was changed so. */
+static int again_if_ended(pid_t tid, struct user_regs_struct *regs, uint64_t blocked) {
+	if ((long)regs->orig_rax < 0 || (long)regs->rax != -EINTR || !ends_with_eintr((long)regs->orig_rax) ||
+	    signal_pending_unblocked(tid, blocked))
+		return 0;
+	regs->rax = regs->orig_rax;
+	regs->rip -= 2;
+	regs->orig_rax = ~0ul;
+	return 1;
+}
+
+void pl_undo_eintr(pid_t tid) {
+	struct user_regs_struct regs;
+	uint64_t mask;
+	if (!trace(PTRACE_GETREGS, tid, 0, &regs) && !trace(PL_GETSIGMASK, tid, 8, &mask) &&
+	    again_if_ended(tid, &regs, mask))
+		trace(PTRACE_SETREGS, tid, 0, &regs);
+}
+
 /* Resume until the next system-call stop of the wanted kind (1 entry, 2 exit). */
 static int to_syscall_stop(struct pl_inject *req, int kind)
 {
@@ -255,13 +275,8 @@ static int calls_in_stop(struct pl_inject *req)
 	 * runnable, and only waits for a CPU. */
 	req->deadline_ns = now_ns() + INT64_C(20000000000);
 	back = regs;
-	if ((long)regs.orig_rax >= 0 && (long)regs.rax == -EINTR && ends_with_eintr((long)regs.orig_rax) &&
-	    !signal_pending_unblocked(req->tid, mask)) {
-		back.rax = regs.orig_rax;
-		back.rip -= 2;
-		back.orig_rax = ~0ul;
+	if (again_if_ended(req->tid, &back, mask))
 		req->restarted = 1;
-	}
 	int failed = run_calls(req, &regs, sp), saved = errno;
 	if (failed && (saved == ESRCH || saved == ETIMEDOUT)) {
 		errno = saved;

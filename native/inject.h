@@ -45,6 +45,8 @@ struct pl_inject {
 	int32_t n_calls, die_at, stage, refused, error, restarted;
 };
 
+/* For a thread in a PTRACE_INTERRUPT stop: a call that the kernel ended with EINTR at that stop is made again. */
+void pl_undo_eintr(pid_t tid);
 PL_EXPORT int pl_inject(struct pl_inject *req);
 PL_EXPORT int pl_inject_held(struct pl_inject *req);
 #endif

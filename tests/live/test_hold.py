@@ -119,9 +119,12 @@ def test_a_signal_taken_off_the_queue_keeps_its_siginfo_when_the_thread_moved_on
     assert list(map(int, out.split()[1:4])) == [200, 100 * (7 + 9), 0]
 
 
-def test_a_call_that_ends_with_eintr_at_any_stop_goes_on() -> None:
-    # epoll_wait and its like are not restarted by the kernel; nobody sent a signal, so nobody shall see EINTR.
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_call_that_ends_with_eintr_at_any_stop_goes_on(signalled: bool) -> None:
+    # epoll_wait and its like are not restarted by the kernel; nobody sent a signal, so nobody shall see EINTR. One
+    # that comes while it is held ends the call as it would have: a program may wait for just that.
     program = (
+        "import signal; signal.signal(signal.SIGUSR1, lambda *_: None)\n"
         "import ctypes, select, os, sys\n"
         "libc = ctypes.CDLL(None, use_errno=True)\n"
         "e = select.epoll(); e.register(0, select.EPOLLIN); out = ctypes.create_string_buffer(12)\n"
@@ -138,7 +141,12 @@ def test_a_call_that_ends_with_eintr_at_any_stop_goes_on() -> None:
         with Held(child.pid):
             pass
         wait_state(child.pid, "S")
-    assert child.communicate("x", timeout=20)[0] == "1 0\n"
+    if signalled:
+        with Held(child.pid):
+            child.send_signal(signal.SIGUSR1)
+        assert child.communicate(timeout=20)[0] == "-1 4\n"
+    else:
+        assert child.communicate("x", timeout=20)[0] == "1 0\n"
 
 
 def test_registers_round_trip_and_the_interrupted_call_is_visible(sleeper: subprocess.Popen[bytes]) -> None:

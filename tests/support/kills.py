@@ -9,7 +9,6 @@ untraced (docs/checkpoint.md).
 from __future__ import annotations
 
 import contextlib
-import gc
 import mmap
 import os
 import random
@@ -36,7 +35,6 @@ from support.unharmed import Steady, assert_untouched
 
 def kill_at_random(work: Callable[[], None], rng: random.Random, most: float) -> None:
     """Run `work` in a forked process and SIGKILL it after up to `most` seconds."""
-    gc.collect()
     worker = os.fork()
     if worker == 0:
         with contextlib.suppress(BaseException):

@@ -26,10 +26,13 @@ def _mix(t: int, page: np.ndarray, version: np.ndarray, word: np.ndarray) -> np.
 class Scribe:
     """The running program. Context manager; killed at the end."""
 
-    def __init__(self, program: Path, threads: int, pages: int, file: Path | None = None) -> None:
+    def __init__(
+        self, program: Path, threads: int, pages: int, file: Path | None = None, *, pause_us: int = 0
+    ) -> None:
         self.threads, self.pages = threads, pages
         # Niced: it writes all the time, on the cores that the checkpoints need too.
         command = ["nice", "-n", "19", str(program), str(threads), str(pages)] + ([str(file)] if file else [])
+        command += [str(pause_us)] if pause_us else []
         self.child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.child.stdout is not None
         word, address = self.child.stdout.readline().split()

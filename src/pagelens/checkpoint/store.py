@@ -34,6 +34,7 @@ from pagelens.vm.units import PAGE_SIZE
 
 FORMAT, VERSION = "pagelens-checkpoint", 1
 PACK_MAGIC = b"PLPACK01"
+_SMALL = 1 << 16  # bytes of a table
 TABLES = ("runs.parquet", "blocks.parquet", "vmas.parquet", "threads.parquet")
 
 
@@ -194,5 +195,10 @@ def _parquet(table: Any) -> bytes:
     import pyarrow.parquet as pq
 
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
+    if (
+        table.nbytes < _SMALL
+    ):  # a column is some bytes: what each costs by itself is then nearly all of the time
+        pq.write_table(table, sink, compression="none", use_dictionary=False, write_statistics=False)
+    else:
+        pq.write_table(table, sink, compression="zstd")
     return sink.getvalue()

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pagelens.linux.ptrace import WALL, Stop, Tracee, libc, siginfo_signal
-from pagelens.linux.restart import undo_eintr
+from pagelens.linux.restart import Place, redo_eintr, undo_eintr
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
 
 PF_KTHREAD = 0x00200000  # include/linux/sched.h, field `flags` of stat
@@ -159,6 +159,7 @@ class Held:
         self.pid = pid
         self.timeout = timeout
         self.threads: list[Tracee] = []
+        self._undone: dict[int, Place] = {}  # where threads were whose calls are made again
         self.interrupted_ns = 0
         self.stopped_ns = 0
         self.held_ns = 0
@@ -225,6 +226,9 @@ class Held:
             for thread in fresh:
                 try:
                     stop = self._await_stop(thread, deadline)
+                    if stop is not None:
+                        # At once: if we are killed before it, the call ends with EINTR, as after SIGSTOP and SIGCONT.
+                        self._undo(thread)
                 except TargetGoneError:
                     # Exited; exec by another thread also ends here, and the new leader is listed anew.
                     self._reap(thread.tid)
@@ -240,12 +244,17 @@ class Held:
             raise TargetGoneError(f"process {self.pid} exited while it was being stopped")
         self.threads.sort(key=lambda thread: (thread.tid != self.pid, thread.tid))
 
+    def _undo(self, thread: Tracee) -> None:
+        was = undo_eintr(thread, thread.regs())
+        if was is not None:
+            self._undone[thread.tid] = was
+
     def _drop_killed(self, held: dict[int, Tracee]) -> bool:
         # exec in a thread that still ran kills those that had stopped, and takes over the leader's id.
         killed = []
         for thread in self.threads:
             try:
-                undo_eintr(thread, thread.regs())
+                self._undo(thread)
             except TargetGoneError:
                 killed.append(thread)
         for thread in killed:
@@ -328,6 +337,8 @@ class Held:
     def _let_go(self, thread: Tracee) -> None:
         stop = thread.stop
         assert stop is not None
+        if thread.tid in self._undone:
+            redo_eintr(thread, self._undone[thread.tid])
         if stop.is_signal_delivery and len(thread.pending) == 1:
             thread.detach(stop.signal)  # the kernel still has its siginfo
             return

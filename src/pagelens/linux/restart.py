@@ -47,13 +47,37 @@ def restartable(regs: UserRegs) -> UserRegs:
     return again(regs) if regs.in_syscall and regs.result == -ERESTART_RESTARTBLOCK else regs
 
 
-def undo_eintr(thread: Tracee, regs: UserRegs) -> None:
-    """A held thread whose call ended with EINTR only because it was stopped makes it again when it is let go."""
+Place = tuple[int, int, int]  # rip, rax, orig_rax
+
+
+def undo_eintr(thread: Tracee, regs: UserRegs) -> Place | None:
+    """A held thread whose call ended with EINTR only because it was stopped makes it again when it is let go.
+
+    Returns where it was, for `redo_eintr`; None where nothing was done.
+    """
     if not regs.in_syscall or regs.result != -errno.EINTR or regs.orig_rax not in ENDS_WITH_EINTR:
-        return
+        return None
     if thread.stop is None or thread.stop.is_signal_delivery or thread.stop.is_group_stop:
-        return  # a signal there is
+        return None  # a signal there is
+    if _signal_waits(thread):
+        return None
+    was = (regs.rip, regs.rax, regs.orig_rax)
+    thread.set_regs(again(regs))
+    return was
+
+
+def redo_eintr(thread: Tracee, was: Place) -> None:
+    """Before such a thread is let go: a signal that came meanwhile ends its call after all (the program may wait for
+    just that), unless its registers are others by now."""
+    if not thread.pending and not _signal_waits(thread):
+        return
+    regs = thread.regs()
+    if (regs.rip, regs.rax, regs.orig_rax) == (was[0] - 2, was[2], 2**64 - 1):
+        regs.rip, regs.rax, regs.orig_rax = was
+        thread.set_regs(regs)
+
+
+def _signal_waits(thread: Tracee) -> bool:
     blocked = thread.sigmask()
     queued = thread.queued_signals(shared=False) + thread.queued_signals(shared=True)
-    if all(blocked >> (siginfo_signal(info) - 1) & 1 for info in queued):
-        thread.set_regs(again(regs))
+    return not all(blocked >> (siginfo_signal(info) - 1) & 1 for info in queued)

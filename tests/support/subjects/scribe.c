@@ -1,9 +1,10 @@
 /* Threads that rewrite pages for ever, such that any instant can be checked from memory alone.
- * scribe THREADS PAGES FILE: prints "ready CONTROL" (address of struct control), then works until killed.
+ * scribe THREADS PAGES FILE [PAUSE]: prints "ready CONTROL" (address of struct control), then works until killed.
  *
  * Thread t owns PAGES pages. It takes page p = step % PAGES and stores word k = mix(t, p, version, k) for
  * k = 0..511, raising cursor.word after each store; then it raises version[p] and goes to the next page. So at
- * any instant words below the cursor are of version+1, those above of version; the one at it is either.
+ * any instant words below the cursor are of version+1, those above of version; the one at it is either. With PAUSE
+ * it sleeps so many us in the middle of each page, so that it is mostly caught there, and leaves CPUs to others.
  * Beside that lie memory of each other sort, with contents that never change.
  */
 #define _GNU_SOURCE
@@ -29,6 +30,7 @@ struct control {
 };
 
 static struct control *control;
+static useconds_t pause_us;
 
 static uint64_t mix(uint64_t t, uint64_t p, uint64_t v, uint64_t k) {
     uint64_t x = (t + 1) * 0x9E3779B97F4A7C15ULL ^ (p + 1) * 0xC2B2AE3D27D4EB4FULL ^ v * 0x165667B19E3779F9ULL ^ k;
@@ -47,6 +49,8 @@ static void *work(void *arg) {
         for (uint64_t k = 0; k < 512; k++) {
             page[k] = mix(t, p, v, k);
             me->word = k + 1;
+            if (pause_us && k == (step * 37 & 511))
+                usleep(pause_us);
         }
         /* version and cursor cannot change in one store: page = -1 says that all words are of version or +1 */
         me->page = p | 1ULL << 63;
@@ -82,6 +86,7 @@ int main(int argc, char **argv) {
     control->shared_a = (uint64_t)area(len, rw, MAP_SHARED, fd);
     control->shared_b = (uint64_t)area(len, rw, MAP_SHARED, fd);
     memset((void *)control->shared_a, 0x33, len - 4096);
+    pause_us = argc > 4 ? (useconds_t)strtoul(argv[4], 0, 0) : 0;
     if (argc > 3) {
         int file = open(argv[3], O_RDWR | O_CREAT, 0600);
         for (size_t i = 0; i < len; i += 4096) {
