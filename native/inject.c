@@ -153,9 +153,9 @@ static int again_if_ended(pid_t tid, struct user_regs_struct *regs, uint64_t blo
 void pl_undo_eintr(pid_t tid) {
 	struct user_regs_struct regs;
 	uint64_t mask;
-	if (!trace(PTRACE_GETREGS, tid, 0, &regs) && !trace(PL_GETSIGMASK, tid, 8, &mask) &&
+	if (!pl_trace(PTRACE_GETREGS, tid, 0, &regs) && !pl_trace(PL_GETSIGMASK, tid, 8, &mask) &&
 	    again_if_ended(tid, &regs, mask))
-		trace(PTRACE_SETREGS, tid, 0, &regs);
+		pl_trace(PTRACE_SETREGS, tid, 0, &regs);
 }
 
 /* Resume until the next system-call stop of the wanted kind (1 entry, 2 exit). */
