@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,15 +16,41 @@ from support.subjects import Subjects
 
 pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
 
+# 4,000 short threads, made by four at once, some detached; each touches some pages of its own and says who it was.
 THREADS = r"""
+#define _GNU_SOURCE
 #include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-static void *work(void *a) { char *p = malloc(200000); memset(p, 1, 200000); free(p); return a; }
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+enum { MAKERS = 4, EACH = 1000, SPAN = 8 };
+static char *base;
+static volatile int tid[MAKERS * EACH];
+static void *work(void *arg) {
+  int n = (int)(intptr_t)arg;
+  for (int i = 0; i < n % (SPAN + 1); i++) base[((size_t)n * SPAN + i) * 4096] = 1;
+  if (n % 3 == 0) { char *p = malloc(150000); memset(p, 1, 150000); free(p); }
+  tid[n] = (int)syscall(SYS_gettid);
+  if (n % 2) pthread_exit(0);
+  return arg; }
+static void *make(void *arg) {
+  for (int i = 0; i < EACH; i++) { pthread_t t; int n = (int)(intptr_t)arg * EACH + i;
+    while (pthread_create(&t, 0, work, (void *)(intptr_t)n)) usleep(100);
+    if (n % 5 == 0) pthread_detach(t); else pthread_join(t, 0); }
+  return 0; }
 int main(void) {
-  for (int i = 0; i < 60; i++) { pthread_t t[4];
-    for (int k = 0; k < 4; k++) pthread_create(&t[k], 0, work, 0);
-    for (int k = 0; k < 4; k++) pthread_join(t[k], 0); }
+  pthread_t t[MAKERS];
+  base = mmap(0, (size_t)MAKERS * EACH * SPAN * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  memset((void *)tid, 0, sizeof(tid));
+  for (int i = 0; i < MAKERS; i++) pthread_create(&t[i], 0, make, (void *)(intptr_t)i);
+  for (int i = 0; i < MAKERS; i++) pthread_join(t[i], 0);
+  for (int n = 0; n < MAKERS * EACH; n++) while (!tid[n]) usleep(100);
+  printf("%p", (void *)base);
+  for (int n = 0; n < MAKERS * EACH; n++) printf(" %d", tid[n]);
   return 0; }
 """
 DAEMON = """
@@ -72,16 +99,21 @@ def test_pipeline(tmp_path: Path) -> None:
     assert_complete(run)
 
 
-def test_thread_churn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("snapshot", ["none", "full"])
+def test_thread_churn(tmp_path: Path, snapshot: str) -> None:
     source = tmp_path / "threads.c"
     source.write_text(THREADS)
-    import subprocess
-
     subprocess.run(["gcc", "-O1", "-pthread", "-o", tmp_path / "threads", source], check=True)
-    run = record(tmp_path, [tmp_path / "threads"])
+    run = record(tmp_path, [tmp_path / "threads"], "--snapshot", snapshot)
     assert_complete(run)
-    assert run.capture.table("tasks").num_rows == 241
+    assert run.capture.table("tasks").num_rows == 4005
     assert run.capture.table("mms").num_rows == 1
+    # Each page that a thread says it touched has one fault, by that thread.
+    words = run.stdout.split()
+    base, tids = int(words[0], 16), [int(w) for w in words[1:]]
+    faults = run.rows(f"kind = 'fault' and addr >= {base} and addr < {base + 4000 * 8 * 4096}")
+    seen = [((f["addr"] - base) // 4096, f["tid"]) for f in faults]
+    assert sorted(seen) == [(n * 8 + i, tid) for n, tid in enumerate(tids) for i in range(n % 9)]
 
 
 def test_double_forking_daemon(tmp_path: Path) -> None:
