@@ -17,9 +17,11 @@ from support.subjects import Subjects
 pytestmark = pytest.mark.requires("ptrace", "native")
 
 
-def confined(subjects: Subjects, directory: Path, *argv: str | Path) -> subprocess.CompletedProcess[str]:
-    """The command line under a seccomp filter like that of a container."""
-    command = [subjects("confined"), sys.executable, "-m", "pagelens.cli.main", *argv]
+def confined(
+    subjects: Subjects, directory: Path, *argv: str | Path, by: str = "docker"
+) -> subprocess.CompletedProcess[str]:
+    """The command line under a seccomp filter like that of a container, or of a systemd unit."""
+    command = [subjects("confined"), by, sys.executable, "-m", "pagelens.cli.main", *argv]
     env = {**os.environ, "PYTHONPATH": str(SRC), "PAGELENS_TRACEBACK": "1"}
     done = subprocess.run(
         [str(c) for c in command], capture_output=True, text=True, timeout=100, env=env, cwd=directory
@@ -77,10 +79,45 @@ def test_attach_counts_too(tmp_path: Path, subjects: Subjects) -> None:
     assert "what it starts is not followed" in done.stderr
 
 
-def test_without_stops_nothing_is_left(tmp_path: Path, subjects: Subjects) -> None:
-    done = confined(subjects, tmp_path, "run", "--snapshot", "none", "-c", tmp_path / "c.plens", "--", "true")
-    assert done.returncode == 125
-    assert "neither BPF nor perf is allowed here" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize(("by", "snapshot"), [("docker", "none"), ("systemd", "full"), ("systemd", "none")])
+def test_without_stops_the_counters_are_left(
+    tmp_path: Path, subjects: Subjects, by: str, snapshot: str
+) -> None:
+    summary, capture = tmp_path / "s.json", tmp_path / "c.plens"
+    program = (
+        "import mmap, os\n"
+        "if os.fork() == 0:\n"
+        "    m = mmap.mmap(-1, 512 << 12)\n"
+        "    for i in range(512): m[i << 12] = 1\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+        "m = mmap.mmap(-1, 1024 << 12)\n"
+        "for i in range(1024): m[i << 12] = 1\n"
+        "import resource\n"
+        "own, children = (resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))\n"
+        "print(own.ru_minflt + own.ru_majflt + children.ru_minflt + children.ru_majflt, flush=True)\n"
+        "os._exit(7)\n"
+    )
+    options = ["--snapshot", snapshot, "--summary-json", summary, "-c", capture]
+    done = confined(subjects, tmp_path, "run", *options, "--", sys.executable, "-c", program, by=by)
+    assert done.returncode == 7, done.stderr
+    faults = (told := json.loads(summary.read_text()))["faults"]
+    counted = faults["counted_minor"] + faults["counted_major"]
+    # What it saw itself of its counters, and its end.
+    assert int(done.stdout) - 50 <= counted <= int(done.stdout) + 50
+    assert counted > 1500
+    assert (faults["recorded"], faults["unexplained"], faults["kernel_mode_unseen"]) == (0, 0, counted)
+    assert (told["complete"], told["status"]) == (False, "partial")
+    assert "wait4" in told["method"]
+    assert Capture(capture).snapshot_rows() == []
+    assert ("no snapshots" in done.stderr) == (snapshot == "full")
+
+
+def test_calls_by_ptrace_need_it(tmp_path: Path, subjects: Subjects) -> None:
+    options = ["--calls", "ptrace", "-c", tmp_path / "c.plens"]
+    done = confined(subjects, tmp_path, "run", *options, "--", "true", by="systemd")
+    assert (done.returncode, done.stderr.count("\n")) == (125, 1)
+    assert "ptrace" in done.stderr and "fix: see pagelens doctor" in done.stderr
     assert not (tmp_path / "c.plens").exists()
 
 

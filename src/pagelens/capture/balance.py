@@ -16,6 +16,10 @@ from pagelens.capture.summary import METHOD_BPF, build
 METHOD_COUNTERS = (
     "counters of each task and snapshots; neither BPF nor perf is allowed here: no fault is seen by itself"
 )
+METHOD_WAIT = (
+    "counters of the program and of what it waited for (wait4); neither BPF nor perf is allowed here, and nothing stops"
+    " to read those of others: no fault is seen by itself"
+)
 METHOD_PERF = "perf events inherited by the tree, counters at exit stops"
 
 
@@ -25,7 +29,8 @@ class Ended:
     damaged: of the drain; written: faults in the capture; dropped_rows, dropped_written: events, and faults of
     `written`, that --max-size took out again; alive: tasks that ran on; error: errno that
     stopped the writing, or 0. calls: told by a tracer, with the gup faults of each.
-    events: of faults; False where they are only counted."""
+    stops: of each task at its end, where its counters are read. events: of faults; False where they are only
+    counted."""
 
     totals: Mapping[str, int]
     drained: int
@@ -42,6 +47,7 @@ class Ended:
     perf: bool
     kernel_visible: bool
     calls: bool = False
+    stops: bool = True
     events: bool = True
 
 
@@ -100,6 +106,8 @@ def balance(e: Ended) -> dict[str, Any]:
 
 
 def _perf_method(e: Ended) -> str:
+    if not e.events and not e.stops:
+        return METHOD_WAIT
     if not e.events:
         return METHOD_COUNTERS + ("; calls by ptrace" if e.calls else "")
     if e.calls:

@@ -52,15 +52,6 @@ class Recorder:
         self._settings = settings
         self._session = Session(path, settings, command=command, force=force)
         self._recording = self._session.recording
-        blind = isinstance(self._recording, PerfRecording) and not self._recording.events
-        if blind and settings.snapshot == "none":
-            self._session.abandon()
-            shutil.rmtree(path, ignore_errors=True)
-            raise CapabilityMissingError(
-                "neither BPF nor perf is allowed here, and without snapshots nothing stops to read counters",
-                capability="perf-own",
-                fix="--snapshot maps, or see pagelens doctor",
-            )
         self._interrupted = False
         self._root_gone = False
 
@@ -72,23 +63,16 @@ class Recorder:
         try:
             self._recording.arm(program.pid)
             self._session.start()
-            if self._settings.snapshot == "none":
-                program.release()
-                status = self._wait()
-            else:
-                perf = self._recording if isinstance(self._recording, PerfRecording) else None
-                tracer = Tracer(
-                    program.pid,
-                    self._at_exec,
-                    self._at_exit,
-                    perf.at_task_exit if perf else None,
-                    perf.at_call if perf and self._settings.calls == "ptrace" else None,
-                    perf.at_start if perf and not perf.events else None,
-                )
-                program.release()
-                status = self._trace(tracer)
+            tracer = self._tracer() if self._settings.snapshot != "none" else None
+            program.release()
+            status = self._wait() if tracer is None else self._trace(tracer)
             exec_errno = program.exec_error()
             summary = self._session.finish()
+        except CapabilityMissingError:
+            program.abandon()
+            self._session.abandon()
+            shutil.rmtree(self._session.writer.path, ignore_errors=True)
+            raise
         except BaseException:
             program.abandon()
             self._session.abandon()
@@ -124,9 +108,33 @@ class Recorder:
                 old[number] = signal.signal(number, handler)
         return old
 
+    def _tracer(self) -> Tracer | None:
+        # None where ptrace is not allowed (a sandbox): no snapshots then, and without perf the counters of wait4 alone.
+        perf = self._recording if isinstance(self._recording, PerfRecording) else None
+        try:
+            return Tracer(
+                self._program.pid,
+                self._at_exec,
+                self._at_exit,
+                perf.at_task_exit if perf else None,
+                perf.at_call if perf and self._settings.calls == "ptrace" else None,
+                perf.at_start if perf and not perf.events else None,
+            )
+        except PermissionError:
+            if self._settings.calls == "ptrace":
+                raise CapabilityMissingError(
+                    "--calls ptrace needs ptrace, which is not allowed here",
+                    capability="ptrace",
+                    fix="see pagelens doctor",
+                ) from None
+            self._session.without_stops()
+            return None
+
     def _wait(self) -> int:
-        _, status = os.waitpid(self._program.pid, 0)
+        _, status, used = os.wait4(self._program.pid, 0)
         self._root_gone = True
+        if isinstance(self._recording, PerfRecording) and not self._recording.events:
+            self._recording.waited(used.ru_minflt, used.ru_majflt)
         if self._settings.until == "tree":
             with contextlib.suppress(_StopWaiting):
                 while self._recording.live_tasks() > 0:

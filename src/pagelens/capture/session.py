@@ -164,6 +164,13 @@ class Session:
         """Begin to write parts."""
         self._spooler.start()
 
+    def without_stops(self) -> None:
+        """Nothing may stop the program here, so no snapshot is taken."""
+        self.settings.snapshot = "none"
+        absent = [*self.writer.meta.get("absent", []), "snapshots"]
+        self.writer.write_meta(snapshot="none", absent=absent)
+        self.notes.append("ptrace is not allowed here: no snapshots (see pagelens doctor)")
+
     def take(self, pid: int, moment: str) -> None:
         """A snapshot of a process; one that cannot be taken is counted as a loss."""
         full = self.settings.snapshot == "full"
@@ -208,6 +215,7 @@ class Session:
             lean=self.settings.detail == "lean",
             perf=isinstance(recording, PerfRecording),
             calls=self.settings.calls == "ptrace",
+            stops=self.attached or self.settings.snapshot != "none",
             events=not isinstance(recording, PerfRecording) or recording.events,
             kernel_visible=not isinstance(recording, PerfRecording) or recording.kernel,
         )

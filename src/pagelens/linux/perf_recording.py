@@ -159,6 +159,13 @@ class PerfRecording:
         if not self.events:
             self._perf.ended(self._process.pop(tid, tid), tid)
 
+    def waited(self, minor: int, major: int) -> None:
+        """The root has been waited for, and nothing stopped at its end: wait4's counters hold those of all that it had
+        waited for itself, and of its own few faults between `arm` and execve."""
+        self._perf.executed(self._root, "")
+        self._perf.counters(self._root, max(0, minor - self._base[0]), max(0, major - self._base[1]))
+        self._perf.ended(self._root, self._root)
+
     def at_start(self, parent: int, tid: int) -> None:
         """A task was started by a thread that is stopped; perf, where we have it, tells that itself."""
         if not self.events:
