@@ -8,7 +8,7 @@ import pytest
 from pagelens.model.profile import PROFILES
 from pagelens.model.scenario import parse_op
 from pagelens.proof.campaign import Bench, fuzz
-from pagelens.proof.compare import Disagreement
+from pagelens.proof.checkpoint import Disagreement
 from pagelens.proof.mix import Mix
 from pagelens.proof.probes import (
     NOT_PROBED,
@@ -22,16 +22,6 @@ from pagelens.proof.probes import (
 from pagelens.proof.reach import RULES
 
 CPU = max(os.sched_getaffinity(0))
-# Programs of the generator that show a rule at once; from 5000 on it is within ten.
-SEEDS = {
-    "merge_unfaulted_target": 5009,
-    "dontunmap_self_merge": 5009,
-    "dontunmap_resets_pgoff": 5006,
-    "heap_name_overlaps": 5003,
-    "pku": 5002,
-    "stack_nohugepage": 5001,
-    "mprotect_unaccounts": 5001,
-}
 UNREACHED = {"thp_align_file_test", "mremap_counts_exactly"}  # NOT_PROBED says why
 GUARDS = ("pagemap_guard_bit", "guard_file", "guard_vma_flag")
 # Rules that no probe can show without what this kernel may lack.
@@ -57,7 +47,7 @@ def test_random_programs_agree(probed, mix):
     assert result.agreement.succeeded >= 0.6 * result.agreement.operations
     assert all(fence.ok for fence in result.fences), result.fences
     # Each rule that programs can reach is reached; by 20,000 operations a hundred times and more.
-    assert [r for r in RULES if r not in UNREACHED and result.reached[r] < 5] == []
+    assert [r for r in RULES if r not in UNREACHED and result.reached[r] < 8] == []
     for kind, share in result.agreement.kinds.items():
         assert share.total > 0
         assert share.agreed == share.total or result.unrepeated, kind
@@ -122,7 +112,7 @@ def test_every_rule_has_a_probe_or_a_reason():
 
 @pytest.mark.parametrize("rule", sorted(PROBES))
 def test_random_programs_catch_an_inverted_rule(rule, probed, mix):
-    """Without being told where to look, within 20,000 operations; SEEDS only saves time."""
+    """Without being told where to look, within 20,000 operations (seed 5000: within two programs)."""
     if rule in NEEDS and not probed.profile.soft_dirty:
         pytest.skip(f"this kernel lacks {NEEDS[rule]}, without which {rule} cannot be seen")
     if rule in GUARDS and not probed.profile.guard_pages:
@@ -130,14 +120,14 @@ def test_random_programs_catch_an_inverted_rule(rule, probed, mix):
     if rule == "pku" and "exec_only" in mix.without:
         pytest.skip("this processor has protection keys; such mappings are left out of random programs")
     inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
-    result = fuzz(Bench(inverted, CPU), SEEDS.get(rule, 5000), 20_000, mix, small=False)
+    result = fuzz(Bench(inverted, CPU), 5000, 20_000, mix, small=False)
     assert result.failed_seeds
 
 
 @pytest.mark.parametrize("rule", ["mprotect_unaccounts", "stack_nohugepage"])
 def test_a_caught_rule_is_shrunk_to_a_few_lines(rule, probed, mix):
     inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
-    result = fuzz(Bench(inverted, CPU), SEEDS[rule], 20_000, mix)
+    result = fuzz(Bench(inverted, CPU), 5000, 20_000, mix)
     assert 1 <= len(result.failing) <= 12
     assert result.scenario.startswith(f"# seed {result.seed}:")
     assert disagreements(result.failing, inverted, CPU) != []

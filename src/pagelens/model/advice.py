@@ -231,6 +231,8 @@ def _pageout(mm: Mm, area: Area, start: int, end: int, event: int) -> None:
         flags = frames_of.flags[frames]
         anon = (pte & np.uint64(ANON)) != 0
         dirty = ((pte & np.uint64(D)) != 0) | ((flags & F_DIRTY) != 0)
+        if area.flags & VM_DROPPABLE:  # try_to_unmap_one drops what is dirty as well
+            dirty &= ~anon
         lazy = anon & ((flags & F_LAZY) != 0)
         frames_of.flags[frames[hit & lazy & dirty]] &= np.uint8(~F_LAZY & 0xFF)
         gone = hit & ~dirty & (lazy | ~anon)

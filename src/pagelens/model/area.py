@@ -11,8 +11,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from pagelens.model.abi import SHIFT, VM_ACCESS, VM_GROWSDOWN
+from pagelens.model.abi import SHIFT, VM_ACCESS, VM_DROPPABLE, VM_GROWSDOWN
 from pagelens.model.files import File
+from pagelens.model.frames import F_ANON, F_LAZY
 from pagelens.vm.vma import Vma
 
 STACK_GUARD_GAP = 256 << SHIFT
@@ -78,6 +79,11 @@ class Area:
         if self.flags & VM_GROWSDOWN:
             return max(0, self.start - STACK_GUARD_GAP)
         return self.start
+
+    @property
+    def frame_flags(self) -> int:
+        """Of a new anonymous frame (folio_add_new_anon_rmap): those of MAP_DROPPABLE are not swap-backed."""
+        return F_ANON | F_LAZY if self.flags & VM_DROPPABLE else F_ANON
 
     @property
     def close_hook(self) -> bool:

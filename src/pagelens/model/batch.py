@@ -32,7 +32,7 @@ from pagelens.model.abi import (
 )
 from pagelens.model.area import Area
 from pagelens.model.fault import AccessResult, FaultEvent, anon_prepare, execute_only, touch
-from pagelens.model.frames import F_ANON, F_DIRTY
+from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
 from pagelens.model.tables import Chunk
 from pagelens.vm.pages import U64
@@ -122,7 +122,7 @@ def anon_pages(
         chunk.event[part] = base if result is None else np.arange(base, base + count, dtype=np.int32)
         if write:
             anon_prepare(mm, area)
-            frames = mm.machine.frames.alloc_many(count, F_ANON, base, mapcount=1)
+            frames = mm.machine.frames.alloc_many(count, area.frame_flags, base, mapcount=1)
             fresh = frames.view(np.uint64)
             fresh <<= _FRAME
             np.bitwise_or(fresh, _NEW, out=pte)
@@ -212,7 +212,7 @@ def _write_some(
     n_fresh = int(np.count_nonzero(fresh))
     if n_fresh:
         anon_prepare(mm, area)
-        frames = frames_of.alloc_many(n_fresh, F_ANON, base, mapcount=1)
+        frames = frames_of.alloc_many(n_fresh, area.frame_flags, base, mapcount=1)
         entries = frames.view(np.uint64)
         entries <<= _FRAME
         entries |= _NEW

@@ -274,6 +274,14 @@ def accounting(mm: Mm, status: dict[str, int] | None = None) -> Accounting:
     return Accounting(fields, rows, rollup, dict(status or {}))
 
 
+def rollup(mm: Mm) -> dict[str, int]:
+    """smaps_rollup, in bytes: what is summed before it is rounded, and the shares by kind of page."""
+    out = accounting(mm).total
+    for name in ("Size", "KernelPageSize", "MMUPageSize"):
+        del out[name]
+    return out
+
+
 def _kib(value: I64) -> I64:
     # seq_put_decimal_ull(value >> 10), back in bytes.
     return value >> 10 << 10

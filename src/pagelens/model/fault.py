@@ -43,7 +43,7 @@ from pagelens.model.abi import (
     W,
 )
 from pagelens.model.area import STACK_GUARD_GAP, AnonVma, Area, attach
-from pagelens.model.frames import F_ANON, F_DIRTY
+from pagelens.model.frames import F_DIRTY
 from pagelens.model.placement import MMAP_MIN_ADDR
 from pagelens.model.space import Mm
 
@@ -255,7 +255,7 @@ def _anonymous(mm: Mm, area: Area, page: int, write: bool, event: int) -> None:
 
 def _new_anon(mm: Mm, area: Area, page: int, event: int) -> None:
     frames = mm.machine.frames
-    frame = frames.alloc(F_ANON, event)
+    frame = frames.alloc(area.frame_flags, event)
     frames.mapcount[frame] = 1
     bits = P | A | D | SD | AE | ANON
     if area.flags & VM_WRITE:
@@ -356,7 +356,7 @@ def unshare(mm: Mm, area: Area, page: int, pte: int, event: int) -> None:
         mm.tables.put(page, pte | AE, event)
         return
     anon_prepare(mm, area)
-    new = frames.alloc(F_ANON, event)
+    new = frames.alloc(area.frame_flags, event)
     frames.mapcount[new] = 1
     mm.tables.put(page, P | A | AE | ANON | pte & SD | new << FRAME_SHIFT, event)
     frames.unmap(frame)

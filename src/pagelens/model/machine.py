@@ -12,6 +12,7 @@ from pagelens.model.process import Process
 from pagelens.model.profile import Profile, get_profile
 from pagelens.model.space import Layout, Limits, Mm
 from pagelens.model.zap import zap_range
+from pagelens.vm.pages import U64
 
 # include/uapi/linux/kernel-page-flags.h
 KPF_UPTODATE, KPF_DIRTY, KPF_BUDDY, KPF_MMAP, KPF_ANON, KPF_SWAPBACKED, KPF_ZERO_PAGE = (
@@ -151,21 +152,24 @@ class Machine:
 
     def kpageflags(self, pfn: int) -> int:
         """Flags of a frame as /proc/kpageflags has them; the LRU's own bits are not modelled and stay 0."""
-        if pfn == self.zero_frame:
-            return 1 << KPF_ZERO_PAGE
-        flags = int(self.frames.flags[pfn]) if pfn < len(self.frames.flags) else 0
-        if not flags & F_USED:
-            return 1 << KPF_BUDDY
-        out = 1 << KPF_UPTODATE
-        if self.frames.mapcount[pfn]:
-            out |= 1 << KPF_MMAP
-        if flags & F_DIRTY:
-            out |= 1 << KPF_DIRTY
-        if flags & F_ANON:
-            out |= 1 << KPF_ANON
-        if flags & (F_ANON | F_SHMEM) and not flags & F_LAZY:
-            out |= 1 << KPF_SWAPBACKED
-        return out
+        return int(self.kpage(np.array([pfn], np.uint64))[1][0])
+
+    def kpage(self, pfns: U64) -> tuple[U64, U64]:
+        """(kpagecount, kpageflags) of each frame."""
+        index = np.minimum(pfns, np.uint64(len(self.frames.flags) - 1)).astype(np.int64)
+        flags, mapcount = self.frames.flags[index], self.frames.mapcount[index]
+        out = np.full(len(index), 1 << KPF_UPTODATE, np.uint64)
+        lazy = (flags & F_LAZY) != 0
+        for bit, which in (
+            (KPF_MMAP, mapcount != 0),
+            (KPF_DIRTY, (flags & F_DIRTY) != 0),
+            (KPF_ANON, (flags & F_ANON) != 0),
+            (KPF_SWAPBACKED, ((flags & (F_ANON | F_SHMEM)) != 0) & ~lazy),
+        ):
+            out[which] |= np.uint64(1 << bit)
+        out[(flags & F_USED) == 0] = 1 << KPF_BUDDY
+        out[pfns == np.uint64(self.zero_frame)] = 1 << KPF_ZERO_PAGE
+        return mapcount.astype(np.uint64), out
 
     def check(self) -> None:
         """Invariants; AssertionError names the first that fails. For tests."""

@@ -30,7 +30,7 @@ from pagelens.model.abi import (
     page_align,
 )
 from pagelens.model.area import Area
-from pagelens.model.fault import prot_writable, wants_writenotify
+from pagelens.model.fault import prot_writable
 from pagelens.model.merge import modify
 from pagelens.model.populate import populate_area
 from pagelens.model.space import Mm
@@ -118,7 +118,11 @@ def change_protection(mm: Mm, area: Area, start: int, end: int, event: int) -> N
     """change_pte_range: new write bits for every present page (pte_modify, can_change_pte_writable)."""
     writable = prot_writable(mm, area)
     shared = area.flags & VM_SHARED
-    upgrade = wants_writenotify(mm, area) if shared else bool(area.flags & VM_WRITE)
+    # vma_wants_manual_pte_write_upgrade is asked before vma_set_page_prot: the old vm_page_prot does not fit the new
+    # rights, and vma_wants_writenotify says no, except where the file system wants to know of first writes.
+    upgrade = bool(area.flags & VM_WRITE)
+    if shared:
+        upgrade = upgrade and area.file is not None and area.file.page_mkwrite
     need = D if shared else AE
     if mm.profile.soft_dirty and not area.flags & VM_SOFTDIRTY:
         need |= SD

@@ -21,7 +21,7 @@ from pagelens.model.op import Op, Outcome
 from pagelens.model.process import Process
 from pagelens.model.profile import Profile
 from pagelens.model.space import Layout, Limits, Mm
-from pagelens.model.world import Key, Names, Setting, Span, undefined
+from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import UsageError
 from pagelens.vm.snapshot import Snapshot
@@ -46,10 +46,13 @@ class ModelWorld:
         self.machine.dac_min_addr = self.setting.dac_min_addr
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
+        self.open = Descriptors()
         layout = Layout(
             mmap_base=self.setting.mmap_base,
             start_brk=self.setting.brk,
             start_stack=self.setting.start_stack,
+            start_code=self.setting.text,
+            end_code=self.setting.text + self.setting.text_pages * PAGE_SIZE,
         )
         limits = Limits(
             self.setting.address_space,
@@ -78,6 +81,8 @@ class ModelWorld:
         flags = ops.SHARED | ops.ANONYMOUS | ops.FIXED
         _must(main.mmap(self.setting.region, length, 3, flags))
         self.settle(proc)
+        mm = main.mm  # exec itself needed more: a stack, the vdso
+        mm.hiwater_vm = max(mm.hiwater_vm, self.setting.peak // PAGE_SIZE)
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later (as the child does)."""
@@ -92,7 +97,7 @@ class ModelWorld:
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
         process = self.processes.get(op.proc)
-        if process is None or undefined(op, self.names) or (op.file and op.file not in self.files):
+        if process is None or undefined(op, self.names) or not self.open.has(op):
             return None
         if op.proc in self._waiting or (op.name == "execve" and op.proc in self._threads):
             return None
@@ -108,6 +113,8 @@ class ModelWorld:
         before = process.min_flt + process.maj_flt
         result = self._call(process, op)
         self.names.learn(op, result)
+        if result >= 0:
+            self.open.done(op)
         if op.name in ("exit", "execve", "clear_refs"):
             return Outcome(result)
         return Outcome(result, process.min_flt + process.maj_flt - before)
@@ -229,6 +236,10 @@ class ModelWorld:
         mm = self.processes[proc].mm
         return self._look(mm).pages(mm, spans)
 
+    def kpage(self, frames: U64) -> tuple[U64, U64]:
+        """(kpagecount, kpageflags) of frames."""
+        return self.machine.kpage(frames)
+
     def _look(self, mm: Mm) -> export.Shown:
         shown = self._shown.get(mm.number)
         if shown is None:
@@ -238,6 +249,14 @@ class ModelWorld:
     def snapshot(self, proc: str) -> Snapshot:
         """Everything, harness included."""
         return self.processes[proc].snapshot()
+
+    def statm(self, proc: str) -> tuple[int, ...]:
+        """statm, in pages."""
+        return self.processes[proc].statm()
+
+    def rollup(self, proc: str) -> dict[str, int]:
+        """smaps_rollup, in bytes, harness included."""
+        return export.rollup(self.processes[proc].mm)
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """The vmas with VmFlags, harness included; smaps fields of each, and status."""
@@ -250,7 +269,7 @@ class ModelWorld:
         """Memory fields of status, in bytes."""
         status = export.status_fields(self.processes[proc].mm)
         if self.machine.profile.status_rss_lags:
-            status = {k: v for k, v in status.items() if not k.startswith("Rss") and k != "VmRSS"}
+            status = {k: v for k, v in status.items() if k[:3] != "Rss" and k != "VmRSS"}
         return status
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:

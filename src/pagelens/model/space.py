@@ -126,6 +126,8 @@ class Mm:
 
     def stat_account(self, flags: int, pages: int) -> None:
         """vm_stat_account."""
+        if pages < 0:  # update_hiwater_vm: only before something goes; VmPeak shows the larger of both
+            self.hiwater_vm = max(self.hiwater_vm, self.total_vm)
         self.total_vm += pages
         if is_exec_mapping(flags):
             self.exec_vm += pages
@@ -133,7 +135,6 @@ class Mm:
             self.stack_vm += pages
         elif is_data_mapping(flags):
             self.data_vm += pages
-        self.hiwater_vm = max(self.hiwater_vm, self.total_vm)
 
     def may_expand(self, flags: int, pages: int) -> bool:
         """may_expand_vm."""

@@ -43,6 +43,7 @@ class Setting:
     memory_pages: int = 1 << 30  # MemTotal: a larger private mapping is refused (overcommit_memory 0)
     dac_min_addr: int = 0x1_0000  # vm.mmap_min_addr: below it CAP_SYS_RAWIO is needed
     overcommit: int = 0  # vm.overcommit_memory; 2 depends on what else runs, see docs/fidelity.md
+    peak: int = 0  # VmPeak when the program starts, in bytes; 0: what the harness has
     rss_exact: bool = True  # status sums the counters exactly (6.2); before, each task keeps up to 64 back
 
     @property
@@ -72,6 +73,27 @@ class Names:
                 self.regions[op.result] = result
             else:
                 self.regions.pop(op.result, None)
+
+
+class Descriptors:
+    """Which files each process and thread has open. Those made by fork, vfork and thread share one table (the
+    oracle's children have CLONE_FILES); execve gives its caller a copy."""
+
+    def __init__(self) -> None:
+        self._tables: dict[str, set[str]] = {"main": set()}
+
+    def has(self, op: Op) -> bool:
+        """Whether the process of `op` has the file that it names, if any."""
+        return not op.file or op.file in self._tables[op.proc]
+
+    def done(self, op: Op) -> None:
+        """Keep what `op`, which succeeded, did to the tables."""
+        if op.name == "memfd":
+            self._tables[op.proc].add(op.result)
+        elif op.name in ("fork", "vfork", "thread"):
+            self._tables[op.result] = self._tables[op.proc]
+        elif op.name == "execve":
+            self._tables[op.proc] = set(self._tables[op.proc])
 
 
 def undefined(op: Op, names: Names) -> bool:
@@ -117,8 +139,20 @@ class World(Protocol):
         """The pagemap of several spans (address, pages), one after the other. The caller may change it."""
         ...
 
+    def kpage(self, frames: U64) -> tuple[U64, U64]:
+        """(kpagecount, kpageflags) of frames, by the numbers that `pages` gives in its low 55 bits."""
+        ...
+
     def status(self, proc: str) -> dict[str, int]:
         """Memory fields of status, in bytes."""
+        ...
+
+    def statm(self, proc: str) -> tuple[int, ...]:
+        """/proc/PID/statm: size, resident, shared, text, 0, data, 0, in pages."""
+        ...
+
+    def rollup(self, proc: str) -> dict[str, int]:
+        """smaps_rollup, in bytes, harness included; shares of pages (Pss…) only where they can be compared."""
         ...
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:

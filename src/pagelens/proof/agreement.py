@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-KINDS = ("results", "faults", "signals", "vmas", "pages", "accounting")
+KINDS = ("results", "faults", "signals", "vmas", "pages", "frames", "accounting")
 
 
 @dataclass(slots=True)

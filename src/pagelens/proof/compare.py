@@ -2,26 +2,22 @@
 
 Both sides are worlds (`model.world.World`); the left one is the kernel. After each operation: return value,
 fault count, signal with code and address; the vma list; pagemap of every page of every vma. At checkpoints:
-smaps with VmFlags, and status. What is left out is listed in docs/fidelity.md, each with its reason.
+what `proof.checkpoint` says. What is left out is listed in docs/fidelity.md, each with its reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
-from pagelens.model.world import Key, Names, Span, World
+from pagelens.model.world import U64, Key, Names, Span, World
 from pagelens.proof.agreement import Agreement
-from pagelens.vm.accounting import Accounting
+from pagelens.proof.checkpoint import Checks, Disagreement, page_at, windows
 from pagelens.vm.units import PAGE_SIZE
-from pagelens.vm.vma import Prot, Vma, VmaList
-
-U64 = npt.NDArray[np.uint64]
+from pagelens.vm.vma import Prot, Vma
 
 # Bits of pagemap that are compared: present, swap, file, guard, uffd-wp, exclusive; soft-dirty (55) where the
 # kernel has it. Frame numbers are not: which frame is free is no rule.
@@ -36,43 +32,6 @@ BIT_NAMES = {
     EXCLUSIVE: "exclusive",
     SOFT_DIRTY: "dirty",
 }
-# Referenced: aged by whoever walks the LRU at any moment (mm/vmscan.c folio_referenced). LazyFree: a page
-# counts only once a per-CPU batch of up to 31 is drained (mm/swap.c folio_mark_lazyfree); two identical
-# children differ in it (tests/proof/test_oracle.py). The huge page fields are 0 behind the fence.
-LEFT_OUT = frozenset({"Referenced", "LazyFree"})
-STATUS_FIELDS = (
-    "VmSize",
-    "VmLck",
-    "VmData",
-    "VmStk",
-    "VmPTE",
-    "VmPin",
-    "VmSwap",
-    "VmRSS",
-    "RssAnon",
-    "RssFile",
-    "RssShmem",
-)
-_MAX_WINDOW = 4096  # pages of one span that are compared: of a larger one, both ends
-
-
-@dataclass(frozen=True, slots=True)
-class Disagreement:
-    """One thing on which kernel and model differ, after operation `index` (from 0)."""
-
-    kind: str
-    index: int
-    op: Op | None
-    proc: str
-    subject: str
-    kernel: str
-    model: str
-
-    def __str__(self) -> str:
-        return (
-            f"after operation {self.index + 1} ({self.op}): {self.proc}: {self.subject}:"
-            f" kernel {self.kernel}, model {self.model}"
-        )
 
 
 def bits_text(entry: int) -> str:
@@ -187,95 +146,20 @@ class Comparison:
         if not wrong:
             return
         first = int(odd.argmax())
-        at = first
-        for start, pages in now.spans:
-            if at < pages:
-                where = f"page {start + at * PAGE_SIZE:#x} ({wrong} differ)"
-                kernel, text = bits_text(int(entries[first])), bits_text(int(models[first]))
-                found.append(self._differs("pages", op, proc, where, kernel, text))
-                return
-            at -= pages
+        where = f"page {page_at(now.spans, first):#x} ({wrong} differ)"
+        kernel, text = bits_text(int(entries[first])), bits_text(int(models[first]))
+        found.append(self._differs("pages", op, proc, where, kernel, text))
 
     def checkpoint(self) -> list[Disagreement]:
-        """smaps with VmFlags, and status, of every process."""
-        found: list[Disagreement] = []
-        for proc in self.kernel.alive():
-            if self.kernel.is_leader(proc):
-                vmas, real = self.kernel.accounting(proc)
-                self._accounting(proc, vmas, real, *self.model.accounting(proc), found)
-        return found
+        """What is compared only now and then (`proof.checkpoint`), of every process."""
+        return self._checks().everything()
 
     def status(self) -> list[Disagreement]:
         """status of every process: what a checkpoint compares of it, without the vmas."""
-        found: list[Disagreement] = []
-        for proc in self.kernel.alive():
-            if self.kernel.is_leader(proc):
-                self._status(proc, self.kernel.status(proc), self.model.status(proc), found)
-        return found
+        return self._checks().status()
 
-    def _status(
-        self, proc: str, real: dict[str, int], model: dict[str, int], found: list[Disagreement]
-    ) -> None:
-        compared = wrong = 0
-        for f in STATUS_FIELDS:
-            if (f.startswith("Rss") or f == "VmRSS") and not self.kernel.setting.rss_exact:
-                continue
-            if f in real and f in model:
-                compared += 1
-                if real[f] != model[f]:
-                    wrong += 1
-                    kernel, text = f"{real[f]} B", f"{model[f]} B"
-                    found.append(self._differs("accounting", None, proc, f"{f} of status", kernel, text))
-        self.agreement.count("accounting", compared - wrong, None, compared)
-
-    def _accounting(
-        self,
-        proc: str,
-        vmas: VmaList,
-        real: Accounting,
-        ours: VmaList,
-        model: Accounting,
-        found: list[Disagreement],
-    ) -> None:
-        # A field of its own on one side (6.1 has no KSM:) is one disagreement.
-        odd_fields = set(real.fields) ^ set(model.fields)
-        compared, wrong = 1, int(bool(odd_fields))
-        if odd_fields:
-            names = " ".join(sorted(odd_fields))
-            here, there = (names if odd_fields & set(f) else "-" for f in (real.fields, model.fields))
-            found.append(self._differs("accounting", None, proc, "fields of smaps", here, there))
-        assert real.per_vma is not None
-        assert model.per_vma is not None
-        rows = {v.start: i for i, v in enumerate(ours)}
-        harness = {start for start, _ in self.kernel.setting.harness}
-        pairs = [(i, rows[v.start]) for i, v in enumerate(vmas) if v.start in rows and v.start not in harness]
-        fields = [f for f in real.fields if f in model.fields and f not in LEFT_OUT]
-        mine, theirs = (
-            table.per_vma[[pair[side] for pair in pairs]][:, [table.fields.index(f) for f in fields]]
-            for side, table in enumerate((real, model))
-            if table.per_vma is not None
-        )
-        compared += mine.size
-        for at, column in np.argwhere(mine != theirs).tolist():
-            wrong += 1
-            subject = f"{fields[column]} of {vmas[pairs[at][0]]}"
-            kernel, text = f"{mine[at, column]} B", f"{theirs[at, column]} B"
-            found.append(self._differs("accounting", None, proc, subject, kernel, text))
-        for i, row in pairs:
-            vma, flags, codes = vmas[i], vmas[i].vm_flags, ours[row].vm_flags
-            if flags is None or codes is None:
-                continue
-            compared += 1
-            odd = flags ^ codes
-            if odd and not self.soft_dirty:
-                odd -= {"sd"}
-            if odd:
-                wrong += 1
-                kernel, text = " ".join(sorted(flags & odd)), " ".join(sorted(codes & odd))
-                subject = f"VmFlags of {vma}"
-                found.append(self._differs("accounting", None, proc, subject, kernel or "-", text or "-"))
-        self._status(proc, real.status, model.status, found)
-        self.agreement.count("accounting", compared - wrong, None, compared)
+    def _checks(self) -> Checks:
+        return Checks(self.kernel, self.model, self.soft_dirty, self.agreement, self.index)
 
 
 def _stayed(before: _Before | None, real: list[Key], total: int) -> int:
@@ -313,27 +197,6 @@ def vma_text(key: Key) -> str:
     start, end, prot, shared, offset, name = key
     at = f" @{offset:#x}" if name.startswith("/") else ""
     return f"{Vma(start, end, Prot(prot), shared, offset, name=name)}{at}"
-
-
-def windows(keys: Iterable[Key]) -> list[Span]:
-    """Spans (address, pages) that cover all vmas: near ones together, so that few reads do; of very large
-    ones only the two ends."""
-    spans: list[list[int]] = []
-    last = -1
-    for start, end, *_ in sorted(keys):
-        if start <= last:
-            spans[-1][1] = max(spans[-1][1], end)
-        else:
-            spans.append([start, end])
-        last = spans[-1][1] + 512 * PAGE_SIZE
-    out = []
-    for start, end in spans:
-        pages = (end - start) // PAGE_SIZE
-        if pages <= 2 * _MAX_WINDOW:
-            out.append((start, pages))
-        else:
-            out += [(start, _MAX_WINDOW), (end - _MAX_WINDOW * PAGE_SIZE, _MAX_WINDOW)]
-    return out
 
 
 def expected_result(op: Op, names: Names) -> int:

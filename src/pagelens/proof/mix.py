@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # Raised when the same seed gives another program, so that a recorded seed says what it is a seed of.
-GENERATOR = 2
+GENERATOR = 3
 PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
 # Advice with its weight. Without pageout: which pages reclaim can isolate is its own affair (docs/fidelity.md).
 ADVICE = {
@@ -17,7 +17,7 @@ ADVICE = {
     "dofork": 2,
     "wipeonfork": 2,
     "keeponfork": 2,
-    "mergeable": 4,
+    "mergeable": 6,
     "unmergeable": 1,
     "hugepage": 2,
     "nohugepage": 2,
@@ -50,6 +50,7 @@ WEIGHTS = {
     "munlockall": 0.5,
     "msync": 2,
     "fork": 1.5,
+    "execve": 0.5,
     "exit": 1.5,
     "thread": 0.5,
     "memfd": 0.5,

@@ -27,11 +27,13 @@ import numpy.typing as npt
 
 import pagelens
 from pagelens.linux import maps, smaps
+from pagelens.linux.frames import lookup
 from pagelens.linux.procfs import Process, TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
-from pagelens.model.world import Key, Names, Setting, Span, undefined
+from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
 from pagelens.proof.calls import SPECIAL
+from pagelens.proof.checkpoint import FRAME
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
 from pagelens.vm.units import PAGE_SIZE
@@ -113,6 +115,7 @@ class Oracle:
     def __init__(self, cpu: int | None = None) -> None:
         self.names = Names()
         self.files: dict[str, int] = {}
+        self.open = Descriptors()
         self._inodes: dict[str, int] = {}
         self._channels: dict[str, _Channel] = {}
         self._free = list(range(_ZEROS - 1, 0, -1))
@@ -178,6 +181,7 @@ class Oracle:
             (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff")), 0
         )
         return Setting(
+            peak=smaps.status(self._channels["main"].process)["VmPeak"],
             text_pages=inside[0].pages,
             region_pages=inside[1].pages,
             brk=brk,
@@ -273,12 +277,17 @@ class Oracle:
 
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
-        no_file = op.file and op.file not in self.files
-        if op.proc not in self._channels or no_file or undefined(op, self.names):
+        if op.proc not in self._channels or undefined(op, self.names) or not self.open.has(op):
             return None
         if op.proc in self._waiting or (op.name == "execve" and not self.is_leader(op.proc)):
             return None
         self._moment += 1
+        outcome = self._apply(op)
+        if outcome.result >= 0:
+            self.open.done(op)
+        return outcome
+
+    def _apply(self, op: Op) -> Outcome:
         if op.name in _TOUCH:
             assert op.place is not None
             addr = self.names.resolve(op.place)
@@ -473,6 +482,25 @@ class Oracle:
                 raise OracleError(f"pagemap of {proc!r} at {start:#x} is cut off")
             at = end
         return out
+
+    def kpage(self, frames: U64) -> tuple[U64, U64]:
+        """(kpagecount, kpageflags) of frames; CapabilityMissingError without privilege."""
+        return lookup("kpagecount", frames)[0], lookup("kpageflags", frames)[0]
+
+    def statm(self, proc: str) -> tuple[int, ...]:
+        """statm, in pages."""
+        return tuple(map(int, self._channels[proc].process.read("statm").split()))
+
+    def rollup(self, proc: str) -> dict[str, int]:
+        """smaps_rollup, in bytes, harness included. Shares (Pss and Locked) only where the text is mapped by
+        nobody else: another oracle at the same time halves them."""
+        figures = smaps.rollup(self._channels[proc].process)
+        frame = self.pagemap(proc, self.setting.text, 1) & FRAME
+        # Who was made by vfork has no mapping of its own.
+        ours = len({channel.leader for channel in self._channels.values()}) - len(self._waiting)
+        if frame[0] and int(self.kpage(frame)[0][0]) == ours:
+            return figures
+        return {name: value for name, value in figures.items() if name[:3] != "Pss" and name != "Locked"}
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """smaps with VmFlags, and status; harness included."""

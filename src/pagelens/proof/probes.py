@@ -16,7 +16,8 @@ from pagelens.model.op import Op, Outcome
 from pagelens.model.profile import PROFILES, Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse, parse_op
-from pagelens.proof.compare import SOFT_DIRTY, Comparison, Disagreement
+from pagelens.proof.checkpoint import Disagreement
+from pagelens.proof.compare import SOFT_DIRTY, Comparison
 from pagelens.proof.oracle import Oracle
 from pagelens.vm.errors import UsageError
 
@@ -155,7 +156,8 @@ class _Once:
         self.setting, self.names = oracle.setting, oracle.names
         self.alive, self.is_leader, self.vmas = oracle.alive, oracle.is_leader, oracle.vmas
         self.pagemap, self.accounting, self.status = oracle.pagemap, oracle.accounting, oracle.status
-        self.keys, self.pages = oracle.keys, oracle.pages
+        self.keys, self.pages, self.kpage = oracle.keys, oracle.pages, oracle.kpage
+        self.statm, self.rollup = oracle.statm, oracle.rollup
         self._last: tuple[int, Outcome | None] = (-1, None)
         self.index = 0
 

@@ -60,8 +60,8 @@ class Generator:
         self._leaders = {p for p in procs if world.is_leader(p)}
         proc = r.choice(procs)
         vmas = world.vmas(proc)
-        if r.random() < 0.055:
-            self._queue = self._recipe(proc, vmas, world.names)
+        if r.random() < 0.125:
+            self._queue = self._recipe(proc, procs, vmas, world.names)
             if self._queue:
                 return self._queue.pop(0)
         while True:
@@ -75,11 +75,14 @@ class Generator:
             if op is not None:
                 return op
 
-    def _recipe(self, proc: str, vmas: VmaList, names: Names) -> list[Op]:
+    def _recipe(self, proc: str, procs: list[str], vmas: VmaList, names: Names) -> list[Op]:
         r = self.random
         names_of = list(RECIPES)
         recipe, _ = RECIPES[r.choices(names_of, [RECIPES[n][1] for n in names_of])[0]]
-        ground = Ground(r, proc, vmas, self._place, self._name, names, self._locks)
+        ground = Ground(
+            r, proc, vmas, self._place, self._name, names, self._locks,
+            len(procs) < self.mix.processes, not self._tight, tuple(self._files),
+        )  # fmt: skip
         return [op for op in recipe(ground) if op.name not in self.mix.without]
 
     def _name(self, prefix: str) -> str:
@@ -170,6 +173,10 @@ class Generator:
             case "exit":
                 # The last process stays: with it its threads would go, and nobody be left.
                 return Op(name, proc) if self._leaders > {proc} or proc not in self._leaders else None
+            case "execve":
+                # Mostly by children: what main has made is what the others were copied from.
+                rare = proc == "main" and r.random() < 0.8
+                return None if rare or self._tight or proc not in self._leaders else Op(name, proc)
             case "clear_refs":
                 return Op(name, proc, flags=r.choice((4, 4, 4, 1, 2, 3, 5, 6)))
             case "rlimit":
@@ -283,7 +290,7 @@ class Generator:
             file = r.choice(list(self._files))
             offset = r.choice((0, 0, 1, 2, 4, r.randint(0, 40))) * PAGE_SIZE
         for word, chance in (
-            ("populate", 0.06), ("noreserve", 0.05), ("growsdown", 0.04), ("stack", 0.05), ("locked", 0.02),
+            ("populate", 0.06), ("noreserve", 0.05), ("growsdown", 0.04), ("stack", 0.07), ("locked", 0.02),
         ):  # fmt: skip
             if r.random() < chance and (self._locks or word != "locked"):
                 flags |= ops.MAP_WORDS[word]

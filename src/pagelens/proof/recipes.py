@@ -22,7 +22,8 @@ _FAR_TABLES = 0x2000_0000_0000  # table-aligned, where nothing else lies
 
 @dataclass(slots=True)
 class Ground:
-    """What a recipe needs of the generator. locks: whether this program may lock memory."""
+    """What a recipe needs of the generator. locks: whether this program may lock memory. room: for another process.
+    files: names that are mapped. calm: no limit is set, so that execve finds the memory that it needs."""
 
     random: random.Random
     proc: str
@@ -31,6 +32,9 @@ class Ground:
     name: Callable[[str], str]
     names: Names
     locks: bool
+    room: bool = False
+    calm: bool = True
+    files: tuple[str, ...] = ()
 
     def at(self, addr: int) -> Place:
         """An address as a program names it."""
@@ -153,13 +157,136 @@ def locked_replaced(g: Ground) -> list[Op]:
     ]
 
 
+def lent(g: Ground) -> list[Op]:
+    """A child of vfork acts in the address space of its caller, then leaves it."""
+    r = g.random
+    if not g.room:
+        return []
+    child = g.name("p")
+    pages = r.choice((1, 2, 4, 8))
+    at = g.spot(pages)
+    steps = [
+        Op("mmap", child, g.name("m"), g.at(at), pages * PAGE_SIZE, 3, _ANON),
+        Op("write", child, place=g.at(at), length=r.randint(1, pages) * PAGE_SIZE),
+        Op("madvise", child, place=g.at(at), length=PAGE_SIZE, flags=ops.ADVICE_WORDS["dontneed"]),
+        Op("munmap", child, place=g.at(at), length=PAGE_SIZE),
+    ]
+    first = r.randrange(len(steps))
+    steps = steps[first : first + r.randint(0, 3)]
+    gone = "execve" if g.calm and r.random() < 0.5 else "exit"
+    after = [Op("exit", child)] if gone == "execve" and r.random() < 0.5 else []
+    return [Op("vfork", g.proc, child), *steps, Op(gone, child), g.on("write", at, pages), *after]
+
+
+def hole(g: Ground) -> list[Op]:
+    """Populating from one mapping over a hole into the next (populate_stops_at_hole)."""
+    r = g.random
+    low, gap, high = (r.randint(1, 4) for _ in range(3))
+    at = g.spot(low + gap + high)
+    word = r.choice(("populate_read", "populate_write"))
+    return [
+        g.on("munmap", at, low + gap + high),
+        g.map(at, low),
+        g.map(at + (low + gap) * PAGE_SIZE, high),
+        g.on("madvise", at, low + gap + high, flags=ops.ADVICE_WORDS[word]),
+    ]
+
+
+def file_guard(g: Ground) -> list[Op]:
+    """Guard pages in a mapping of a file (guard_file)."""
+    r = g.random
+    if not g.files:
+        return []
+    pages = r.choice((2, 4, 8))
+    at = g.spot(pages)
+    kind = r.choice((ops.SHARED, ops.PRIVATE)) | ops.FIXED
+    first = r.randrange(pages)
+    mapped = Op("mmap", g.proc, g.name("m"), g.at(at), pages * PAGE_SIZE, 3, kind, file=r.choice(g.files))
+    guard = at + first * PAGE_SIZE, r.randint(1, pages - first)
+    return [
+        mapped,
+        g.on("madvise", *guard, flags=ops.ADVICE_WORDS["guard_install"]),
+        g.on("read", at, pages),
+        *([g.on("madvise", *guard, flags=ops.ADVICE_WORDS["guard_remove"])] if r.random() < 0.3 else []),
+    ]
+
+
+def huge(g: Ground) -> list[Op]:
+    """Whole huge pages, placed by the kernel (thp_align_anon)."""
+    length = g.random.choice((1, 1, 2)) * HPAGE_SIZE
+    return [Op("mmap", g.proc, g.name("m"), None, length, 3, _ANON & ~ops.FIXED)]
+
+
+def lock_on_fault(g: Ground) -> list[Op]:
+    """Pages that are locked as they come (smaps_lockonfault)."""
+    r = g.random
+    if not g.locks:
+        return []
+    pages = r.choice((2, 3, 6))
+    at = g.spot(pages)
+    return [g.map(at, pages), g.on("mlock2", at, pages, flags=1), g.on("write", at, r.randint(1, pages))]
+
+
+def source_again(g: Ground) -> list[Op]:
+    """MREMAP_DONTUNMAP of the unfaulted end of a mapping, to where it ends (dontunmap_self_merge)."""
+    r = g.random
+    pages = r.choice((3, 4, 6))
+    at = g.spot(3 * pages)
+    count = r.randint(1, pages - 1)
+    end = at + pages * PAGE_SIZE
+    return [
+        g.on("munmap", at, 3 * pages),
+        g.map(at, pages),
+        g.move(end - count * PAGE_SIZE, count, end + r.choice((0, 0, 1)) * PAGE_SIZE, 7),
+    ]
+
+
+def emptied_source(g: Ground) -> list[Op]:
+    """A neighbour of what MREMAP_DONTUNMAP of a moved mapping left empty (dontunmap_resets_pgoff)."""
+    r = g.random
+    pages = r.choice((1, 1, 2, 3))
+    size = pages * PAGE_SIZE
+    first, second, third = (g.spot(2 * pages) for _ in range(3))
+    return [
+        g.map(first, pages),
+        g.on("write", first, pages),
+        g.on("munmap", second, 2 * pages),
+        g.move(first, pages, second, 3),
+        g.move(second, pages, third, 7),
+        g.map(second + size, pages),
+    ]
+
+
+def unfaulted_target(g: Ground) -> list[Op]:
+    """A written mapping made equal to its unwritten neighbour (merge_unfaulted_target)."""
+    r = g.random
+    low, high = r.randint(1, 3), r.randint(1, 3)
+    at = g.spot(low + high)
+    end = at + low * PAGE_SIZE
+    written = (end, high) if r.random() < 0.5 else (at, low)
+    return [
+        g.map(at, low, 3 if written[0] == end else 7),
+        g.map(end, high, 7 if written[0] == end else 3),
+        g.on("write", *written),
+        g.on("mprotect", *written, prot=3),
+    ]
+
+
 # With their weights.
 RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
-    "realign": (realign, 1.4),
-    "heap neighbour": (heap_neighbour, 1.2),
-    "empty table": (empty_table, 1.3),
-    "close hook": (close_hook, 0.8),
-    "move locked": (move_locked, 2.5),
+    "realign": (realign, 2.2),
+    "heap neighbour": (heap_neighbour, 3.2),
+    "empty table": (empty_table, 2),
+    "close hook": (close_hook, 1.5),
+    "move locked": (move_locked, 3),
     "between": (between, 0.9),
     "replaced under a limit": (locked_replaced, 0.5),
+    "lent": (lent, 1.2),
+    "hole": (hole, 0.8),
+    "file guard": (file_guard, 1.5),
+    "huge": (huge, 0.6),
+    "lock on fault": (lock_on_fault, 1.4),
+    "source again": (source_again, 0.7),
+    "emptied source": (emptied_source, 0.6),
+    "unfaulted target": (unfaulted_target, 0.6),
 }

@@ -11,7 +11,8 @@ from pagelens.model.profile import Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import Line, Scenario
 from pagelens.proof.agreement import Agreement
-from pagelens.proof.compare import Comparison, Disagreement
+from pagelens.proof.checkpoint import Disagreement
+from pagelens.proof.compare import Comparison
 from pagelens.proof.oracle import Fence, Oracle
 
 
