@@ -119,13 +119,14 @@ class Watched:
             pages = int(count.sum())
             if pages * PAGE_SIZE > memory_budget():
                 raise CannotTellError("more pages than fit into memory")
-            if len(self._room) < pages * PAGE_SIZE:
-                self._room = pagecopy.buffer(pages + pages // 2)
-            data = self._room[: pages * PAGE_SIZE]
+            room = self._room
+            if len(room) < pages * PAGE_SIZE:
+                room = pagecopy.buffer(pages + pages // 2)
+                if reuse.parent is not None:  # a full one is large; what follows is not
+                    self._room = room
+            data = room[: pages * PAGE_SIZE]
             bad = pagecopy.read(self.pid, self._mem, start, count, data)
         state = replace(state, backing=identities(self.proc, state.vmas))
-        if reuse.parent is None:
-            self._room = pagecopy.buffer(4096, ready=True)  # a full one is large; what follows is not
         rows, counts = _rows(writer, reuse, plan, (start, count, data, bad))
         unreadable = int(rows["pages"][rows["kind"] == Kind.UNREADABLE].sum())
         meta = {
