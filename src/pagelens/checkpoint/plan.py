@@ -161,7 +161,8 @@ def _with_object_pages(proc: Process, vma: Vma, rows: Rows, notes: list[str]) ->
             what = vma.name or "shared memory"
             notes.append(
                 f"{missing} pages of {what} at {vma.start:#x} have no page-table entry here; whether the "
-                "object holds them cannot be seen (map_files needs CAP_CHECKPOINT_RESTORE)"
+                "object holds them cannot be seen (map_files needs CAP_CHECKPOINT_RESTORE; hugetlb and ranges with "
+                "minor faults by userfaultfd cannot be asked)"
             )
         return rows
     has = np.zeros(vma.pages, bool)
@@ -185,8 +186,8 @@ def _with_object_pages(proc: Process, vma: Vma, rows: Rows, notes: list[str]) ->
 
 def _extents(proc: Process, vma: Vma) -> list[tuple[int, int]] | None:
     # [first, last) pages of the vma that its object holds, from SEEK_DATA; None where it cannot be asked.
-    if "ht" in (vma.vm_flags or ()):
-        return None  # hugetlbfs has no SEEK_DATA
+    if {"ht", "ui"} & (vma.vm_flags or frozenset()):
+        return None  # hugetlbfs has no SEEK_DATA; a minor fault would wait for a handler that stands still
     try:
         fd = os.open(f"/proc/{proc.pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -40,6 +40,7 @@ from pagelens.vm.vma import Prot, Vma, VmaList
 
 Source = Stored | InMemory
 _CONFINED = "it is confined by seccomp, whose filter might kill it for the system calls that this needs"
+_USERFAULT = frozenset(("um", "uw", "ui"))  # VmFlags of registered ranges
 DONTNEED, REMOVE, GUARD_INSTALL, GUARD_REMOVE = 4, 9, 102, 103
 _ZERO_HASH = int(pagecopy.hash_pages(np.zeros(PAGE_SIZE, np.uint8))[0][0])
 
@@ -102,15 +103,25 @@ def rollback(pid: int, store: Stored, *, accept: Collection[str] = (), dry_run: 
 def rollback_held(
     proc: Process, held: Held, mem: pagecopy.MemoryFile, store: Source, accept: Collection[str]
 ) -> _Job:
-    """The same for a process that is held already; returns the job with its figures."""
-    job = _Job(proc, held, mem, store, per_page(store.rows))
+    """The same for a process that is held already and watched by us; returns the job with its figures."""
+    job = _Job(proc, held, mem, store, per_page(store.rows), watched=True)
     job.check(accept)
     job.run()
     return job
 
 
 class _Job:
-    def __init__(self, proc: Process, held: Held, mem: pagecopy.MemoryFile, store: Source, flat: Any) -> None:
+    def __init__(
+        self,
+        proc: Process,
+        held: Held,
+        mem: pagecopy.MemoryFile,
+        store: Source,
+        flat: Any,
+        *,
+        watched: bool = False,  # by us, with asynchronous write protection
+    ) -> None:
+        self.watched = watched
         self.proc, self.held, self.mem, self.store, self.flat = proc, held, mem, store, flat
         self.saved = store.process
         self.steps: list[undo.Step] = []
@@ -136,6 +147,12 @@ class _Job:
         refused = [concern for concern in found if concern.kind not in accept]
         self.steps, impossible = undo.steps(self.store.vmas, present, self.saved.start_brk)
         impossible += self._find_backings(present) + self._find_altstacks(now) + self._unfit()
+        own = [] if self.watched else [v for v in present if (v.vm_flags or frozenset()) & _USERFAULT]
+        if own:
+            impossible.append(
+                f"it handles page faults itself (userfaultfd: {own[0]}), and writing there could wait for its handler, "
+                "which stands still"
+            )
         texts = concerns.listed(refused) + impossible
         if texts:
             hint = sorted({c.kind for c in refused})
