@@ -84,7 +84,7 @@ def _grader(exercise: Any, kernel: str | None, seconds: float) -> Any:
     if kernel is not None:
         return Grader(exercise, get_profile(kernel), kernel=False, seconds=seconds)
     from pagelens.cli.model import nearest_profile
-    from pagelens.proof.oracle import oracle_path
+    from pagelens.proof.children import oracle_path
     from pagelens.proof.probes import probe_profile
 
     cpu = default_cpu()

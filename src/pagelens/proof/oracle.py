@@ -13,52 +13,51 @@ from __future__ import annotations
 
 import os
 import resource
-import select
-import struct
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-import pagelens
 from pagelens.linux import maps, smaps
 from pagelens.linux.frames import lookup
-from pagelens.linux.procfs import Process, TaskStat
+from pagelens.linux.procfs import TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
 from pagelens.proof.calls import SPECIAL
 from pagelens.proof.checkpoint import FRAME
+from pagelens.proof.children import (
+    CLONE,
+    EXEC,
+    FORK,
+    READ,
+    SETTLE,
+    SLOT_SIZE,
+    SLOTS,
+    SYSCALL,
+    THREAD,
+    U64_MAX,
+    UNMAP_REST,
+    WRITE,
+    ZEROS,
+    Channel,
+    Children,
+    OracleError,
+)  # fmt: skip
 from pagelens.vm.accounting import Accounting
-from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
 U64 = npt.NDArray[np.uint64]
 
-# As in native/oracle/oracle.c.
-_SYSCALL, _READ, _WRITE, _EXEC, _CLONE, _SETTLE, _UNMAP_REST, _EXECVE = range(1, 9)
-_SLOT_SIZE, _SLOTS = 0x8000, 16
-_ZEROS = _SLOTS - 1  # the slot that nobody runs in: 32 KiB of zeros to write from
-_COMMAND = struct.Struct("<8Q")
-_REPLY = struct.Struct("<q2Q2q3Q")
-_U64 = (1 << 64) - 1
 _LAST = b"[vsyscall]\n"  # the gate area ends maps, where the kernel has it
-
-_FORK = 0x8000 | 0x400 | 17  # CLONE_PARENT: we reap it; CLONE_FILES: one table of files; SIGCHLD
-_VFORK = 0x100 | _FORK | 0x4000  # VM and VFORK as well
-_THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
-_TOUCH = {"read": _READ, "write": _WRITE, "exec": _EXEC}
-_TOUCHES = frozenset(_TOUCH.values())
+_TOUCH = {"read": READ, "write": WRITE, "exec": EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
     "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "pwrite": 18, "mremap": 25, "msync": 26,
-    "madvise": 28, "getpid": 39, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152,
+    "madvise": 28, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152,
     "set_mempolicy": 238, "fallocate": 285, "memfd": 319, "mlock2": 325,
 }  # fmt: skip
 
@@ -72,39 +71,7 @@ class Fence:
     how: str
 
 
-class OracleError(PagelensError):
-    """The child does not do what it should; a bug, or a kernel that forbids what it needs."""
-
-
-@dataclass(slots=True)
-class _Channel:
-    # A process or thread: its slot, pid (tid), and the process whose address space it has.
-    slot: int
-    tid: int
-    process: Process
-    poll: select.poll
-    map_fd: int
-    pagemap_fd: int
-    leader: str
-    looked: int = -1  # when maps was last read, counted in commands of all processes
-    text: bytes = b""  # what it said, and what that means
-    keys: list[Key] = field(default_factory=list)
-    shown: list[Vma] = field(default_factory=list)
-    vmas: VmaList | None = None
-
-
-def oracle_path() -> Path:
-    """Where the child's program is. CapabilityMissingError where it was not built."""
-    directory = os.environ.get("PAGELENS_LIB_DIR") or str(Path(pagelens.__file__).parent / "_lib")
-    path = Path(directory) / "pl-oracle"
-    if not path.exists():
-        raise CapabilityMissingError(
-            "the oracle child is not built", capability="oracle", fix="./dev build (needs gcc and meson)"
-        )
-    return path
-
-
-class Oracle:
+class Oracle(Children):
     """The processes of one program, on this kernel. Same interface as `model.runner.ModelWorld`.
 
     cpu: where the child is pinned (one CPU, so that the kernel's per-CPU batches are its own), and the calling
@@ -113,17 +80,11 @@ class Oracle:
     """
 
     def __init__(self, cpu: int | None = None) -> None:
+        super().__init__()
         self.names = Names()
         self.files: dict[str, int] = {}
         self.open = Descriptors()
-        self._inodes: dict[str, int] = {}
-        self._channels: dict[str, _Channel] = {}
-        self._free = list(range(_ZEROS - 1, 0, -1))
-        self._pids: set[int] = set()
-        self._waiting: dict[str, str] = {}  # who stands still, and for which child of vfork
         self._lines: dict[bytes, tuple[Key, Vma] | None] = {}
-        self._moment = 0  # raised by whatever may change an address space
-        self._pipes: list[tuple[int, int]] = []
         self._affinity = os.sched_getaffinity(0)
         try:
             if cpu is not None:
@@ -134,47 +95,29 @@ class Oracle:
             raise
 
     def _start(self, cpu: int | None) -> None:
-        path = str(oracle_path())
-        actions: list[tuple[int, ...]] = []
-        theirs: list[int] = []
-        for slot in range(_ZEROS):
-            command_r, command_w = os.pipe()
-            reply_r, reply_w = os.pipe()
-            self._pipes.append((command_w, reply_r))
-            # Through a high number first: 100 and up may be in use here.
-            actions += [(os.POSIX_SPAWN_DUP2, command_r, 100 + 2 * slot)]
-            actions += [(os.POSIX_SPAWN_DUP2, reply_w, 101 + 2 * slot)]
-            theirs += [command_r, reply_w]
-        moved = [_above(fd, 200) for fd in theirs]
-        actions = [(a[0], moved[i], a[2]) for i, a in enumerate(actions)]
-        try:
-            pid = os.posix_spawn(path, [path], {}, file_actions=actions)
-        finally:
-            for fd in moved:
-                os.close(fd)
-        self._pids.add(pid)
+        pid = self._spawn()
         self.cpu = cpu  # inherited from this thread
         self._open("main", 0, pid, "main")
-        if self.send("main", _UNMAP_REST).result < 0:
+        if self.send("main", UNMAP_REST).result < 0:
             raise OracleError("the oracle child cannot unmap its stack and vdso (sealed mappings?)")
         # It has executed itself anew meanwhile: what we opened is of the old address space.
         self._shut(self._channels["main"])
         self._open("main", 0, pid, "main")
-        self.send("main", _SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
+        self.send("main", SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
         self.setting = self._measure()
         self.settle("main")
         self.fences = self._verify(pid)
 
     def _measure(self) -> Setting:
-        probe = self.send("main", _SYSCALL, _NR["mmap"], 0, PAGE_SIZE, 0, 0x22, _U64, 0).result
-        self.send("main", _SYSCALL, _NR["munmap"], probe, PAGE_SIZE)
-        brk = self.send("main", _SYSCALL, _NR["brk"], 0).result
+        probe = self.send("main", SYSCALL, _NR["mmap"], 0, PAGE_SIZE, 0, 0x22, U64_MAX, 0).result
+        self.send("main", SYSCALL, _NR["munmap"], probe, PAGE_SIZE)
+        brk = self.send("main", SYSCALL, _NR["brk"], 0).result
         vmas = maps.parse(self._read_maps(self._channels["main"]))
         default = Setting()
         inside = [v for v in vmas if v.start in (default.text, default.region)]
         if len(inside) != 2 or len(vmas) != 2:
             raise OracleError(f"the oracle child has unexpected mappings: {', '.join(map(str, vmas))}")
-        if inside[1].pages * PAGE_SIZE != _SLOTS * _SLOT_SIZE:
+        if inside[1].pages * PAGE_SIZE != SLOTS * SLOT_SIZE:
             raise OracleError("the oracle child is of another version than this code; fix: ./dev build")
         status = self._channels["main"].process.read("status").decode()
         caps = next(
@@ -209,9 +152,9 @@ class Oracle:
         swaps = len(Path("/proc/swaps").read_text().splitlines()) - 1
         ksm = _figure("/sys/kernel/mm/ksm/run", 0)
         numa = _figure("/proc/sys/kernel/numa_balancing", 0)
-        policy_ok = self.send("main", _SYSCALL, _NR["set_mempolicy"], 4).result == 0
+        policy_ok = self.send("main", SYSCALL, _NR["set_mempolicy"], 4).result == 0
         pinned = self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}
-        again = self.send("main", _SETTLE, 0, self.setting.text, self.setting.text_pages)
+        again = self.send("main", SETTLE, 0, self.setting.text, self.setting.text_pages)
         return (
             Fence("aslr", bool(persona & 0x40000), f"personality {persona:#x}"),
             Fence("thp", "THP_enabled:\t0" in status, "PR_SET_THP_DISABLE, read back from status"),
@@ -222,58 +165,18 @@ class Oracle:
             Fence("harness", again.faults == 0, f"{again.faults} faults when nothing happens"),
         )
 
-    def _open(self, name: str, slot: int, tid: int, leader: str) -> None:
-        poll = select.poll()
-        poll.register(self._pipes[slot][1], select.POLLIN)
-        if name == leader:
-            process = Process.open(tid)
-            fds = process.fd("maps"), process.fd("pagemap")
-        else:
-            process = self._channels[leader].process
-            fds = self._channels[leader].map_fd, self._channels[leader].pagemap_fd
-        self._channels[name] = _Channel(slot, tid, process, poll, *fds, leader)
-
-    def call(self, proc: str, number: int, *args: int) -> Outcome:
-        """One system call in the child."""
-        return self.send(proc, _SYSCALL, number, *args)
-
     def slot_address(self, proc: str) -> int:
         """Where the slot of a process or thread lies in the child; its command's six words start at 16."""
-        return self.setting.region + self._channels[proc].slot * _SLOT_SIZE
+        return self.setting.region + self._channels[proc].slot * SLOT_SIZE
 
     @property
     def zeros(self) -> tuple[int, int]:
         """(address, bytes) of memory that nobody uses."""
-        return self.setting.region + _ZEROS * _SLOT_SIZE, _SLOT_SIZE
-
-    def process(self, proc: str) -> Process:
-        """/proc/PID of a process, or of the process of a thread."""
-        return self._channels[proc].process
-
-    def leader_pid(self, proc: str) -> int:
-        """The pid that a process or thread belongs to."""
-        return self._channels[self._channels[proc].leader].tid
-
-    def send(self, proc: str, what: int, nr: int = 0, *args: int) -> Outcome:
-        """One command to the child (native/oracle/oracle.c), and what came of it."""
-        channel = self._channels[proc]
-        self._moment += 1
-        words = [a & _U64 for a in args] + [0] * (6 - len(args))
-        os.write(self._pipes[channel.slot][0], _COMMAND.pack(what, nr, *words))
-        return self._answer(proc, channel, touched=what in _TOUCHES)
-
-    def _answer(self, proc: str, channel: _Channel, *, touched: bool = False) -> Outcome:
-        if not channel.poll.poll(10_000):
-            raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
-        data = os.read(self._pipes[channel.slot][1], _REPLY.size)
-        if len(data) != _REPLY.size:
-            raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) is gone")
-        ret, min_flt, maj_flt, sig, code, addr, done, _ = _REPLY.unpack(data)
-        return Outcome(done if touched else ret, min_flt + maj_flt, sig, code, addr)
+        return self.setting.region + ZEROS * SLOT_SIZE, SLOT_SIZE
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later."""
-        self.send(proc, _SETTLE, 0, self.setting.text, self.setting.text_pages)
+        self.send(proc, SETTLE, 0, self.setting.text, self.setting.text_pages)
 
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
@@ -302,7 +205,7 @@ class Oracle:
         args: tuple[int, ...] = (addr, op.length)
         match op.name:
             case "mmap":
-                fd = self.files[op.file] if op.file else _U64
+                fd = self.files[op.file] if op.file else U64_MAX
                 args = (addr, op.length, op.prot, op.flags, fd, op.offset)
             case "mprotect":
                 args = (addr, op.length, op.prot)
@@ -317,22 +220,24 @@ class Oracle:
                 args = (self.files[op.file], op.length)
             case "fallocate":
                 args = (self.files[op.file], op.flags, op.offset, op.length)
-        outcome = self.send(op.proc, _SYSCALL, _NR[op.name], *args)
+        outcome = self.send(op.proc, SYSCALL, _NR[op.name], *args)
         self.names.learn(op, outcome.result)
         return outcome
 
     def _special(self, op: Op) -> Outcome:
         channel = self._channels[op.proc]
         if op.name == "execve":
-            return self._execve(op.proc, channel)
+            outcome = self._execve(op.proc, channel)
+            self.settle(op.proc)
+            return Outcome(outcome.result)
         if op.name != "exit":
             if not self._free:
-                raise OracleError(f"more than {_ZEROS} processes and threads at once")
+                raise OracleError(f"more than {ZEROS} processes and threads at once")
             slot = self._free.pop()
             if op.name == "vfork":
                 return self._vfork(op, channel, slot)
-            flags = _FORK if op.name == "fork" else _THREAD
-            made = self.send(op.proc, _CLONE, 0, flags, slot)
+            flags = FORK if op.name == "fork" else THREAD
+            made = self.send(op.proc, CLONE, 0, flags, slot)
             if made.result < 0:
                 self._free.append(slot)
                 return made
@@ -344,76 +249,7 @@ class Oracle:
         self._exit(op.proc, channel)
         return Outcome(0)
 
-    def _vfork(self, op: Op, channel: _Channel, slot: int) -> Outcome:
-        # The caller answers only when the child is gone, so the child is asked who it is.
-        os.write(self._pipes[channel.slot][0], _COMMAND.pack(_CLONE, 0, _VFORK, slot, *[0] * 4))
-        os.write(self._pipes[slot][0], _COMMAND.pack(_SYSCALL, _NR["getpid"], *[0] * 6))
-        either = select.poll()
-        for fd in (self._pipes[channel.slot][1], self._pipes[slot][1]):
-            either.register(fd, select.POLLIN)
-        ready = [fd for fd, _ in either.poll(10_000)]
-        if ready != [self._pipes[slot][1]]:
-            raise OracleError(f"vfork of the oracle child {op.proc!r} failed")
-        pid: int = _REPLY.unpack(os.read(ready[0], _REPLY.size))[0]
-        self._pids.add(pid)
-        self._open(op.result, slot, pid, op.result)
-        self._waiting[op.proc] = op.result
-        return Outcome(0)
-
-    def _execve(self, name: str, channel: _Channel) -> Outcome:
-        made = self.send(name, _EXECVE)
-        if made.result < 0:
-            raise OracleError(f"the oracle child cannot execute itself: {ops.errno_name(made.result)}")
-        for other in [n for n, c in self._channels.items() if c.leader == name and n != name]:
-            self._free.append(self._channels.pop(other).slot)
-            self._waiting.pop(other, None)
-        self._shut(channel)
-        self._open(name, channel.slot, channel.tid, name)
-        self._resume(name)
-        self.send(name, _UNMAP_REST)
-        self.settle(name)
-        return Outcome(0)
-
-    def _resume(self, child: str) -> None:
-        # Who stood still for `child` answers now.
-        for who in [w for w, c in self._waiting.items() if c == child]:
-            del self._waiting[who]
-            if self._answer(who, self._channels[who]).result < 0:
-                raise OracleError(f"vfork of the oracle child {who!r} failed")
-
-    def _exit(self, name: str, channel: _Channel) -> None:
-        is_thread = name != channel.leader
-        number = 60 if is_thread else 231  # exit, exit_group
-        os.write(self._pipes[channel.slot][0], _COMMAND.pack(_SYSCALL, number, *[0] * 6))
-        if is_thread:
-            deadline = time.monotonic() + 10
-            while channel.tid in channel.process.tasks() and time.monotonic() < deadline:
-                time.sleep(0)
-            gone = [name]
-        else:
-            os.waitpid(channel.tid, 0)
-            self._pids.discard(channel.tid)
-            gone = [other for other, c in self._channels.items() if c.leader == name]
-            self._shut(channel)
-            self._resume(name)
-        for other in gone:
-            self._free.append(self._channels.pop(other).slot)
-            self._waiting.pop(other, None)
-
-    def alive(self) -> list[str]:
-        """Names of the processes and threads that exist."""
-        return list(self._channels)
-
-    @property
-    def pids(self) -> frozenset[int]:
-        """The processes that run now."""
-        return frozenset(self._pids)
-
-    def is_leader(self, proc: str) -> bool:
-        """Whether `proc` is a process, not a second thread of one."""
-        return self._channels[proc].leader == proc
-
-    def _read_maps(self, channel: _Channel) -> bytes:
+    def _read_maps(self, channel: Channel) -> bytes:
         data = os.pread(channel.map_fd, 1 << 16, 0)
         while not data.endswith(_LAST):
             more = os.pread(channel.map_fd, 1 << 16, len(data))
@@ -422,7 +258,7 @@ class Oracle:
             data += more
         return data
 
-    def _look(self, proc: str) -> _Channel:
+    def _look(self, proc: str) -> Channel:
         # The channel of the process, with maps as they are. Nobody but us makes the child do anything, so one
         # look holds until the next command.
         channel = self._channels[self._channels[proc].leader]
@@ -510,37 +346,12 @@ class Oracle:
         """Memory fields of status, in bytes."""
         return smaps.status(self._channels[proc].process)
 
-    def _shut(self, channel: _Channel) -> None:
-        for fd in (channel.map_fd, channel.pagemap_fd):
-            os.close(fd)
-        channel.process.close()
-
     def close(self) -> None:
         """End the child and all its processes. Twice is harmless."""
         if self._affinity:
             os.sched_setaffinity(0, self._affinity)
             self._affinity = set()
-        for pid in self._pids:
-            os.kill(pid, 9)
-        for pid in self._pids:
-            os.waitpid(pid, 0)
-        self._pids.clear()
-        for name, channel in self._channels.items():
-            if channel.leader == name:
-                self._shut(channel)
-        self._channels.clear()
-        for pair in self._pipes:
-            for fd in pair:
-                os.close(fd)
-        self._pipes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
+        super().close()
 
 
 def _limit(number: int) -> int:
@@ -553,11 +364,3 @@ def _figure(path: str, default: int) -> int:
         return int(Path(path).read_text())
     except (OSError, ValueError):
         return default
-
-
-def _above(fd: int, least: int) -> int:
-    import fcntl
-
-    new = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
-    os.close(fd)
-    return new

@@ -76,7 +76,7 @@ def _stages(answer: Answer, world: ModelWorld) -> None:
 
 def _scenario(answer: Answer) -> None:
     # The same on this kernel and in the model.
-    from pagelens.proof.oracle import OracleError
+    from pagelens.proof.children import OracleError
     from pagelens.proof.probes import probe_profile
     from pagelens.proof.verify import verify
 
