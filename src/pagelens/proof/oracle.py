@@ -53,6 +53,19 @@ from pagelens.vm.vma import Vma, VmaList
 U64 = npt.NDArray[np.uint64]
 
 _LAST = b"[vsyscall]\n"  # the gate area ends maps, where the kernel has it
+# Of smaps_rollup, what a page of text that others map as well changes.
+_OF_TEXT = frozenset(
+    {
+        "Pss",
+        "Pss_Dirty",
+        "Pss_File",
+        "Shared_Clean",
+        "Shared_Dirty",
+        "Private_Clean",
+        "Private_Dirty",
+        "Locked",
+    }
+)
 _TOUCH = {"read": READ, "write": WRITE, "exec": EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
@@ -328,15 +341,20 @@ class Oracle(Children):
         return tuple(map(int, self._channels[proc].process.read("statm").split()))
 
     def rollup(self, proc: str) -> dict[str, int]:
-        """smaps_rollup, in bytes, harness included. Shares (Pss and Locked) only where the text is mapped by
-        nobody else: another oracle at the same time halves them."""
+        """smaps_rollup, in bytes, harness included. What depends on who else maps the child's text, another oracle,
+        is there only where nobody does, before and afterwards."""
+        before = self._text_mappings(proc)
         figures = smaps.rollup(self._channels[proc].process)
-        frame = self.pagemap(proc, self.setting.text, 1) & FRAME
         # Who was made by vfork has no mapping of its own.
         ours = len({channel.leader for channel in self._channels.values()}) - len(self._waiting)
-        if frame[0] and int(self.kpage(frame)[0][0]) == ours:
+        if before == self._text_mappings(proc) == ours:
             return figures
-        return {name: value for name, value in figures.items() if name[:3] != "Pss" and name != "Locked"}
+        return {name: value for name, value in figures.items() if name not in _OF_TEXT}
+
+    def _text_mappings(self, proc: str) -> int:
+        # kpagecount of the child's text; 0 where frames are hidden.
+        frame = self.pagemap(proc, self.setting.text, 1) & FRAME
+        return int(self.kpage(frame)[0][0]) if frame[0] else 0
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """smaps with VmFlags, and status; harness included."""
