@@ -126,3 +126,26 @@ def test_pages_that_the_kernel_moves_to_other_frames_are_marked_and_listed_as_su
             assert not set(before) & {entry & raw.PFN for entry in raw.pagemap(puppet.pid, at, 16)}
             assert _inside(tracker.epoch(), at, 64) == {1: 16}
         puppet.back()
+
+
+@pytest.mark.requires("soft-dirty", "root")
+@pytest.mark.parametrize("pages", [16, 1024])
+def test_what_mremap_brings_is_told_from_what_was_written(subjects: Subjects, pages: int) -> None:
+    """To an address that was watched before, so that it is not new: mremap marks each entry that it moves, and none
+    where it moves whole page tables (1,024 pages at an address that suits); both times the contents are others."""
+    with Puppet(subjects("puppet")) as puppet:
+        room = puppet.mmap(4 * pages + 1024)
+        to = (room + (2 << 20) - 1) & -(2 << 20)
+        at = to + 2 * pages * PAGE
+        for area in (to, at):
+            puppet.madvise(area, pages, "NOHUGEPAGE")
+            puppet.write(area, pages)
+        with track(pid=puppet.pid, backend="soft-dirty") as tracker:
+            tracker.epoch()
+            puppet.sys("mremap", at, pages * PAGE, pages * PAGE, 3, to)  # MAYMOVE | FIXED
+            epoch = tracker.epoch()
+            found = _inside(epoch, to, pages)
+            assert sum(found.values()) == pages
+            assert 1 not in found  # WRITTEN
+            puppet.write(to, 8)
+            assert _inside(tracker.epoch(), to, pages) == {1: 8}

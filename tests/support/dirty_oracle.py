@@ -142,7 +142,8 @@ class Judge:
         for key in np.flatnonzero(np.bincount(sort)).tolist():
             mine = sort == key
             reason, letter = Why(key >> 9), chr((key >> 1) & 0xFF)
-            if self._fits(reason, letter, bool(key & 1)):
+            alone = not (np.diff(page[needless[mine]]) == PAGE_SIZE).any()
+            if self._fits(reason, letter, bool(key & 1), alone):
                 extra[reason.name] += int(mine.sum())
                 continue
             for index in np.flatnonzero(np.bincount(row[mine])).tolist():
@@ -151,11 +152,11 @@ class Judge:
                 wrong += [(a, (b - a) // PAGE_SIZE, tag) for a, b in part.pairs()]
         return Verdict(truth.must.pages, spans.minus(truth.must, epoch.spans), extra, wrong)
 
-    def _fits(self, why: Why, kind: str, new: bool) -> bool:
+    def _fits(self, why: Why, kind: str, new: bool, alone: bool) -> bool:
         if why is Why.WRITTEN:
             # A huge page that was split between the write and the look; for soft-dirty, mremap marks every
-            # entry that it moves (move_soft_dirty_pte).
-            return kind == "h" or (Why.VMA_FLAG in self._allowed and new)
+            # entry that it moves (move_soft_dirty_pte), and of one page alone that cannot be told.
+            return kind == "h" or (Why.MOVED in self._allowed and new and alone)
         if why not in self._allowed:
             return False
         match why:

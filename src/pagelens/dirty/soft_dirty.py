@@ -84,6 +84,7 @@ class SoftDirty:
         self._content = spans.EMPTY
         self._shared = spans.EMPTY
         self._frames = self._frames_before = moved.NONE
+        self._mergeable = spans.EMPTY
 
     def arm(self) -> None:
         """Clear the bits; everything written from here on is dirt."""
@@ -116,6 +117,7 @@ class SoftDirty:
         self._layout.read(self._watched)
         text = self._proc.read("smaps")
         flagged = spans.of(smaps.flagged(text, b"sd"))
+        self._mergeable = spans.of(smaps.flagged(text, b"mg"))
         pages = self._read()
         if not text or not self._proc.alive:
             raise TargetGoneError(f"the address space of process {self._proc.pid} is gone")
@@ -144,16 +146,17 @@ class SoftDirty:
         huge = spans.common(marked, pages.having(Category.HUGE))
         builder.add(huge, Why.HUGE)
         rest = spans.minus(marked, builder.seen)
-        if rest:
-            try:
+        try:
+            if rest:
                 builder.add(self._of_large_folios(rest), Why.HUGE)
                 rest = spans.minus(rest, builder.seen)
-                builder.add(moved.moved(self._frames_before, self._frames, rest), Why.MOVED)
-            except CapabilityMissingError:
-                look.notes.append(
-                    "frames are hidden: pages that were marked with their large folio, or moved by the kernel, "
-                    "count as written"
-                )
+            places = (self._frames_before, self._frames)
+            builder.add(moved.moved(*places, rest, self._content, self._mergeable), Why.MOVED)
+        except CapabilityMissingError:
+            look.notes.append(
+                "frames are hidden: pages that were marked with their large folio, or moved by the kernel, "
+                "count as written"
+            )
         builder.add(marked, Why.WRITTEN)
         gone = spans.minus(before_content, self._content)
         mapped = Spans(look.vmas.starts, look.vmas.ends)

@@ -65,6 +65,14 @@ def pages(a: Spans) -> U64:
     return np.asarray(a.start[run] + (within.astype(np.uint64) << np.uint64(PAGE_SHIFT)), np.uint64)
 
 
+def inside(page: U64, where: Spans) -> npt.NDArray[np.bool_]:
+    """Whether each address lies in `where`."""
+    if not where:
+        return np.zeros(len(page), bool)
+    index = np.minimum(where.end.searchsorted(page, side="right"), len(where.end) - 1)
+    return np.asarray((page >= where.start[index]) & (page < where.end[index]), bool)
+
+
 def overlaps(a: Spans, b: Spans) -> tuple[Spans, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """The common parts, in order, and for each the index of its span in `a` and in `b`."""
     none = np.empty(0, np.int64)
