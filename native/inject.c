@@ -242,6 +242,21 @@ static int run_calls(struct pl_inject *req, const struct user_regs_struct *orig,
 	return 0;
 }
 
+/* Whether the code that the target is to run is where it was found: an exec in between puts other code there. */
+static int code_is_there(struct pl_inject *req)
+{
+	static const unsigned char call[] = {0x0f, 0x05, 0xc3}, back[] = {0x48, 0xc7, 0xc0, 0x0f, 0, 0, 0, 0x0f},
+				   short_back[] = {0xb8, 0x0f, 0, 0, 0, 0x0f, 0x05}, pop[] = {0x58, 0xc3};
+	unsigned char word[8];
+	if (pl_trace(PTRACE_PEEKTEXT, req->tid, req->gadget, word) || memcmp(word, call, sizeof(call)))
+		return 0;
+	if (pl_trace(PTRACE_PEEKTEXT, req->tid, req->sigreturn ? req->sigreturn : req->pop_rax, word))
+		return 0;
+	if (!req->sigreturn)
+		return !memcmp(word, pop, sizeof(pop));
+	return !memcmp(word, back, sizeof(back)) || !memcmp(word, short_back, sizeof(short_back));
+}
+
 /* req->tid is in a PTRACE_EVENT_STOP of this thread. Leaves it in a stop with its own registers back, or
  * returns -1: then the caller must let go and the frame does the rest. */
 static int calls_in_stop(struct pl_inject *req)
@@ -256,6 +271,10 @@ static int calls_in_stop(struct pl_inject *req)
 	}
 	if (pl_in_rseq(req, regs.rip)) {
 		req->refused = PL_REFUSED_RSEQ;
+		return 0;
+	}
+	if (!code_is_there(req)) {
+		req->refused = PL_REFUSED_IMAGE;
 		return 0;
 	}
 	if (!pl_stack_is_safe(req, &regs, PL_MAX_XSTATE / 2)) {

@@ -13,7 +13,8 @@ enum { /* where a test may kill us */
 
 enum {
 	PL_REFUSED_SEIZE = 1, PL_REFUSED_NO_STOP, PL_REFUSED_GONE, PL_REFUSED_32BIT, PL_REFUSED_RSEQ,
-	PL_REFUSED_STACK, PL_REFUSED_FRAME, PL_REFUSED_CALL
+	PL_REFUSED_STACK, PL_REFUSED_FRAME, PL_REFUSED_CALL,
+	PL_REFUSED_IMAGE /* exec since the addresses were looked up: their code is not there */
 };
 
 struct pl_call {

@@ -168,8 +168,9 @@ class Judge:
                 return kind == "h" or (Why.VMA_FLAG in self._allowed and kind in "sg")
             case Why.DROPPED:  # or shared before it was mapped anew
                 return kind in "sg" or new
-            case Why.MOVED:  # only where the kernel did move pages since the look before, or mremap did
-                return self._has_moved or new
+            case Why.MOVED:  # only where the kernel did move pages since the look before, or mremap did; or a
+                # huge page came into frames that were another one's, and was split since
+                return self._has_moved or new or kind == "h"
         return True
 
 

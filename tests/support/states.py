@@ -125,6 +125,10 @@ def in_exec(directory: Path, stack: contextlib.ExitStack) -> Target:
     return Target(start(stack, _compiled(directory, EXECS)))
 
 
+def in_exec_at_times(directory: Path, stack: contextlib.ExitStack) -> Target:
+    return Target(start(stack, _compiled(directory, EXECS.replace("500", "60000"))))
+
+
 def stopped(_d: Path, stack: contextlib.ExitStack) -> Target:
     pid = start(stack, "sleep", "60")
     os.kill(pid, signal.SIGSTOP)
@@ -214,3 +218,67 @@ void _start(void) { static int t[2] = {0, 10000000}; for (;;) { int r;
 def thirty_two_bits(directory: Path, stack: contextlib.ExitStack) -> Target:
     flags = ("-m32", "-nostdlib", "-static", "-fno-pie", "-no-pie", "-ffreestanding", "-fno-stack-protector")
     return Target(start(stack, _compiled(directory, THIRTY_TWO, *flags)))
+
+
+CONFINED = """
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <unistd.h>
+int main(void) {
+  struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+  struct sock_fprog program = {1, &allow};
+  if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program)) return 1;
+  for (;;) pause();
+}
+"""
+
+
+def confined(directory: Path, stack: contextlib.ExitStack) -> Target:
+    pid = start(stack, _compiled(directory, CONFINED))
+    until(lambda: "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text())
+    return Target(pid)
+
+
+OWN_USERFAULTFD = """
+#define _GNU_SOURCE
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+int main(void) {
+  int fd = syscall(SYS_userfaultfd, 1);
+  struct uffdio_api api = {.api = UFFD_API};
+  char *at = mmap(0, 64 << 10, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  struct uffdio_register range = {.range = {(unsigned long)at, 64 << 10}, .mode = UFFDIO_REGISTER_MODE_WP};
+  if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &range)) return 1;
+  for (;;) { *(volatile char *)(at + (64 << 10) - 1) = 1; usleep(1000); }
+}
+"""
+
+
+def own_userfaultfd(directory: Path, stack: contextlib.ExitStack) -> Target:
+    pid = start(stack, _compiled(directory, OWN_USERFAULTFD))
+    until(lambda: " uw" in Path(f"/proc/{pid}/smaps").read_text())
+    return Target(pid)
+
+
+EXITING = """
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+static void *work(void *a) { for (;;) usleep(100); return a; }
+int main(void) {
+  pthread_t t;
+  for (int i = 0; i < 4; i++) pthread_create(&t, 0, work, 0);
+  char *at = mmap(0, 256 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+  usleep(150000);
+  _exit(at == MAP_FAILED);
+}
+"""
+
+
+def exiting(directory: Path, stack: contextlib.ExitStack) -> Target:
+    return Target(start(stack, _compiled(directory, EXITING)))

@@ -23,11 +23,12 @@ import numpy as np
 
 from pagelens.dirty import spans
 from pagelens.dirty.choose import make_backend
-from pagelens.dirty.epoch import Backend, Builder, Epoch, Semantics, Why
+from pagelens.dirty.epoch import Backend, Builder, Epoch, Look, Semantics, Why
 from pagelens.dirty.spans import Spans
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import TargetGoneError, UsageError
 from pagelens.vm.units import AddrRange, page_down, page_up
+from pagelens.vm.vma import VmaList
 
 
 def buffer_span(buffer: Any) -> tuple[int, int]:
@@ -62,9 +63,12 @@ class Tracker:
         self._first_seen = False
         self._number = 0
         self._fresh_image = False
+        self._watching = True
         self._backend = make(proc)
         try:
             self._backend.arm()
+        except TargetGoneError:
+            self._reattach()  # exec meanwhile
         except BaseException:
             self._backend.close()
             raise
@@ -92,13 +96,7 @@ class Tracker:
         with self._lock:
             self._check()
             begin = time.monotonic_ns()
-            try:
-                look = self._backend.look()
-            except TargetGoneError:
-                self._reattach()
-                look = self._backend.look()
-                look.builder = _as_new(look.builder)
-                look.notes.append("the process called exec: everything that the new image holds is listed")
+            look = self._look()
             if self._first_seen:  # there was no look before, since when a page could have been written
                 look.builder, self._first_seen = _as_new(look.builder), False
             done = time.monotonic_ns()
@@ -153,21 +151,47 @@ class Tracker:
             if count is not None:
                 count -= 1
 
+    def _look(self) -> Look:
+        renewed = False
+        for _ in range(5):
+            if not self._watching:
+                self._reattach()
+                renewed = True
+                if not self._watching:
+                    break
+            try:
+                look = self._backend.look()
+            except TargetGoneError:
+                self._watching = False
+                continue
+            if renewed:
+                look.builder = _as_new(look.builder)
+                look.notes.append("the process called exec: everything that the new image holds is listed")
+            return look
+        look = Look(Builder(), VmaList(), complete=False)
+        look.notes.append("the process calls exec faster than it can be watched: what it wrote is not known")
+        return look
+
     def _reattach(self) -> None:
-        # The address space is gone: by exec (then the process lives) or by exit.
+        # The address space is gone: by exec (then the process lives) or by exit. Where exec follows exec, it is
+        # given up until the next look.
         self._backend.close()
-        for _ in range(50):
+        self._watching = False
+        for _ in range(10):
             if not self._proc.alive:
-                raise TargetGoneError(f"process {self._proc.pid} has ended") from None
+                break
             try:
                 self._backend = self._make(self._proc)
                 self._backend.arm()
             except TargetGoneError:
+                self._backend.close()
                 time.sleep(0.002)  # exec again, or exiting
                 continue
+            self._watching = True
             self._arm_from_nothing()
             return
-        raise TargetGoneError(f"process {self._proc.pid} has ended") from None
+        if not self._proc.alive:
+            raise TargetGoneError(f"process {self._proc.pid} has ended") from None
 
     def _arm_from_nothing(self) -> None:
         # What the new image wrote before it was armed belongs to this epoch too.

@@ -78,7 +78,7 @@ class _Request(ctypes.Structure):
     )
 
 
-_SEIZE, _NO_STOP, _GONE, _BITS32, _RSEQ, _STACK, _FRAME, _CALL = range(1, 9)
+_SEIZE, _NO_STOP, _GONE, _BITS32, _RSEQ, _STACK, _FRAME, _CALL, _IMAGE = range(1, 10)
 
 
 @dataclass(slots=True)
@@ -126,13 +126,32 @@ def remote_calls(
     """
     if not traced:
         refuse_unfit(proc)
-    vmas = maps.read(proc)
-    gadgets = find_gadgets(proc, vmas)
-    pidfd = proc.pidfd()
+    pidfd = _files_of(proc)
     try:
-        return _on_some_thread(proc, calls, vmas, gadgets, pidfd, (tid or proc.pid) if traced else 0, die_at)
+        return _on_some_thread(proc, calls, pidfd, (tid or proc.pid) if traced else 0, die_at)
     finally:
         os.close(pidfd)
+
+
+def _files_of(proc: Process) -> int:
+    # A pidfd through which pidfd_getfd(2) sees the process's descriptors: a leader that has ended has none.
+    if proc.mm_tid == proc.pid:
+        return proc.pidfd()
+    try:
+        return os.pidfd_open(proc.mm_tid, os.O_EXCL)  # PIDFD_THREAD, Linux 6.9
+    except ProcessLookupError:
+        raise TargetGoneError(f"process {proc.pid} is gone") from None
+    except OSError:
+        raise CapabilityMissingError(
+            f"the leader of process {proc.pid} has ended while its threads go on: this kernel gives out no"
+            " descriptors of a thread alone",
+            capability="ptrace",
+            fix="boot Linux 6.9 or later, or use --backend soft-dirty",
+        ) from None
+
+
+class _NoCodeError(CapabilityMissingError):
+    """The target has no code that it could run for us."""
 
 
 def take_userfaultfd(proc: Process, *, traced: bool = False, die_at: str = "") -> tuple[Userfault, Held]:
@@ -234,7 +253,7 @@ def find_gadgets(proc: Process, vmas: VmaList) -> Gadgets:
     a signal. The C library first, then the loader, the program, the rest; the vDSO last."""
     syscall_ret = sigreturn = pop_rax = 0
     for vma in sorted((v for v in vmas if v.prot & Prot.EXEC and v.prot & Prot.READ), key=_preference):
-        for at, data in _text(proc.pid, vma.start, vma.end):
+        for at, data in _text(proc.mm_tid, vma.start, vma.end):
             if not syscall_ret and (found := data.find(_SYSCALL_RET)) >= 0:
                 syscall_ret = at + found
             for pattern in () if sigreturn else _RESTORERS:
@@ -247,7 +266,7 @@ def find_gadgets(proc: Process, vmas: VmaList) -> Gadgets:
                 return Gadgets(syscall_ret, sigreturn)
     if syscall_ret and pop_rax:
         return Gadgets(syscall_ret, 0, pop_rax)
-    raise CapabilityMissingError(
+    raise _NoCodeError(
         f"process {proc.pid} has no code to make a system call with and come back from safely"
         " (no `syscall; ret` beside a signal return in its executable mappings)",
         capability="ptrace",
@@ -315,22 +334,18 @@ def _candidates(proc: Process) -> list[int]:
 def _on_some_thread(
     proc: Process,
     calls: Sequence[Call],
-    vmas: VmaList,
-    gadgets: Gadgets,
     pidfd: int,
     traced: int,  # the thread to use, which this one traces; 0: any, to be seized
     die_at: str,
 ) -> Held:
     native = (_Call * len(calls))()
-    stacks = [v for v in vmas if v.prot & Prot.WRITE and not v.shared]
-    table = (_StackVma * max(1, len(stacks)))(
-        *(_StackVma(v.start, v.end, 1 if v.name == "[stack]" else 0) for v in stacks)
-    )
+    vmas, execs, since = maps.read(proc), 0, time.monotonic()
+    gadgets, stacks, table = _looked_up(proc, vmas, last_try=bool(traced))
     lib = library()
     last: _Request | None = None
     give_up = time.monotonic() + 2.0
     while True:
-        for tid in [traced] if traced else _candidates(proc):
+        for tid in [traced] if traced else _candidates(proc) if gadgets.syscall_ret else []:
             for slot, call in zip(native, calls, strict=True):
                 slot.nr, slot.ret, slot.done, slot.fd = call.nr, 0, 0, -1
                 slot.args = (ctypes.c_uint64 * 6)(*[a & (1 << 64) - 1 for a in call.args])
@@ -340,7 +355,7 @@ def _on_some_thread(
                 pid=proc.pid,
                 tid=tid,
                 pidfd=pidfd,
-                n_vmas=len(stacks),
+                n_vmas=stacks,
                 gadget=gadgets.syscall_ret,
                 sigreturn=gadgets.sigreturn,
                 pop_rax=gadgets.pop_rax,
@@ -360,15 +375,52 @@ def _on_some_thread(
                     call.fd = int(slot.fd) if call.take_fd else -1
                 return Held(tid, int(request.held_ns), bool(request.restarted))
             last = request
-            if request.refused not in (_NO_STOP, _GONE, _RSEQ, _STACK):
+            if request.refused not in (_NO_STOP, _GONE, _RSEQ, _STACK, _IMAGE):
                 _explain(proc, request)
         if not proc.alive:
             raise TargetGoneError(f"process {proc.pid} is gone")
         if time.monotonic() > give_up or traced:
             break
-        time.sleep(0.01)
+        before, vmas = _image(vmas), maps.read(proc)
+        if _image(vmas) != before:
+            execs, since = execs + 1, time.monotonic()
+        if _image(vmas) != before or not gadgets.syscall_ret:
+            # A new image, or one that had no C library yet; none after a while: it has none at all.
+            gadgets, stacks, table = _looked_up(proc, vmas, last_try=time.monotonic() > since + 0.3)
+        time.sleep(0.001 * (execs % 8) if execs else 0.01)  # not in step with it
+    if execs > 20:
+        raise CapabilityMissingError(
+            f"cannot make a system call in process {proc.pid}: it calls exec all the time",
+            capability="ptrace",
+        )
     _explain(proc, last)
     raise AssertionError("unreachable")
+
+
+def _looked_up(
+    proc: Process, vmas: VmaList, *, last_try: bool
+) -> tuple[Gadgets, int, ctypes.Array[_StackVma]]:
+    # Code and stacks of the image as it is now. Amid exec the C library may not be mapped yet: no code then, unless
+    # it is the last try.
+    try:
+        return find_gadgets(proc, vmas), *_stacks(vmas)
+    except _NoCodeError:
+        if last_try:
+            raise
+        return Gadgets(0), *_stacks(vmas)
+
+
+def _stacks(vmas: VmaList) -> tuple[int, ctypes.Array[_StackVma]]:
+    # (how many, each) of what may be a stack.
+    found = [v for v in vmas if v.prot & Prot.WRITE and not v.shared]
+    rows = (_StackVma(v.start, v.end, 1 if v.name == "[stack]" else 0) for v in found)
+    return len(found), (_StackVma * max(1, len(found)))(*rows)
+
+
+def _image(vmas: VmaList) -> tuple[int, ...]:
+    # What stays while a program runs and is drawn anew at each exec.
+    fixed = [v for v in vmas if v.name in ("[vdso]", "[vvar]")]
+    return tuple(v.start for v in fixed) or tuple(v.end for v in vmas if v.name == "[stack]")
 
 
 def _explain(proc: Process, request: _Request | None) -> None:
@@ -383,6 +435,7 @@ def _explain(proc: Process, request: _Request | None) -> None:
         _RSEQ: "its thread stays inside a restartable sequence",
         _STACK: "no thread stands on a stack with room that nobody else uses (coroutines?)",
         _FRAME: f"its state cannot be saved on its stack ({os.strerror(number)})",
+        _IMAGE: "it calls exec",
         _CALL: f"the call could not be made ({os.strerror(number)})",
     }.get(code, "unknown reason")
     raise CapabilityMissingError(

@@ -217,9 +217,16 @@ class Process:
     def alive(self) -> bool:
         """Whether this process still exists and is no zombie."""
         try:
-            return self.stat().state not in "ZX" or bool(self._via)
+            if self.stat().state not in "ZX":
+                return True
+            return bool(self._via) and self.stat(self.mm_tid).state not in "ZX"
         except TargetGoneError:
             return False
+
+    @property
+    def mm_tid(self) -> int:
+        """A thread that has the address space: the leader, unless it has ended before its threads."""
+        return int(self._via.split("/")[1]) if self._via else self.pid
 
     def _fail(self, exc: OSError, name: str) -> NoReturn:
         if exc.errno in (errno.ENOENT, errno.ESRCH):
