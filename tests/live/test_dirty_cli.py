@@ -109,12 +109,16 @@ def test_exec_into_another_image_is_said(subjects: Subjects) -> None:
 
 
 def test_a_command_with_children_says_what_it_does_not_know() -> None:
-    command = ("--", "sh", "-c", "head -c 99 /dev/zero | wc -c >/dev/null; sleep 0.3; :")
-    (row,) = _lines(_dirty("--format", "json", *command).stdout)
+    short = "head -c 99 /dev/zero | wc -c >/dev/null; "
+    (row,) = _lines(_dirty("--format", "json", "--", "sh", "-c", short + ":").stdout)
     assert row["complete"]
     assert "children are not watched (--follow)" in row["notes"]
-    rows = _lines(_dirty("--format", "json", "--follow", *command).stdout)
-    assert len({row["pid"] for row in rows}) > 1  # sleep, at least
+    # The last child goes on until it is watched, however busy the machine is.
+    watched = "until grep -q ' uw ' /proc/$$/smaps; do sleep 0.01; done"
+    rows = _lines(
+        _dirty("--format", "json", "--follow", "--", "sh", "-c", f'{short} sh -c "$0"; :', watched).stdout
+    )
+    assert len({row["pid"] for row in rows}) > 1
     (last,) = (row for row in rows if any("what children wrote" in note for note in row["notes"]))
     assert not last["complete"]
 

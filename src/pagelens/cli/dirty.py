@@ -216,6 +216,8 @@ class _Session:
             from pagelens.dirty.content import Contents
 
             same = self.contents.setdefault(epoch.pid, Contents(epoch.pid)).unchanged(epoch)
+        from pagelens.report.dirty import describe, record
+
         row = record(epoch, ranges=self.args.ranges, same=same)
         if self.keep:
             self.epochs.append(epoch)
@@ -281,6 +283,7 @@ class _Session:
 
     def _totals(self) -> list[str]:
         from pagelens.dirty import spans
+        from pagelens.report.dirty import hottest
 
         each: dict[int, list[Epoch]] = {}
         for epoch in self.epochs:
@@ -336,67 +339,6 @@ _COLUMNS = [
     Col("complete", kind="bool"),
     Col("notes", kind="list"),
 ]
-
-
-def record(epoch: Epoch, *, ranges: bool, same: int | None = None) -> dict[str, Any]:
-    """The JSON object of an epoch (docs/schemas/dirty.json)."""
-    out: dict[str, Any] = {
-        "epoch": epoch.epoch,
-        "time_ns": epoch.time_ns,
-        "backend": epoch.backend,
-        "dirty_pages": epoch.dirty_pages,
-    }
-    if ranges:
-        out["ranges"] = [[f"{start:#x}", pages] for start, pages in epoch.ranges()]
-    out["regions"] = [
-        {"start": f"{r.start:#x}", "end": f"{r.end:#x}", "perms": r.perms, "name": r.name, "pages": r.pages,
-         "dirty_pages": r.dirty_pages}
-        for r in epoch.regions()
-    ]  # fmt: skip
-    out |= {
-        "complete": epoch.complete,
-        "notes": list(epoch.notes),
-        "pid": epoch.pid,
-        "span_ns": epoch.span_ns,
-        "cost_ns": epoch.cost_ns,
-        "bytes_per_s": epoch.dirty_pages * PAGE_SIZE / max(epoch.span_ns / 1e9, 1e-9),
-        "reasons": epoch.by_reason(),
-        "unmapped_pages": epoch.unmapped_pages,
-        "same_content": same,
-    }
-    if epoch.details:
-        out["details"] = epoch.details
-    return out
-
-
-def describe(epoch: Epoch, same: int | None) -> str:
-    """One epoch for people."""
-    rate = epoch.dirty_pages * PAGE_SIZE / max(epoch.span_ns / 1e9, 1e-9)
-    reasons = " ".join(f"{k}={v:,}" for k, v in epoch.by_reason().items())
-    hot = epoch.regions()[:1]
-    where = f"  hottest: {hot[0].name or 'anonymous'} {hot[0].dirty_pages:,}" if hot else ""
-    bytes_same = f"  same bytes: {same:,}" if same is not None else ""
-    sure = "" if epoch.complete else "  INCOMPLETE"
-    return (
-        f"{epoch.epoch:>5} pid {epoch.pid} {epoch.span_ns / 1e9:7.3f} s {epoch.dirty_pages:>9,} pages"
-        f" {format_size(rate):>10}/s  {reasons}{bytes_same}{where}{sure}"
-    )
-
-
-def hottest(epochs: list[Epoch]) -> list[Any]:
-    """Regions of the last maps with the sum of their distinct dirty pages over the epochs."""
-    from dataclasses import replace
-
-    import numpy as np
-
-    from pagelens.dirty import spans
-
-    union = spans.EMPTY
-    for epoch in epochs:
-        union = spans.union(union, epoch.spans)
-    count = (union.end - union.start) >> np.uint64(12)
-    whole = replace(epochs[-1], start=union.start, count=count, why=np.ones(len(count), np.uint8))
-    return whole.regions()
 
 
 def _paced(look: Any, interval: float, count: int | None) -> Iterator[list[Epoch]]:

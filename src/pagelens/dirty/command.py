@@ -13,15 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from pagelens.dirty.epoch import Epoch
 from pagelens.dirty.follow import Family
 from pagelens.dirty.track import Tracker
 from pagelens.linux.launch import Launched
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import PagelensError
-from pagelens.vm.vma import VmaList
 
 Make = Callable[[int], Tracker]
 
@@ -91,32 +88,14 @@ class CommandRun:
                 # makes a new tracker. But at the exit there is no later look that would list what this one lost.
                 if not last:
                     return
-                epoch = self._missed(self._tracker, str(error))
+                epoch = self._tracker.lost(
+                    f"the look at the exit failed, what was written since the one before is not known: {error}"
+                )
             whole = whole and epoch.complete and not self._note
             notes = (*epoch.notes, *self._note, *more)
             self._queue.put(replace(epoch, epoch=self._count, notes=notes, complete=whole))
             self._count += 1
             self._note = ()
-
-    def _missed(self, tracker: Tracker, error: str) -> Epoch:
-        # An epoch of which nothing is known but that it was.
-        none = np.empty(0, np.uint64)
-        return Epoch(
-            epoch=self._count,
-            time_ns=time.monotonic_ns(),
-            span_ns=0,
-            cost_ns=0,
-            backend=tracker.semantics.name,
-            start=none,
-            count=none,
-            why=np.empty(0, np.uint8),
-            vmas=VmaList(),
-            pid=self.pid,
-            complete=False,
-            notes=(
-                f"the look at the exit failed, what was written since the one before is not known: {error}",
-            ),
-        )
 
     def _on_exec(self, pid: int) -> None:
         with self._lock:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagelens.dirty import spans
 from pagelens.dirty.epoch import Epoch
 from pagelens.dirty.spans import Spans
 from pagelens.linux import memory
-from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.pages import contained
 
 
 class Contents:
@@ -26,7 +27,7 @@ class Contents:
 
     def remember(self, where: Spans) -> None:
         """Hash the pages of `where` as they are now."""
-        pages = _pages(where)
+        pages = spans.pages(where)
         hashes, readable = memory.hash_pages(self._pid, where.pairs())
         self._merge(pages[readable], hashes[readable])
 
@@ -34,7 +35,7 @@ class Contents:
         """How many of the epoch's pages hold the same bytes as when they were last read; remembers the new
         ones. Pages never read before count as changed."""
         where = epoch.spans
-        pages = _pages(where)
+        pages = spans.pages(where)
         hashes, readable = memory.hash_pages(self._pid, where.pairs())
         pages, hashes = pages[readable], hashes[readable]
         same = 0
@@ -45,13 +46,8 @@ class Contents:
         return same
 
     def _merge(self, pages: npt.NDArray[np.uint64], hashes: npt.NDArray[np.uint64]) -> None:
-        keep = ~np.isin(self._addr, pages)
+        keep = ~contained(self._addr, pages)
         addr = np.concatenate((self._addr[keep], pages))
         order = np.argsort(addr, kind="stable")
         self._addr = addr[order]
         self._hash = np.concatenate((self._hash[keep], hashes))[order]
-
-
-def _pages(where: Spans) -> npt.NDArray[np.uint64]:
-    parts = [np.arange(s, e, PAGE_SIZE, dtype=np.uint64) for s, e in where.pairs()]
-    return np.concatenate(parts) if parts else np.empty(0, np.uint64)

@@ -28,18 +28,21 @@ class Family:
         self._refused: dict[int, str] = {}
 
     def looks(self) -> list[Epoch]:
-        """One epoch for each living member; new children first join. Raises TargetGoneError when all are
-        gone."""
+        """One epoch for each member, an incomplete one for each that has ended since; new children first join.
+        Raises TargetGoneError when all are gone."""
+        if self._with_root and not self._members:
+            raise TargetGoneError(f"process {self._root} and its children have ended")
         self._join()
         out = []
         for pid, tracker in list(self._members.items()):
             try:
                 out.append(tracker.epoch())
             except TargetGoneError:
+                out.append(
+                    tracker.lost("it has ended: what it wrote since it was last looked at is not known")
+                )
                 tracker.close()
                 del self._members[pid]
-        if self._with_root and not self._members:
-            raise TargetGoneError(f"process {self._root} and its children have ended")
         return out
 
     @property

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pagelens.dirty import spans
 from pagelens.dirty.epoch import Epoch
 from pagelens.dirty.spans import Spans
+from pagelens.vm.pages import distinct
 from pagelens.vm.units import PAGE_SHIFT, format_size
 
 _SHADES = " .:-=+*#%@"
@@ -65,7 +66,7 @@ def table(epochs: Sequence[Epoch], rows: int = 24) -> list[str]:
 
 
 def _only_touched(where: Spans, dirt: Spans) -> Spans:
-    hit = np.unique(spans.overlaps(dirt, where)[2])
+    hit = distinct(spans.overlaps(dirt, where)[2])
     return Spans(where.start[hit], where.end[hit])
 
 

@@ -123,6 +123,29 @@ class Tracker:
             self._last_ns = done
             return epoch
 
+    def lost(self, why: str) -> Epoch:
+        """An epoch of which nothing is known but that it was (the process ended before it could be looked at)."""
+        with self._lock:
+            now = time.monotonic_ns()
+            none = np.empty(0, np.uint64)
+            epoch = Epoch(
+                epoch=self._number,
+                time_ns=now,
+                span_ns=now - self._last_ns,
+                cost_ns=0,
+                backend=self._backend.semantics.name,
+                start=none,
+                count=none,
+                why=np.empty(0, np.uint8),
+                vmas=VmaList(),
+                pid=self._proc.pid,
+                complete=False,
+                notes=(why,),
+            )
+            self._number += 1
+            self._last_ns = now
+            return epoch
+
     def list_everything(self) -> None:
         """Make the next epoch list all contents, as NEW (a child that was found between looks)."""
         with self._lock:
