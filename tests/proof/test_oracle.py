@@ -25,8 +25,11 @@ def do(oracle, text):
 
 
 def test_the_fence_is_verified(oracle):
-    assert [fence for fence in oracle.fences if not fence.ok] == []
-    assert {fence.name for fence in oracle.fences} >= {"aslr", "thp", "ksm", "numa", "swap", "cpu", "harness"}
+    """All but what only the machine's owner can close: a DAMON scheme is named where there is one."""
+    assert [fence for fence in oracle.fences if not fence.ok and fence.name != "damon"] == []
+    assert {fence.name for fence in oracle.fences} >= {
+        "aslr", "thp", "ksm", "numa", "swap", "damon", "cpu", "harness"
+    }  # fmt: skip
 
 
 def test_exact_faults(oracle):

@@ -7,6 +7,7 @@ see them; `HARNESS` is what views leave out.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -171,7 +172,10 @@ class ModelWorld:
     def _process_call(self, process: Process, op: Op) -> int:
         match op.name:
             case "fork":
-                self.processes[op.result] = process.fork()
+                try:
+                    self.processes[op.result] = process.fork()
+                except MemoryError:
+                    return -errno.ENOMEM
                 self.settle(op.result)
                 return 0
             case "vfork":

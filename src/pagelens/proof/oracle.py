@@ -165,6 +165,7 @@ class Oracle(Children):
         swaps = len(Path("/proc/swaps").read_text().splitlines()) - 1
         ksm = _figure("/sys/kernel/mm/ksm/run", 0)
         numa = _figure("/proc/sys/kernel/numa_balancing", 0)
+        pagers = _damon_pagers()
         policy_ok = self.send("main", SYSCALL, _NR["set_mempolicy"], 4).result == 0
         pinned = self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}
         again = self.send("main", SETTLE, 0, self.setting.text, self.setting.text_pages)
@@ -174,6 +175,9 @@ class Oracle(Children):
             Fence("ksm", ksm == 0, f"/sys/kernel/mm/ksm/run is {ksm}"),
             Fence("numa", numa == 0 or policy_ok, f"numa_balancing {numa}, policy MPOL_LOCAL"),
             Fence("swap", swaps == 0, f"{swaps} swap areas"),
+            Fence(
+                "damon", not pagers, f"no DAMON scheme that pages out (found: {', '.join(pagers) or 'none'})"
+            ),
             Fence("cpu", pinned, f"pinned to {self.cpu}"),
             Fence("harness", again.faults == 0, f"{again.faults} faults when nothing happens"),
         )
@@ -370,6 +374,31 @@ class Oracle(Children):
             os.sched_setaffinity(0, self._affinity)
             self._affinity = set()
         super().close()
+
+
+def _damon_pagers() -> list[str]:
+    # DAMON schemes that run and unmap pages (damon_pa_pageout, reclaim_pages): the one thing that takes a page from the
+    # child although nobody asked for it. It is the machine's own affair; what is gone when a program runs again may be
+    # its doing. Readable by root only.
+    found = []
+    for state in Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/state"):
+        try:
+            if state.read_text().strip() != "on":
+                continue
+            actions = state.parent.glob("contexts/*/schemes/*/action")
+            found += [state.parent.name for action in actions if action.read_text().strip() == "pageout"]
+        except OSError:
+            continue
+    if _text("/sys/module/damon_reclaim/parameters/enabled") == "Y":
+        found.append("damon_reclaim")
+    return found
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
 
 
 def _limit(number: int) -> int:
