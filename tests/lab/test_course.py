@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import os
 import re
 import shlex
 from pathlib import Path
@@ -15,18 +14,13 @@ import pytest
 
 from pagelens.cli import main as cli
 from pagelens.lab.exercises import EXERCISES
-from pagelens.model.expect import applies, check
-from pagelens.model.op import Op
 from pagelens.model.profile import PROFILES, Profile
-from pagelens.model.runner import ModelWorld
-from pagelens.model.scenario import parse
 from pagelens.proof.probes import probe_profile
-from pagelens.proof.verify import verify
+from support.scenarios import CPU, wrong_in_the_model, wrong_on_this_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "docs" / "lab"
 PAGES = sorted(LAB.glob("*.md"))
-CPU = max(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +71,10 @@ def profile() -> Profile:
 
 @pytest.mark.parametrize("path", sorted(LAB.glob("*.plscn")), ids=lambda p: p.stem)
 def test_this_kernel_agrees(path: Path, profile: Profile) -> None:
-    verdict = verify(parse(path.read_text(), path.name), profile, CPU)
-    assert [str(d) for d in verdict.disagreements] == []
-    assert [str(u) for u in verdict.unmet] == []
+    assert wrong_on_this_kernel(path, profile) == []
 
 
 @pytest.mark.parametrize("name", [n for n in PROFILES if n.startswith("linux-")])
 def test_the_scenarios_hold_in_the_model_of_every_kernel(name: str) -> None:
     for path in LAB.glob("*.plscn"):
-        world, outcome = ModelWorld(name), None
-        for line in parse(path.read_text(), path.name).lines:
-            if isinstance(line.item, Op):
-                outcome = world.apply(line.item)
-            elif applies(line, name):
-                got = check(line.item, world, outcome, soft_dirty=world.machine.profile.soft_dirty)
-                assert got is None, f"{path.name}, line {line.number}: {line.text}: {got}"
+        assert wrong_in_the_model(path, name) == []

@@ -1,19 +1,15 @@
 """Every kept scenario: on this kernel and in the model, step by step; and in the model of every profile."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-from pagelens.model.expect import applies, check
-from pagelens.model.op import Op
 from pagelens.model.profile import PROFILES
-from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import format_scenario, parse, parse_op
 from pagelens.proof.probes import probe_profile
 from pagelens.proof.verify import verify
+from support.scenarios import CPU, wrong_in_the_model, wrong_on_this_kernel
 
-CPU = max(os.sched_getaffinity(0))
 SCENARIOS = sorted((Path(__file__).parent.parent / "model" / "scenarios").glob("*.plscn"))
 
 
@@ -24,24 +20,13 @@ def profile():
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda p: p.stem)
 def test_on_this_kernel(path, profile):
-    verdict = verify(parse(path.read_text(), path.name), profile, CPU)
-    assert [str(d) for d in verdict.disagreements] == []
-    assert [str(u) for u in verdict.unmet] == []
-    assert verdict.checked + len(verdict.skipped) == sum(
-        not isinstance(line.item, Op) for line in parse(path.read_text()).lines
-    )
+    assert wrong_on_this_kernel(path, profile) == []
 
 
 @pytest.mark.parametrize("name", [n for n in PROFILES if n.startswith("linux-")])
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda p: p.stem)
 def test_in_the_model_of_every_kernel(path, name):
-    world, outcome = ModelWorld(name), None
-    for line in parse(path.read_text(), path.name).lines:
-        if isinstance(line.item, Op):
-            outcome = world.apply(line.item)
-        elif applies(line, name):
-            got = check(line.item, world, outcome, soft_dirty=world.machine.profile.soft_dirty)
-            assert got is None, f"line {line.number}: {line.text}: {got}"
+    assert wrong_in_the_model(path, name) == []
 
 
 def test_a_scenario_that_is_wrong_is_found(profile):

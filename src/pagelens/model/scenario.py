@@ -23,14 +23,20 @@ from dataclasses import dataclass
 
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Place
+from pagelens.model.words import (
+    BadLineError,
+    Scope,
+    Words,
+    known_file,
+    number,
+    place_of,
+    range_of,
+    rights,
+    size,
+)
 from pagelens.vm.errors import DamagedInputError
-from pagelens.vm.units import PAGE_SIZE
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*$")
-_RANGE = re.compile(
-    r"(?P<base>[A-Za-z_]\w*|0x[0-9a-fA-F]+)(?:\[(?P<first>-?\d+)(?::(?P<last>-?\d+))?\])?(?:\+(?P<plus>\d+))?"
-    r"(?:~(?P<bytes>\d+))?$"
-)
 _PAGE_WORDS = frozenset({"present", "absent", "swapped", "file", "anon", "dirty", "exclusive", "guard"})
 EXPECTATIONS = ("faults", "result", "signal", "vmas", "vma", "page", "pages", "smaps")
 
@@ -77,17 +83,12 @@ class Scenario:
         return tuple(line.item for line in self.lines if isinstance(line.item, Op))
 
 
-class _Bad(Exception):
-    # Cause of a bad line; the caller adds name and line number.
-    pass
-
-
 def parse(text: str, name: str = "scenario") -> Scenario:
     """Parse a scenario. DamagedInputError names the line and the cause."""
     lines: list[Line] = []
     title = ""
-    scope = _Scope()
-    for number, raw in enumerate(text.splitlines(), 1):
+    scope = Scope()
+    for at, raw in enumerate(text.splitlines(), 1):
         stripped = raw.strip()
         if stripped.startswith("#") and not title:
             title = stripped.lstrip("# ").strip()
@@ -96,9 +97,9 @@ def parse(text: str, name: str = "scenario") -> Scenario:
             continue
         try:
             profiles, item = _line(body, scope)
-        except _Bad as bad:
-            raise DamagedInputError(f"{name}, line {number}: {bad} (in {body!r})") from None
-        lines.append(Line(number, body, item, profiles))
+        except BadLineError as bad:
+            raise DamagedInputError(f"{name}, line {at}: {bad} (in {body!r})") from None
+        lines.append(Line(at, body, item, profiles))
     if not any(isinstance(line.item, Op) for line in lines):
         raise DamagedInputError(f"{name}: holds no operation")
     return Scenario(name, title, tuple(lines))
@@ -109,7 +110,7 @@ def parse_op(text: str) -> Op:
     step`."""
     try:
         _, item = _line(text.partition("#")[0].strip(), None)
-    except _Bad as bad:
+    except BadLineError as bad:
         raise DamagedInputError(f"{bad} (in {text!r})") from None
     if not isinstance(item, Op):
         raise DamagedInputError(f"not an operation: {text!r}")
@@ -122,15 +123,7 @@ def format_scenario(operations: Iterable[Op], title: str = "") -> str:
     return head + "".join(f"{op}\n" for op in operations)
 
 
-class _Scope:
-    # Names that exist so far, with their sizes where known: `a` alone means the whole region.
-    def __init__(self) -> None:
-        self.regions: dict[str, int] = {"arena": ops.ARENA_PAGES * PAGE_SIZE, "heap": 0}
-        self.files: dict[str, int] = {}
-        self.procs: set[str] = {"main"}
-
-
-def _line(body: str, scope: _Scope | None) -> tuple[tuple[str, ...], Op | Expectation]:
+def _line(body: str, scope: Scope | None) -> tuple[tuple[str, ...], Op | Expectation]:
     profiles: tuple[str, ...] = ()
     match = re.match(r"on\s+([\w.,\- ]+):\s*(.+)$", body)
     if match:
@@ -141,7 +134,7 @@ def _line(body: str, scope: _Scope | None) -> tuple[tuple[str, ...], Op | Expect
     if match:
         proc, body = match[1], match[2]
     if scope is not None and proc not in scope.procs:
-        raise _Bad(f"no process or thread {proc!r} so far")
+        raise BadLineError(f"no process or thread {proc!r} so far")
     result = ""
     match = re.match(r"([A-Za-z_]\w*)\s*=\s*(.+)$", body)
     if match:
@@ -149,33 +142,35 @@ def _line(body: str, scope: _Scope | None) -> tuple[tuple[str, ...], Op | Expect
     try:
         words = shlex.split(body)
     except ValueError as exc:
-        raise _Bad(str(exc)) from None
+        raise BadLineError(str(exc)) from None
     name, rest = words[0], words[1:]
     if name == "expect":
         if result:
-            raise _Bad("an expectation has no result")
+            raise BadLineError("an expectation has no result")
         return profiles, _expectation(proc, rest, scope)
     if profiles:
-        raise _Bad("only expectations can be for some kernels (`on`): the operations must be the same on all")
+        raise BadLineError(
+            "only expectations can be for some kernels (`on`): the operations must be the same on all"
+        )
     if name not in ops.NAMES:
         import difflib
 
         near = difflib.get_close_matches(name, [*ops.NAMES, "expect"], n=1)
-        raise _Bad(f"no operation {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
+        raise BadLineError(f"no operation {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
     op = _operation(name, proc, result, rest, scope)
     if scope is not None:
         _define(op, scope)
     return profiles, op
 
 
-def _define(op: Op, scope: _Scope) -> None:
+def _define(op: Op, scope: Scope) -> None:
     needs = {"fork": "q = fork", "vfork": "q = vfork", "thread": "t = thread", "memfd": "f = memfd 16"}
     if op.name in needs and not op.result:
-        raise _Bad(f"needs a name: {needs[op.name]}")
+        raise BadLineError(f"needs a name: {needs[op.name]}")
     if not op.result:
         return
     if op.result in ("arena", "heap", "main", "expect", "on"):
-        raise _Bad(f"{op.result!r} is taken")
+        raise BadLineError(f"{op.result!r} is taken")
     if op.name in ("mmap", "shmat"):
         scope.regions[op.result] = op.length
     elif op.name == "mremap":
@@ -185,77 +180,50 @@ def _define(op: Op, scope: _Scope) -> None:
     elif op.name in ("fork", "vfork", "thread"):
         scope.procs.add(op.result)
     else:
-        raise _Bad(f"{op.name} gives nothing to name")
+        raise BadLineError(f"{op.name} gives nothing to name")
 
 
-class _Words:
-    # The words of a line, taken one by one.
-    def __init__(self, words: list[str]) -> None:
-        self.left = words
-
-    def take(self, what: str) -> str:
-        if not self.left:
-            raise _Bad(f"{what} is missing")
-        return self.left.pop(0)
-
-    def flags(self, table: dict[str, int], *, stop: tuple[str, ...] = ()) -> int:
-        value = 0
-        while self.left and self.left[0] not in stop:
-            word = self.left.pop(0)
-            if word.startswith("flags="):
-                value |= _int(word[6:])
-            elif word in table:
-                value |= table[word]
-            else:
-                raise _Bad(f"unknown word {word!r}; known: {' '.join(table)}")
-        return value
-
-    def end(self) -> None:
-        if self.left:
-            raise _Bad(f"too much: {' '.join(self.left)!r}")
-
-
-def _operation(name: str, proc: str, result: str, words: list[str], scope: _Scope | None) -> Op:
-    w = _Words(words)
+def _operation(name: str, proc: str, result: str, words: list[str], scope: Scope | None) -> Op:
+    w = Words(words)
     place: Place | None = None
     length = 0
     kw: dict[str, object] = {}
     if name in ops.RANGED:
-        place, length = _range(w.take("a range such as a[0:2]"), scope)
+        place, length = range_of(w.take("a range such as a[0:2]"), scope)
     match name:
         case "mmap":
-            length = _size(w.take("the number of pages"))
+            length = size(w.take("the number of pages"))
             while w.left and w.left[0] == "at":
                 w.take("at")
-                place = _place(w.take("the place after `at`"), scope)
-            kw["prot"] = _prot(w.take("the protection (rw, r, none …)"))
+                place = place_of(w.take("the place after `at`"), scope)
+            kw["prot"] = rights(w.take("the protection (rw, r, none …)"))
             kw["flags"] = w.flags(ops.MAP_WORDS, stop=("file", "at"))
             if w.left and w.left[0] == "at":
                 w.take("at")
-                place = _place(w.take("the place after `at`"), scope)
+                place = place_of(w.take("the place after `at`"), scope)
             if w.left:
                 w.take("file")
-                file = _place(w.take("the file's name"), None)
-                _known_file(file.region, scope)
+                file = place_of(w.take("the file's name"), None)
+                known_file(file.region, scope)
                 kw["file"], kw["offset"] = file.region, file.offset
         case "mprotect":
-            kw["prot"] = _prot(w.take("the protection (rw, r, none …)"))
+            kw["prot"] = rights(w.take("the protection (rw, r, none …)"))
         case "mremap":
-            kw["new_length"] = _size(w.take("the new number of pages"))
+            kw["new_length"] = size(w.take("the new number of pages"))
             kw["flags"] = w.flags(ops.MREMAP_WORDS, stop=("to",))
             if w.left:
                 w.take("to")
-                kw["new_place"] = _place(w.take("the place after `to`"), scope)
+                kw["new_place"] = place_of(w.take("the place after `to`"), scope)
         case "madvise":
             word = w.take("the advice")
             if word.startswith("flags="):
-                kw["flags"] = _int(word[6:])
+                kw["flags"] = number(word[6:])
             elif word in ops.ADVICE_WORDS:
                 kw["flags"] = ops.ADVICE_WORDS[word]
             else:
-                raise _Bad(f"no advice {word!r}; known: {' '.join(ops.ADVICE_WORDS)}")
+                raise BadLineError(f"no advice {word!r}; known: {' '.join(ops.ADVICE_WORDS)}")
         case "brk":
-            place = _place(w.take("the new break, such as heap[4]"), scope)
+            place = place_of(w.take("the new break, such as heap[4]"), scope)
         case "mlock2":
             kw["flags"] = w.flags(ops.MLOCK2_WORDS)
         case "mlockall":
@@ -263,161 +231,98 @@ def _operation(name: str, proc: str, result: str, words: list[str], scope: _Scop
         case "msync":
             kw["flags"] = w.flags(ops.MSYNC_WORDS)
         case "memfd":
-            length = _size(w.take("the number of pages"))
+            length = size(w.take("the number of pages"))
         case "ftruncate":
-            kw["file"] = _known_file(w.take("the file's name"), scope)
-            length = _size(w.take("the number of pages"))
+            kw["file"] = known_file(w.take("the file's name"), scope)
+            length = size(w.take("the number of pages"))
         case "pwrite" | "fallocate":
-            file_range, length = _range(w.take("a range of the file such as f[0:2]"), None)
+            file_range, length = range_of(w.take("a range of the file such as f[0:2]"), None)
             if scope is not None and not length:
                 length = scope.files.get(file_range.region, 0)
-            kw["file"], kw["offset"] = _known_file(file_range.region, scope), file_range.offset
+            kw["file"], kw["offset"] = known_file(file_range.region, scope), file_range.offset
             if name == "fallocate":
                 kw["flags"] = w.flags(ops.FALLOCATE_WORDS)
         case "clear_refs":
-            kw["flags"] = _int(w.take("the level, 1 to 5"))
+            kw["flags"] = number(w.take("the level, 1 to 5"))
         case "shmat":
-            length = _size(w.take("the number of pages"))
+            length = size(w.take("the number of pages"))
             if w.left and w.left[0] == "at":
                 w.take("at")
-                place = _place(w.take("the place after `at`"), scope)
-            kw["prot"] = _prot(w.take("the protection (r, rw, rx, rwx)"))
+                place = place_of(w.take("the place after `at`"), scope)
+            kw["prot"] = rights(w.take("the protection (r, rw, rx, rwx)"))
             kw["flags"] = w.flags(ops.SHMAT_WORDS)
         case "rlimit":
             word = w.take("the resource")
             if word not in ops.RLIMIT_WORDS:
-                raise _Bad(f"no resource {word!r}; known: {' '.join(ops.RLIMIT_WORDS)}")
+                raise BadLineError(f"no resource {word!r}; known: {' '.join(ops.RLIMIT_WORDS)}")
             kw["flags"] = ops.RLIMIT_WORDS[word]
             word = w.take("the number of pages, or unlimited")
-            length = ops.UNLIMITED if word == "unlimited" else _size(word)
+            length = ops.UNLIMITED if word == "unlimited" else size(word)
     w.end()
     return Op(name, proc, result, place, length, **kw)  # type: ignore[arg-type]
 
 
-def _expectation(proc: str, words: list[str], scope: _Scope | None) -> Expectation:
-    w = _Words(words)
+def _expectation(proc: str, words: list[str], scope: Scope | None) -> Expectation:
+    w = Words(words)
     kind = w.take("what is expected")
     place: Place | None = None
     length = value = 0
     said: tuple[str, ...] = ()
     match kind:
         case "faults":
-            value = _int(w.take("the number of faults"))
+            value = number(w.take("the number of faults"))
         case "result":
             word = w.take("the result: ok, a number, a place or an errno name")
             if word == "ok":
                 said = ("ok",)
             elif re.match(r"-?\d|0x", word) and "[" not in word:
-                value = _int(word)
+                value = number(word)
             elif word in errno.errorcode.values():
                 value = -int(getattr(errno, word))
             else:
-                place = _place(word, scope)
+                place = place_of(word, scope)
         case "signal":
             word = w.take("the signal: SEGV, BUS or none")
             if word != "none" and word not in ops.SIGNALS:
-                raise _Bad(f"no signal {word!r}; known: none {' '.join(ops.SIGNALS)}")
+                raise BadLineError(f"no signal {word!r}; known: none {' '.join(ops.SIGNALS)}")
             said = (word,)
             if w.left:
-                value = _int(w.take("si_code"))
+                value = number(w.take("si_code"))
         case "vmas" | "pages":
             if kind == "pages":
                 said = (w.take("a page state"),)
                 _page_word(said[0])
-            value = _int(w.take("the number"))
+            value = number(w.take("the number"))
             if w.left:
                 if w.take("in") != "in":
-                    raise _Bad("a range follows `in`")
-                place, length = _range(w.take("the range after `in`"), scope)
+                    raise BadLineError("a range follows `in`")
+                place, length = range_of(w.take("the range after `in`"), scope)
         case "vma":
-            place, length = _range(w.take("the range of the vma"), scope)
+            place, length = range_of(w.take("the range of the vma"), scope)
             perms = w.take("its permissions, as in maps: rw-p")
             if not re.match(r"[r-][w-][x-][ps]$", perms):
-                raise _Bad(f"not permissions: {perms!r} (example: rw-p)")
+                raise BadLineError(f"not permissions: {perms!r} (example: rw-p)")
             said = (perms,)
         case "page":
-            place, length = _range(w.take("the page"), scope)
+            place, length = range_of(w.take("the page"), scope)
             said = tuple(w.left)
             if not said:
-                raise _Bad("the page's state is missing")
+                raise BadLineError("the page's state is missing")
             for word in said:
                 _page_word(word)
             w.left = []
         case "smaps":
-            place, length = _range(w.take("the range"), scope)
+            place, length = range_of(w.take("the range"), scope)
             said = (w.take("the field"),)
-            value = _int(w.take("the figure in kB"))
+            value = number(w.take("the figure in kB"))
         case _:
-            raise _Bad(f"cannot expect {kind!r}; known: {' '.join(EXPECTATIONS)}")
+            raise BadLineError(f"cannot expect {kind!r}; known: {' '.join(EXPECTATIONS)}")
     w.end()
     return Expectation(kind, proc, value, said, place, length)
 
 
 def _page_word(word: str) -> None:
     if word.removeprefix("!") not in _PAGE_WORDS:
-        raise _Bad(f"no page state {word!r}; known: {' '.join(sorted(_PAGE_WORDS))}, each also with !")
-
-
-def _int(word: str) -> int:
-    try:
-        return int(word, 0)
-    except ValueError:
-        raise _Bad(f"not a number: {word!r}") from None
-
-
-def _size(word: str) -> int:
-    return _int(word[1:]) if word.startswith("~") else _int(word) * PAGE_SIZE
-
-
-def _prot(word: str) -> int:
-    rights, *rest = word.split("+")
-    value = 0
-    for extra in rest:
-        if extra not in ops.PROT_WORDS:
-            raise _Bad(f"not known behind `+`: {extra!r} ({', '.join(ops.PROT_WORDS)})")
-        value |= ops.PROT_WORDS[extra]
-    if rights == "none":
-        return value
-    for letter in rights:
-        if letter not in ops.PROTS:
-            raise _Bad(f"not a protection: {word!r} (none, r, rw, rx …)")
-        value |= ops.PROTS[letter]
-    return value
-
-
-def _known_file(name: str, scope: _Scope | None) -> str:
-    if scope is not None and name not in scope.files:
-        raise _Bad(f"no file {name!r} so far")
-    return name
-
-
-def _place(word: str, scope: _Scope | None) -> Place:
-    return _range(word, scope)[0]
-
-
-def _range(word: str, scope: _Scope | None) -> tuple[Place, int]:
-    # (place, bytes); `a` alone is the whole region, whose size the scope knows (0 without a scope).
-    match = _RANGE.match(word)
-    if not match:
-        raise _Bad(f"not a range: {word!r} (examples: a, a[3], a[2:5], 0x10000[0:2])")
-    base = match["base"]
-    whole = 0
-    if base.startswith("0x"):
-        start = int(base, 16)
-        region = ""
-    else:
-        start, region = 0, base
-        if scope is not None:
-            if base not in scope.regions and base not in scope.files:
-                raise _Bad(f"no region {base!r} so far")
-            whole = scope.regions.get(base, scope.files.get(base, 0))
-    first = int(match["first"] or 0)
-    length = whole
-    if match["first"] is not None:
-        last = first + 1 if match["last"] is None else int(match["last"])
-        if last < first:
-            raise _Bad(f"the range {word!r} ends before it starts")
-        length = (last - first) * PAGE_SIZE
-    if match["bytes"] is not None:
-        length = int(match["bytes"])
-    return Place(region, start + first * PAGE_SIZE + int(match["plus"] or 0)), length
+        raise BadLineError(
+            f"no page state {word!r}; known: {' '.join(sorted(_PAGE_WORDS))}, each also with !"
+        )

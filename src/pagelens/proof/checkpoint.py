@@ -36,7 +36,7 @@ KPF_UPTODATE, KPF_DIRTY, KPF_MMAP, KPF_ANON, KPF_SWAPBACKED, KPF_ZERO_PAGE = (
 KPF_COMPARED = np.uint64(KPF_UPTODATE | KPF_DIRTY | KPF_MMAP | KPF_ANON | KPF_SWAPBACKED | KPF_ZERO_PAGE)
 FRAME = np.uint64((1 << 55) - 1)
 _PRESENT = np.uint64(63)
-_MAX_WINDOW = 4096  # pages of one span that are compared: of a larger one, both ends
+_BLOCK = 1 << 18  # pages that are looked at in one piece: 2 MiB of pagemap, of 1 GiB of addresses
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,7 @@ class Disagreement:
 
 
 def windows(keys: Iterable[Key]) -> list[Span]:
-    """Spans (address, pages) that cover all vmas: near ones together, so that few reads do; of very large
-    ones only the two ends."""
+    """Spans (address, pages) that cover all vmas: near ones together, so that few reads do."""
     spans: list[list[int]] = []
     last = -1
     for start, end, *_ in sorted(keys):
@@ -69,14 +68,17 @@ def windows(keys: Iterable[Key]) -> list[Span]:
         else:
             spans.append([start, end])
         last = spans[-1][1] + 512 * PAGE_SIZE
-    out = []
-    for start, end in spans:
-        pages = (end - start) // PAGE_SIZE
-        if pages <= 2 * _MAX_WINDOW:
-            out.append((start, pages))
-        else:
-            out += [(start, _MAX_WINDOW), (end - _MAX_WINDOW * PAGE_SIZE, _MAX_WINDOW)]
-    return out
+    return [(start, (end - start) // PAGE_SIZE) for start, end in spans]
+
+
+def blocks(spans: list[Span]) -> Iterator[list[Span]]:
+    """The same spans, in pieces that fit into memory: all at once, unless a program maps gigabytes."""
+    if sum(pages for _, pages in spans) <= _BLOCK:
+        yield spans
+        return
+    for start, pages in spans:
+        for at in range(0, pages, _BLOCK):
+            yield [(start + at * PAGE_SIZE, min(_BLOCK, pages - at))]
 
 
 class Checks:
@@ -185,10 +187,10 @@ class Checks:
     def _frames(self) -> None:
         parts = []
         for proc in self._leaders():
-            spans = windows(self.kernel.keys(proc))
-            here, there = (world.pages(proc, spans) for world in (self.kernel, self.model))
-            index = ((here & there) >> _PRESENT).nonzero()[0]
-            parts.append((proc, spans, index, here[index] & FRAME, there[index] & FRAME))
+            for spans in blocks(windows(self.kernel.keys(proc))):
+                here, there = (world.pages(proc, spans) for world in (self.kernel, self.model))
+                index = ((here & there) >> _PRESENT).nonzero()[0]
+                parts.append((proc, spans, index, here[index] & FRAME, there[index] & FRAME))
         if not parts:
             return
         pfns, frames = (np.concatenate([part[side] for part in parts]) for side in (3, 4))

@@ -15,7 +15,7 @@ from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import U64, Key, Names, Span, World
 from pagelens.proof.agreement import Agreement
-from pagelens.proof.checkpoint import Checks, Disagreement, page_at, windows
+from pagelens.proof.checkpoint import Checks, Disagreement, blocks, page_at, windows
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Prot, Vma
 
@@ -135,20 +135,24 @@ class Comparison:
         self, op: Op, proc: str, before: _Before | None, now: _Before, found: list[Disagreement]
     ) -> None:
         # All spans in one array: numpy's cost a call, not the pages, is what a step pays for.
-        now.entries = entries = self.kernel.pages(proc, now.spans)
-        entries &= self.mask
-        models = self.model.pages(proc, now.spans)
-        models &= self.mask
-        odd = entries != models
-        wrong = int(np.count_nonzero(odd))
-        total = len(entries)
-        self.agreement.count("pages", total - wrong, _stayed_pages(before, now), total)
-        if not wrong:
-            return
-        first = int(odd.argmax())
-        where = f"page {page_at(now.spans, first):#x} ({wrong} differ)"
-        kernel, text = bits_text(int(entries[first])), bits_text(int(models[first]))
-        found.append(self._differs("pages", op, proc, where, kernel, text))
+        for spans in blocks(now.spans):
+            entries = self.kernel.pages(proc, spans)
+            entries &= self.mask
+            models = self.model.pages(proc, spans)
+            models &= self.mask
+            odd = entries != models
+            wrong = int(np.count_nonzero(odd))
+            total = len(entries)
+            stayed = total  # of gigabytes, what was there is not kept: the predictor is taken to be right
+            if spans is now.spans:
+                now.entries = entries
+                stayed = _stayed_pages(before, now)
+            self.agreement.count("pages", total - wrong, stayed, total)
+            if wrong:
+                first = int(odd.argmax())
+                where = f"page {page_at(spans, first):#x} ({wrong} differ)"
+                kernel, text = bits_text(int(entries[first])), bits_text(int(models[first]))
+                found.append(self._differs("pages", op, proc, where, kernel, text))
 
     def checkpoint(self) -> list[Disagreement]:
         """What is compared only now and then (`proof.checkpoint`), of every process."""
@@ -175,6 +179,8 @@ def _stayed_pages(before: _Before | None, now: _Before) -> int:
     # The same of pages: those of spans that started where one starts now.
     if before is None:
         return 0
+    if before.spans and not len(before.entries):
+        return len(now.entries)
     if before.spans is now.spans:
         return int(np.count_nonzero(before.entries == now.entries))
     was: dict[int, tuple[int, int]] = {}

@@ -175,9 +175,7 @@ class Oracle(Children):
             Fence("ksm", ksm == 0, f"/sys/kernel/mm/ksm/run is {ksm}"),
             Fence("numa", numa == 0 or policy_ok, f"numa_balancing {numa}, policy MPOL_LOCAL"),
             Fence("swap", swaps == 0, f"{swaps} swap areas"),
-            Fence(
-                "damon", not pagers, f"no DAMON scheme that pages out (found: {', '.join(pagers) or 'none'})"
-            ),
+            Fence("damon", not pagers, f"DAMON schemes that page out: {', '.join(pagers) or 'none'}"),
             Fence("cpu", pinned, f"pinned to {self.cpu}"),
             Fence("harness", again.faults == 0, f"{again.faults} faults when nothing happens"),
         )
@@ -386,7 +384,11 @@ def _damon_pagers() -> list[str]:
             if state.read_text().strip() != "on":
                 continue
             actions = state.parent.glob("contexts/*/schemes/*/action")
-            found += [state.parent.name for action in actions if action.read_text().strip() == "pageout"]
+            found += [
+                f"kdamond {state.parent.name}"
+                for action in actions
+                if action.read_text().strip() == "pageout"
+            ]
         except OSError:
             continue
     if _text("/sys/module/damon_reclaim/parameters/enabled") == "Y":
