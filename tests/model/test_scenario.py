@@ -3,6 +3,7 @@
 import pytest
 
 from pagelens.model.op import Op, Place
+from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import Expectation, parse, parse_op
 from pagelens.vm.errors import DamagedInputError
 
@@ -83,3 +84,21 @@ def test_an_error_names_line_and_cause(line, cause):
 def test_empty_is_refused():
     with pytest.raises(DamagedInputError, match="no operation"):
         parse("# nothing\n")
+
+
+def test_what_is_left_out_has_a_reason() -> None:
+    world = ModelWorld("linux-6.18")
+    for op in parse("a = mmap 1 rw private anon\nt = thread\nq = vfork\n").operations:
+        world.apply(op)
+    for text, reason in (
+        ("write a[0]", "'main' stands still until 'q' exits"),
+        ("t: write a[0]", ""),
+        ("write b[0]", "there are: arena heap a"),
+        ("r: write a[0]", "no process 'r'; there are: main q"),
+        ("q: exit", ""),
+        ("write a[0]", ""),
+    ):
+        op = parse_op(text)
+        obstacle = world.obstacle(op)
+        assert reason in obstacle
+        assert bool(obstacle) == bool(reason) == (world.apply(op) is None)

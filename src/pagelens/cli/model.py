@@ -169,8 +169,10 @@ def _run(args: argparse.Namespace) -> int:
     for line in scenario.lines:
         item = line.item
         if isinstance(item, Op):
+            obstacle = world.obstacle(item)
             outcome = world.apply(item)
-            lines.append(f"{line.number:4d}  {line.text:<50} {outcome.text(item) if outcome else 'left out'}")
+            said = outcome.text(item) if outcome else f"left out: {obstacle}"
+            lines.append(f"{line.number:4d}  {line.text:<50} {said}")
             steps.append(_step_row(line.number, line.text, outcome))
             continue
         if not applies(line, profile.name):

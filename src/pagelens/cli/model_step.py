@@ -12,7 +12,6 @@ from pagelens.model.explain import access_stages
 from pagelens.model.op import Op
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import Scenario, parse_op
-from pagelens.model.world import undefined
 from pagelens.vm.errors import DamagedInputError
 from pagelens.vm.units import PAGE_SIZE
 
@@ -82,14 +81,10 @@ def _enter() -> bool:
 
 
 def _do(world: ModelWorld, op: Op, terminal: bool) -> None:
-    process = world.processes.get(op.proc)
-    if process is None:
-        print(f"  no process {op.proc!r}; there are: {' '.join(world.alive())}")
+    if obstacle := world.obstacle(op):
+        print(f"  {obstacle}")
         return
-    if undefined(op, world.names) or (op.file and op.file not in world.files):
-        names = [*world.names.regions, *world.files]
-        print(f"  it names something that does not exist; there are: {' '.join(names)}")
-        return
+    process = world.processes[op.proc]
     if op.name in ops.ACCESSES and op.place is not None and op.length <= PAGE_SIZE:
         addr = world.names.resolve(op.place)
         for i, stage in enumerate(access_stages(process, addr, op.name)):

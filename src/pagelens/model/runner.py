@@ -95,13 +95,26 @@ class ModelWorld:
         process.access(self.setting.text, self.setting.text_pages * PAGE_SIZE, "r")
         process.min_flt, process.maj_flt = counted  # the harness's own, not the operation's
 
+    def obstacle(self, op: Op) -> str:
+        """Why `op` would be left out; empty where it would not."""
+        if op.proc not in self.processes:
+            return f"no process {op.proc!r}; there are: {' '.join(self.alive())}"
+        if undefined(op, self.names) or (op.file and op.file not in self.files):
+            names = " ".join([*self.names.regions, *self.files])
+            return f"it names something that does not exist; there are: {names}"
+        if not self.open.has(op):
+            return f"{op.proc!r} has no file {op.file!r}: execve gave it a table of descriptors of its own"
+        if op.proc in self._waiting:
+            return f"{op.proc!r} stands still until {self._waiting[op.proc]!r} exits or does execve (vfork)"
+        if op.name == "execve" and op.proc in self._threads:
+            return "execve by a thread that is not the first one is not modelled"
+        return ""
+
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
-        process = self.processes.get(op.proc)
-        if process is None or undefined(op, self.names) or not self.open.has(op):
+        if self.obstacle(op):
             return None
-        if op.proc in self._waiting or (op.name == "execve" and op.proc in self._threads):
-            return None
+        process = self.processes[op.proc]
         if op.name in ops.ACCESSES:
             assert op.place is not None
             addr = self.names.resolve(op.place)
