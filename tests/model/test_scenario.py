@@ -94,7 +94,7 @@ def test_what_is_left_out_has_a_reason() -> None:
         ("write a[0]", "'main' stands still until 'q' exits"),
         ("t: write a[0]", ""),
         ("write b[0]", "there are: arena heap a"),
-        ("r: write a[0]", "no process 'r'; there are: main q"),
+        ("r: write a[0]", "no process 'r'; there are: main t q"),
         ("q: exit", ""),
         ("write a[0]", ""),
     ):
