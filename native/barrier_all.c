@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "barrier_stacks.h"
 #include "pagelens.h"
 
 #define MAX_MAPS (1 << 20)
@@ -28,6 +29,8 @@ int pl_barrier_drop(uintptr_t start);
 static char text[MAX_MAPS]; /* .bss of this library: one of the mappings that are left out */
 static struct { uintptr_t start; size_t pages; uint64_t *bits, *out; } watched[1024];
 static int n_watched;
+static struct pl_part stacks[8192];
+static int n_stacks, n_alternates;
 
 PL_EXPORT long pl_barrier_everything(void);
 PL_EXPORT long pl_barrier_list(void (*each)(uintptr_t page, void *arg), void *arg);
@@ -36,6 +39,31 @@ PL_EXPORT void pl_barrier_end(void);
 static int holds(uintptr_t start, uintptr_t end, const void *pointer)
 {
 	return (uintptr_t)pointer >= start && (uintptr_t)pointer < end;
+}
+
+static int add(uintptr_t start, uintptr_t end)
+{
+	if (start >= end)
+		return 0;
+	for (int i = 0; i < n_alternates; i++) /* what lies around an alternate stack is memory like any */
+		if (stacks[i].start < end && stacks[i].end > start) {
+			int failed = add(start, stacks[i].start < start ? start : stacks[i].start);
+			return failed ? failed : add(stacks[i].end, end);
+		}
+	if (n_watched == 1024)
+		return -ENOSPC;
+	watched[n_watched].start = start;
+	watched[n_watched].pages = (end - start) / 4096;
+	n_watched++;
+	return 0;
+}
+
+static int somebody_stands_in(uintptr_t start, uintptr_t end)
+{
+	for (int i = n_alternates; i < n_stacks; i++)
+		if (stacks[i].start >= start && stacks[i].start < end)
+			return 1;
+	return 0;
 }
 
 /* Protects; returns the pages watched, or -errno. */
@@ -52,6 +80,8 @@ PL_EXPORT long pl_barrier_everything(void)
 	uintptr_t thread_block;
 	__asm__("mov %%fs:0, %0" : "=r"(thread_block)); /* the block's first word points at itself */
 	n_watched = 0;
+	n_stacks = pl_stacks_of_threads(stacks, 8192, &n_alternates);
+	uintptr_t guard = 0; /* where the mapping before ended, if it was one without access */
 	for (char *line = text, *next; line && *line; line = next) {
 		next = strchr(line, '\n');
 		if (next)
@@ -61,18 +91,23 @@ PL_EXPORT long pl_barrier_everything(void)
 		int name = 0;
 		if (sscanf(line, "%lx-%lx %4s %lx %15s %lu %n", &start, &end, perms, &offset, dev, &inode, &name) < 6)
 			continue;
+		int above_guard = guard == start;
+		guard = perms[0] == '-' && perms[1] == '-' ? end : 0;
 		if (perms[0] != 'r' || perms[1] != 'w' || perms[3] != 'p' || !strncmp(line + name, "[stack", 6))
 			continue;
 		if (holds(start, end, &here) || holds(start, end, (void *)thread_block) ||
-		    holds(start, end, text) || holds(start, end, watched) || holds(start, end, &n_watched))
+		    holds(start, end, text) || holds(start, end, watched) || holds(start, end, &n_watched) ||
+		    holds(start, end, stacks))
 			continue;
 		if (strstr(line + name, "libpagelens"))
 			continue;
-		if (n_watched == 1024)
-			return -ENOSPC;
-		watched[n_watched].start = start;
-		watched[n_watched].pages = (end - start) / 4096;
-		n_watched++;
+		uintptr_t stack_end = above_guard ? pl_stack_of_libc(start, end) : 0;
+		if (stack_end)
+			start = stack_end; /* the rest is another mapping that the kernel has merged with it */
+		else if (somebody_stands_in(start, end))
+			continue;
+		if ((failed = add(start, end)))
+			return failed;
 	}
 	/* Bitmaps from mmap: new mappings, which are not in the list. */
 	for (int i = 0; i < n_watched; i++) {

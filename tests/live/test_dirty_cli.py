@@ -153,10 +153,13 @@ def test_forecast_heat_and_faces(subjects: Subjects, tmp_path: Path) -> None:
         assert _dirty("--oneline", *args).stdout.count("|") == 4
         assert _dirty("--format", "csv", *args).stdout.startswith("epoch,pid,time_ns")
         out = tmp_path / "dirty.parquet"
-        _dirty("--format", "parquet", "-o", out, *args)
+        _dirty("--format", "parquet", "--ranges", "-o", out, *args)
         import pyarrow.parquet as pq
 
-        assert pq.read_table(out).num_rows == 2
+        table = pq.read_table(out).to_pylist()
+        assert len(table) == 2
+        listed = [sum(int(entry.partition("+")[2]) for entry in row["ranges"]) for row in table]
+        assert listed == [row["dirty_pages"] for row in table]
         assert _dirty("--format", "parquet", "-o", out, *args, check=False).returncode == 2
 
 

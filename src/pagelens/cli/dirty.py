@@ -246,7 +246,11 @@ class _Session:
         args = self.args
         if args.format in ("csv", "parquet"):
             flat = [r | {"reasons": [f"{k}={v}" for k, v in r["reasons"].items()]} for r in self.rows]
-            emit(args, _COLUMNS, flat)
+            columns = _COLUMNS
+            if args.ranges:
+                columns = [*columns, Col("ranges", kind="list")]
+                flat = [r | {"ranges": [f"{start}+{pages}" for start, pages in r["ranges"]]} for r in flat]
+            emit(args, columns, flat)
             return
         if args.format == "table":
             for line in self._closing():

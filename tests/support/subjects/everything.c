@@ -45,6 +45,32 @@ static void own_handler(int sig, siginfo_t *info, void *context)
 	siglongjmp(back, 1);
 }
 
+static char alternate[64 << 10] __attribute__((aligned(4096))); /* in the middle of a mapping that is watched */
+
+/* A thread that lives before everything is protected: its stack and its alternate stack are memory like any. */
+static volatile char *volatile early_page;
+static volatile int early_step;
+static __attribute__((noinline)) void deep(int levels)
+{
+	volatile char frame[PAGE];
+	frame[0] = 1;
+	if (levels)
+		deep(levels - 1);
+	frame[1] = 1;
+}
+
+static void *early(void *arg)
+{
+	stack_t stack = {.ss_sp = malloc(64 << 10), .ss_size = 64 << 10};
+	sigaltstack(&stack, NULL);
+	__atomic_store_n(&early_step, 1, __ATOMIC_SEQ_CST);
+	while (!early_page)
+		usleep(1000);
+	deep(20);
+	*early_page = 8;
+	return arg;
+}
+
 static void *in_thread(void *arg)
 {
 	((volatile char *)arg)[0] = 5;
@@ -62,8 +88,16 @@ int main(int argc, char **argv)
 	long (*list)(void (*)(uintptr_t, void *), void *) =
 		(long (*)(void (*)(uintptr_t, void *), void *))dlsym(lib, "pl_barrier_list");
 	void (*end)(void) = (void (*)(void))dlsym(lib, "pl_barrier_end");
-	struct sigaction sa = {.sa_sigaction = own_handler, .sa_flags = SA_SIGINFO};
+	struct sigaction sa = {.sa_sigaction = own_handler, .sa_flags = SA_SIGINFO | SA_ONSTACK};
 	sigaction(SIGSEGV, &sa, NULL);
+	stack_t stack = {.ss_sp = alternate, .ss_size = sizeof(alternate)};
+	sigaltstack(&stack, NULL);
+	pthread_t t, living;
+	pthread_create(&t, NULL, in_thread, malloc(1)); /* leaves its stack to the C library, which gives it out again */
+	pthread_join(t, NULL);
+	pthread_create(&living, NULL, early, NULL);
+	while (!early_step)
+		usleep(1000);
 	volatile char *heap = malloc(64 * PAGE), *area;
 	area = mmap(NULL, 64 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	area[5 * PAGE] = 1;
@@ -79,13 +113,14 @@ int main(int argc, char **argv)
 	heap[9 * PAGE] = 4;
 	area[5 * PAGE] = 6;
 	area[7 * PAGE] = 6;
-	pthread_t t;
 	pthread_create(&t, NULL, in_thread, (void *)(area + 11 * PAGE));
 	pthread_join(t, NULL);
+	early_page = area + 12 * PAGE;
+	pthread_join(living, NULL);
 	long n = list(each, NULL);
 	printf("listed %d\n", n > 0 && has(in_data + PAGE) && has(in_bss + 2 * PAGE) &&
 	       has((const void *)(heap + 9 * PAGE)) && has((const void *)(area + 5 * PAGE)) &&
-	       has((const void *)(area + 7 * PAGE)) && has((const void *)(area + 11 * PAGE)));
+	       has((const void *)(area + 7 * PAGE)) && has((const void *)(area + 11 * PAGE)) && has((const void *)(area + 12 * PAGE)));
 	printf("unlisted %d\n", !has(in_data + 2 * PAGE) && !has(in_bss) && !has((const void *)(area + 6 * PAGE)) &&
 	       !has((const void *)(heap + 20 * PAGE)));
 	list(NULL, NULL);
