@@ -68,6 +68,35 @@ def test_save_verify_look_and_roll_back(
     assert not Path(one).exists()
 
 
+def test_diff_names_the_objects_whose_bytes_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "g.c"
+    source.write_text(
+        "#include <stdio.h>\nint counter = 5; static char table[20000]; long big[4096] = {1};\n"
+        'int main(void){ puts("r"); fflush(stdout); while (getchar() > 0) { counter++; table[9000] = big[2000] = 1; }'
+        "return 0; }\n"
+    )
+    subprocess.run(["gcc", "-g", "-o", tmp_path / "g", source], check=True)
+    child = subprocess.Popen([tmp_path / "g"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        child.stdout.readline()
+        one, two = str(tmp_path / "one"), str(tmp_path / "two")
+        assert main(["checkpoint", str(child.pid), "-o", one]) == 0
+        child.stdin.write(b"x")
+        time.sleep(0.3)
+        assert main(["checkpoint", str(child.pid), "-o", two]) == 0
+        capsys.readouterr()
+        assert main(["diff", one, two, "--format", "json"]) == 0
+        names = {name for row in json.loads(capsys.readouterr().out) for name in row["symbols"]}
+        assert {"counter (1)", "table (1)", "big (1)"} <= names
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def _rows(path: str) -> list[dict[str, Any]]:
     out = Path(path).parent / "map.json"
     assert main(["map", path, "--format", "json", "-o", str(out)]) == 0
@@ -86,6 +115,10 @@ def _rows(path: str) -> list[dict[str, Any]]:
         (["checkpoint", "PID", "-o", "/nowhere/x"], 2, "not a directory"),
         (["checkpoint", "PID", "-o", "OUT", "--parent", "/nowhere"], 2, "no checkpoint"),
         (["checkpoint", "PID", "-o", "OUT", "--every", "1", "--parent", "x"], 2, "--every"),
+        (["checkpoint", "PID", "-o", "OUT", "--keep", "3"], 2, "--every S"),
+        (["checkpoint", "PID", "-o", "OUT", "--zstd", "99"], 2, "0 (not compressed) to 22"),
+        (["checkpoint", "PID", "-o", "OUT", "--every", "1", "--dedup"], 2, "do not go with --every"),
+        (["read", "/tmp", "zz"], 2, "'zz' is no hexadecimal address"),
         (["verify", "/tmp"], 1, ""),
         (["read", "/nowhere", "1000"], 2, "no checkpoint"),
         (["rollback", "PID", "/nowhere"], 2, "no checkpoint"),

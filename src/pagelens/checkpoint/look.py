@@ -152,6 +152,23 @@ def _region(
     return RegionDiff(start, end, vma.name, perms, len(differs), nbytes, 0, 0, _runs(differs))
 
 
+def changed_words(first: Side, second: Side, region: RegionDiff, most: int = 4096) -> Any:
+    """uint64[n]: address and number of bytes that differ, of each 8-byte word of a region that differs; of its first
+    `most` pages. Shape (n, 2)."""
+    a, b = first.vmas.find(region.start), second.vmas.find(region.start)
+    if a is None or b is None:
+        return np.empty((0, 2), np.uint64)
+    parts = [
+        np.arange(start, start + pages * PAGE_SIZE, PAGE_SIZE, dtype=np.uint64)
+        for start, pages in region.runs
+    ]
+    addr = np.concatenate(parts)[:most] if parts else np.empty(0, np.uint64)
+    differ = (_contents(first, addr, a) != _contents(second, addr, b)).reshape(-1, 8).sum(axis=1)
+    words = np.flatnonzero(differ)
+    where = addr[words // (PAGE_SIZE // 8)] + (words % (PAGE_SIZE // 8) * 8).astype(np.uint64)
+    return np.stack([where, differ[words].astype(np.uint64)], axis=1)
+
+
 def _contents(side: Side, addr: Any, vma: Vma) -> Any:
     # uint8[n, 4096]; pages of a private mapping that the side only refers to, from the file as far as it can be had.
     where = side.locate(addr)

@@ -72,6 +72,10 @@ def rollback(pid: int, store: Stored, *, accept: Collection[str] = (), dry_run: 
         raise UsageError(
             f"no such kind: {', '.join(sorted(unknown))} (there are: {', '.join(concerns.KINDS)})"
         )
+    if pid != store.process.pid:
+        raise UsageError(
+            f"the checkpoint is of process {store.process.pid} ({store.process.comm}), not of {pid}"
+        )
     if store.manifest["range"] is not None:
         raise UsageError(f"{store.path} holds only a range; a rollback needs the whole process")
     saved = store.process

@@ -70,8 +70,12 @@ class Command:
             raise UsageError("where to? give -o DIR")
         out = Path(args.output)
         args.output = None  # the rest of the output goes to stdout
+        if not 0 <= args.zstd <= 22:
+            raise UsageError(f"--zstd takes 0 (not compressed) to 22, not {args.zstd}")
         if args.every is not None:
             return self._chain(args, out)
+        if args.keep or args.count:
+            raise UsageError("--keep and --count are of a chain: give --every S")
         done = dump(
             args.pid,
             out,
@@ -91,6 +95,8 @@ class Command:
 
         if args.parent is not None or args.range is not None:
             raise UsageError("--every makes its own chain of whole checkpoints; without --parent and a range")
+        if args.dedup is not None or args.force:
+            raise UsageError("--dedup and --force do not go with --every")
         if args.every < 0 or args.keep < 0 or args.count < 0:
             raise UsageError("--every, --keep and --count cannot be negative")
         with Chain(args.pid, out, keep=args.keep, level=args.zstd, with_files=args.with_files) as chain:

@@ -20,7 +20,7 @@ class Command:
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Arguments."""
         parser.add_argument("checkpoint", type=Path, metavar="DIR")
-        parser.add_argument("address", type=lambda text: int(text, 16), help="hexadecimal")
+        parser.add_argument("address", type=_address, help="hexadecimal")
         parser.add_argument("length", type=parse_size, nargs="?", default=256, help="bytes, or 4k, 1M")
         parser.add_argument("--raw", action="store_true", help="the bytes, not a dump")
         parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write to FILE")
@@ -42,6 +42,13 @@ class Command:
         else:
             sys.stdout.write(shown.decode())
         return 0
+
+
+def _address(text: str) -> int:
+    try:
+        return int(text, 16)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no hexadecimal address") from None
 
 
 def hexdump(addr: int, data: bytes) -> str:

@@ -110,6 +110,17 @@ class Symbolizer:
         module = self._module(path, build_id)
         return UNKNOWN if module is None else self._at(module.bias + vaddr)
 
+    def extent(self, path: str, build_id: str, vaddr: int) -> tuple[str, int, int] | None:
+        """(name, link-time address, size) of the object or function that holds `vaddr`; None where none does."""
+        module = self._module(path, build_id)
+        if module is None:
+            return None
+        try:
+            symbol = self._program.symbol(module.bias + vaddr)
+        except LookupError:
+            return None
+        return demangle(symbol.name), symbol.address - module.bias, symbol.size
+
     def _at(self, address: int) -> Place:
         name, offset = "", 0
         try:

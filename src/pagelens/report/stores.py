@@ -15,7 +15,7 @@ from pagelens.report import transitions
 from pagelens.report.diff import Diff
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import page_down
-from pagelens.vm.vma import Vma
+from pagelens.vm.vma import Vma, VmaList
 
 _CHAINS = 200  # page runs whose single faults are listed; more would drown the reader
 
@@ -102,25 +102,39 @@ def _causes(capture: Capture) -> dict[int, str]:
 
 def data_name(shot: Snapshot, address: int, symbolizer: Symbolizer) -> str:
     """Name of the object at `address` in a program's or library's data or bss, "" elsewhere."""
-    vma = shot.vmas.find(address)
-    if vma is None or (vma.inode and not vma.name.startswith("/")):
-        return ""
-    i = list(shot.vmas).index(vma)
+    found = _image_at(shot.vmas, address)
+    return "" if found is None else symbolizer.data(found[0], found[1], address - found[2]).function
+
+
+def data_object(vmas: VmaList, address: int, symbolizer: Symbolizer) -> tuple[str, int, int] | None:
+    """(name, start, end) of the object at `address` in a program's or library's data or bss."""
+    found = _image_at(vmas, address)
+    if found is None:
+        return None
+    path, build_id, bias = found
+    extent = symbolizer.extent(path, build_id, address - bias)
+    return None if extent is None else (extent[0], extent[1] + bias, extent[1] + bias + max(extent[2], 1))
+
+
+def _image_at(vmas: VmaList, address: int) -> tuple[str, str, int] | None:
+    # Path, build-id and load bias of the program or library in whose writable segments the address lies.
+    index = int(vmas.find_many(np.array([address], np.uint64))[0])
+    if index < 0 or (vmas[index].inode and not vmas[index].name.startswith("/")):
+        return None
     head: Vma | None = None
-    for back in range(i, max(-1, i - 9), -1):
-        v = shot.vmas[back]
+    for back in range(index, max(-1, index - 9), -1):
+        v = vmas[back]
         if v.inode and v.offset == 0 and not v.shared and v.name.startswith("/"):
             head = v
             break
     if head is None:
-        return ""
+        return None
     path = head.name.removesuffix(" (deleted)")
     image = elf.read(path, head.inode)
     if image is None or not image.loads():
-        return ""
+        return None
     bias = head.start - page_down(image.loads()[0].vaddr) if image.dynamic else 0
     vaddr = address - bias
     if not any(s.vaddr <= vaddr < s.vaddr + s.memsz and s.flags & 2 for s in image.loads()):
-        return ""
-    place = symbolizer.data(str(Path(path)), image.build_id, vaddr)
-    return place.function
+        return None
+    return str(Path(path)), image.build_id, bias
