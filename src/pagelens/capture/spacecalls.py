@@ -262,7 +262,7 @@ class Calls:
         # only since 6.17).
         rules = self.rules
         at = old
-        while True:
+        while at < old + length:
             i = space.after(at)
             if i == len(space.areas) or space.areas[i].vma.start >= old + length:
                 return

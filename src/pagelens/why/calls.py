@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import PAGE_SIZE, page_down, page_up
 from pagelens.vm.vma import Vma
+from pagelens.why import partial
 from pagelens.why.cuts import FileCut
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
 from pagelens.why.files import Files, device
 from pagelens.why.space import (
+    LOCKED,
+    ONFAULT,
     UFFD_ASYNC,
     UFFD_BEFORE,
     UFFD_MINOR,
@@ -80,6 +83,7 @@ def state_of(vma: Vma, thp: str, files: Files = _NO_FILES) -> State:
         mergeable="mg" in flags,
         dontfork="dc" in flags,
         wipeonfork="wf" in flags,
+        locked=0 if "lo" not in flags else ONFAULT if "lf" in flags else LOCKED,
         name=vma.name,
         file=(vma.dev, vma.inode) if vma.inode else None,
         shift=vma.offset - vma.start if vma.inode else 0,
@@ -88,12 +92,19 @@ def state_of(vma: Vma, thp: str, files: Files = _NO_FILES) -> State:
 
 class Effects:
     """Applies calls. last: final snapshots, asked only for what arguments do not tell (shmat's length).
-    filesystems: those in memory, see `Files`."""
+    filesystems: those in memory, see `Files`. unmaps_first: see `capture.merging.Rules`."""
 
-    def __init__(self, thp: str, last: Mapping[int, Snapshot], filesystems: object = None) -> None:
+    def __init__(
+        self,
+        thp: str,
+        last: Mapping[int, Snapshot],
+        filesystems: object = None,
+        unmaps_first: bool = False,
+    ) -> None:
         self.thp = thp
         self.last = last
         self.files = Files(filesystems)
+        self.unmaps_first = unmaps_first
         self._huge_fds: set[tuple[int, int]] = set()  # (mm, fd) of memfd_create(MFD_HUGETLB)
         self._async_fds: set[tuple[int, int]] = set()  # (mm, fd) of userfaultfds with WP_ASYNC
         self.brk: dict[int, int] = {}
@@ -107,6 +118,7 @@ class Effects:
             "madvise": self._madvise,
             "mlock": self._mlock,
             "mlock2": self._mlock,
+            "munlock": self._munlock,
             "mlockall": self._mlockall,
             "munlockall": self._munlockall,
             "msync": self._msync,
@@ -122,9 +134,12 @@ class Effects:
         return name in self._do
 
     def apply(self, space: Space, call: Call, time: int) -> None:
-        """Apply one call that succeeded (or, as munlock, cannot matter)."""
+        """Apply one call, a failed one as far as it went."""
         if call.result < 0 and call.name != "brk":
-            return
+            done = partial.effect(space, call)
+            if done is None:
+                return
+            call = done
         self._do[call.name](space, call, time)
 
     def _mmap(self, space: Space, call: Call, time: int) -> None:
@@ -150,6 +165,7 @@ class Effects:
             huge=self.thp == "always" and not nohuge and area is Area.ANON,
             populated=time if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 7 else -1,
             populated_write=bool(prot & 2) and not shared,
+            locked=LOCKED if flags & MAP_LOCKED else 0,
             made=call.seq,
             name=call.detail,
             file=None if anon or not call.inode else (dev, call.inode),
@@ -185,38 +201,48 @@ class Effects:
     @staticmethod
     def _mprotect(space: Space, call: Call, time: int) -> None:
         start, length, prot = call.args[:3]
-        space.change(
-            start, start + page_up(length), lambda s: s._replace(prot=prot & 7, prot_time=time, guard=False)
-        )
 
-    @staticmethod
-    def _mremap(space: Space, call: Call, time: int) -> None:
+        def protect(state: State) -> State:
+            new = state._replace(prot=prot & 7, prot_time=time, guard=False)
+            # mprotect_fixup: what is locked and private is populated when it becomes writable, with write faults.
+            gains = prot & 2 and not state.prot & 2 and state.area in (Area.ANON, Area.FILE)
+            return _populate(new, time, True) if gains and state.locked == LOCKED else new
+
+        space.change(start, start + page_up(length), protect)
+
+    def _mremap(self, space: Space, call: Call, time: int) -> None:
         old, old_len, new_len, flags = call.args[:4]
         old_len, new_len, new = page_up(old_len), page_up(new_len), call.result
+        if new < 0:
+            if self.unmaps_first:
+                space.remove(call.args[4], call.args[4] + new_len, call.seq, call.start, call.end)
+            return
         if new == old and new_len <= old_len:
             space.remove(old + new_len, old + old_len, call.seq, call.start, call.end)
             return
+        i = space.index(old + max(old_len, 1) - 1)
+        model = _empty(space.lives.states[space.segs[i].state]) if i >= 0 else State(Area.ANON, 3)
         if new != old:
+            model = model._replace(shift=model.shift + old - new) if model.file else model
             keep = min(old_len, new_len)
             space.remove(old + keep, old + old_len, call.seq, call.start, call.end)
-            moved = space.remove(old, old + keep, call.seq, call.start, call.end)
-            space.remove(new, new + new_len, call.seq, call.start, call.end)
-            for seg in moved:
+            for seg in space.remove(old, old + keep, call.seq, call.start, call.end):
+                # Each area by itself (remap_move): what lies at gaps of the target stays.
+                at, end = seg.start - old + new, seg.end - old + new
+                space.remove(at, end, call.seq, call.start, call.end)
                 # mremap_userfaultfd_prep: without EVENT_REMAP the range leaves the userfaultfd.
                 state = space.lives.states[seg.state]._replace(uffd=0, wp_time=-1)
                 if state.file:
                     state = state._replace(shift=state.shift + old - new)
-                number = space.lives.intern(state)
-                space.insert(Seg(seg.start - old + new, seg.end - old + new, seg.key, number))
-                if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty
-                    space.map(
-                        seg.start, seg.end, space.lives.states[seg.state], Origin.MREMAP, time, call.seq
-                    )
-        tail = min(old_len, new_len) if old_len else 0
+                space.insert(Seg(at, end, seg.key, space.lives.intern(state)))
+                if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty and not locked
+                    state = _empty(space.lives.states[seg.state])._replace(locked=0)
+                    space.map(seg.start, seg.end, state, Origin.MREMAP, time, call.seq, fresh=False)
+        tail = min(old_len, new_len)  # 0: a second mapping of what is shared
         if new_len > tail:
-            i = space.index(new + tail - 1) if tail else -1
-            state = space.lives.states[space.segs[i].state] if i >= 0 else State(Area.ANON, 3)
-            space.map(new + tail, new + new_len, state, Origin.MREMAP, time, call.seq)
+            if model.locked == LOCKED:  # vrm_will_map_new: what a locked mapping grows by is populated
+                model = _lock(model, time)
+            space.map(new + tail, new + new_len, model, Origin.MREMAP, time, call.seq, fresh=False)
 
     def _madvise(self, space: Space, call: Call, time: int) -> None:
         start, length, advice = call.args[:3]
@@ -248,22 +274,32 @@ class Effects:
 
     @staticmethod
     def _mlock(space: Space, call: Call, time: int) -> None:
-        if call.name == "mlock2" and call.args[2] & 1:  # MLOCK_ONFAULT
-            return
+        on_fault = call.name == "mlock2" and bool(call.args[2] & 1)  # MLOCK_ONFAULT
+        start, end = page_down(call.args[0]), page_up(call.args[0] + call.args[1])
+        full = end if call.result == 0 else start
+        if call.result == -14:
+            full = partial.without_rights(space, start, end)
+        space.change(start, full, lambda s: _lock(s, time, on_fault))
+        space.change(full, end, lambda s: _lock(s, time, on_fault, populate=False))
+
+    @staticmethod
+    def _munlock(space: Space, call: Call, _time: int) -> None:
         start = page_down(call.args[0])
-        space.change(start, page_up(call.args[0] + call.args[1]), lambda s: _lock(s, time))
+        space.change(start, page_up(call.args[0] + call.args[1]), lambda s: s._replace(locked=0))
 
     @staticmethod
     def _mlockall(space: Space, call: Call, time: int) -> None:
+        # apply_mlockall_flags: a call without MCL_FUTURE ends an earlier one's.
         flags = call.args[0]
-        if flags & 1 and not flags & 4:
-            space.change(0, 1 << 62, lambda s: _lock(s, time))
-        if flags & 2:
-            space.future = 2 if flags & 4 else 1
+        on_fault = bool(flags & 4)
+        space.future = 0 if not flags & 2 else ONFAULT if on_fault else LOCKED
+        if flags & 1:
+            space.change(0, 1 << 62, lambda s: _lock(s, time, on_fault))
 
     @staticmethod
     def _munlockall(space: Space, _call: Call, _time: int) -> None:
         space.future = 0
+        space.change(0, 1 << 62, lambda s: s._replace(locked=0))
 
     @staticmethod
     def _msync(space: Space, call: Call, time: int) -> None:
@@ -350,8 +386,18 @@ def _populate(state: State, time: int, write: bool) -> State:
     )
 
 
-def _lock(state: State, time: int) -> State:
-    # populate_vma_page_range: a write fault for private writable memory, else a read; nothing without rights.
-    if not state.prot or state.area is Area.SPECIAL:
+def _empty(state: State) -> State:
+    # The same mapping without what was in it.
+    return state._replace(populated=-1, populated_write=False, mark=Mark.NONE, mark_time=-1, wp_time=-1)
+
+
+def _lock(state: State, time: int, on_fault: bool = False, populate: bool = True) -> State:
+    # mlock_fixup passes over what cannot be locked; populate_vma_page_range: a write fault for private writable memory,
+    # else a read; nothing without rights, nor where pages are locked as they come.
+    if state.area is Area.SPECIAL:
+        return state
+    if state.area is not Area.HUGETLB:
+        state = state._replace(locked=ONFAULT if on_fault else LOCKED)
+    if not state.prot or on_fault or not populate:
         return state
     return _populate(state, time, bool(state.prot & 2) and state.area in (Area.ANON, Area.FILE))

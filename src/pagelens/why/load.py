@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagelens.capture.merging import rules_of
 from pagelens.capture.reader import Capture, plain, read_batches, rows_of
 from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
@@ -94,6 +95,7 @@ def _load(capture: Capture) -> Facts:
     # Address spaces that were there before us may share pages by forks that nobody recorded.
     origins = capture.table("mms", ["mm", "origin"]).to_pylist()
     known = capture.meta.get("calls") or capture.meta.get("method")  # method: captures of old
+    settings["unmaps_first"] = rules_of(str(capture.meta.get("kernel")), settings).unmaps_first
     settings["calls"] = known in ("bpf", "ptrace")
     settings["older"] = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)

@@ -70,7 +70,9 @@ class Replay:
         self.facts = facts
         thp = str(facts.settings.get("thp", "madvise"))
         self.thp = thp
-        self.effects = Effects(thp, facts.last, facts.settings.get("filesystems"))
+        self.effects = Effects(
+            thp, facts.last, facts.settings.get("filesystems"), bool(facts.settings.get("unmaps_first"))
+        )
         self._mm_of: dict[int, int] = {}  # by pid, now
         self.lives = Lives()
         self.spaces: dict[int, Space] = {}

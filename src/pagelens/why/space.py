@@ -23,6 +23,8 @@ I64 = npt.NDArray[np.int64]
 NO_LINK, FORK_LINK, DROP_LINK = 0, 1, 2
 # State.uffd: registration modes; ASYNC: write protection without a handler; BEFORE: registered before we looked.
 UFFD_MISSING, UFFD_WP, UFFD_MINOR, UFFD_ASYNC, UFFD_BEFORE = 1, 2, 4, 8, 16
+# State.locked and Space.future: locked and populated; locked page by page as faults bring them.
+LOCKED, ONFAULT = 1, 2
 # Keys of pages in ranges that nothing is known of: by mm and page number, far above the counted ones.
 UNSEEN_KEY = 1 << 60
 
@@ -47,6 +49,7 @@ class State(NamedTuple):
     mergeable: bool = False  # KSM may merge its pages
     dontfork: bool = False
     wipeonfork: bool = False
+    locked: int = 0  # LOCKED or ONFAULT
     made: int = -1  # seq of the call that mapped it, -1 = it was there at the first snapshot
     name: str = ""
     file: tuple[str, int] | None = None  # (dev as in maps, inode)
@@ -123,7 +126,7 @@ class Space:
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
         self.drops: list[tuple[int, int, int]] = []  # (start, end, ns) of everything that took pages away
         self.mergeable = False  # PR_SET_MEMORY_MERGE
-        self.future: int = 0  # mlockall(MCL_FUTURE): 1, with ONFAULT: 2
+        self.future: int = 0  # mlockall(MCL_FUTURE): LOCKED or ONFAULT
         self._columns: tuple[I64, I64, I64, I64] | None = None
 
     def index(self, addr: int) -> int:
@@ -172,16 +175,20 @@ class Space:
         self.starts.insert(i, seg.start)
         self._columns = None
 
-    def map(self, start: int, end: int, state: State, origin: Origin, time: int, seq: int) -> None:
-        """A fresh mapping over whatever was there."""
+    def map(
+        self, start: int, end: int, state: State, origin: Origin, time: int, seq: int, fresh: bool = True
+    ) -> None:
+        """A mapping over whatever was there. fresh: with what mlockall and prctl ask of new ones (mm->def_flags); else
+        the state is all, as when mremap copies a vma."""
         if end <= start:
             return
         self.remove(start, end, seq, time, time)
-        if self.future and state.prot:
-            state = state._replace(
-                populated=time if self.future == 1 else -1, populated_write=bool(state.prot & 2)
-            )
-        if self.mergeable:
+        if fresh and self.future and state.area is not Area.HUGETLB:
+            state = state._replace(locked=self.future)
+        if fresh and self.future == LOCKED and state.prot and state.populated < 0:
+            private = state.area in (Area.ANON, Area.FILE)
+            state = state._replace(populated=time, populated_write=bool(state.prot & 2) and private)
+        if fresh and self.mergeable:
             state = state._replace(mergeable=True)
         key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
         self.insert(Seg(start, end, key, self.lives.intern(state)))
@@ -218,7 +225,7 @@ class Space:
                 continue
             link, parent = (NO_LINK, -1) if state.wipeonfork else (FORK_LINK, seg.key)
             # dup_userfaultfd: without EVENT_FORK the child is not registered
-            state = state._replace(uffd=0, wp_time=-1)
+            state = state._replace(uffd=0, wp_time=-1, locked=0)
             if state.wipeonfork:
                 state = state._replace(populated=-1, mark=Mark.NONE)
             pages = (seg.end - seg.start) >> PAGE_SHIFT
@@ -238,7 +245,10 @@ class Space:
             return None
         start = addr & ~(PAGE_SIZE - 1)
         key = self.lives.begin((above.start - start) >> PAGE_SHIFT, self.mm, Origin.GROWTH, time, seq)
-        seg = Seg(start, above.start, key, above.state)
+        state = state._replace(
+            populated=-1, populated_write=False
+        )  # growth brings the page of the fault alone
+        seg = Seg(start, above.start, key, self.lives.intern(state))
         self.insert(seg)
         return seg
 

@@ -38,6 +38,7 @@ static void step(void)
 	static const int rights[] = { PROT_NONE, PROT_READ, PROT_READ | PROT_WRITE, PROT_READ | PROT_WRITE };
 	static const int advice[] = { MADV_DONTFORK, MADV_DOFORK, MADV_NOHUGEPAGE, MADV_DONTDUMP, MADV_DODUMP,
 				      MADV_RANDOM, MADV_NORMAL, MADV_DONTNEED };
+	static const int populate[] = { MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_FREE };
 	unsigned first = roll(PAGES), count = 1 + roll(12), to = roll(PAGES - 12);
 	int prot = rights[roll(4)];
 	char *at;
@@ -45,7 +46,7 @@ static void step(void)
 	if (first + count > PAGES)
 		count = PAGES - first;
 	at = arena + first * P;
-	switch (roll(16)) {
+	switch (roll(20)) {
 	case 0: case 1: case 2:
 		mmap(at, count * P, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
 		break;
@@ -76,6 +77,25 @@ static void step(void)
 		break;
 	case 13:
 		touch(at, 0);
+		break;
+	case 14:
+		if (roll(4))
+			mlock2(at, count * P, roll(2) ? MLOCK_ONFAULT : 0);
+		else if (roll(2))
+			mlockall(1 + roll(7)); /* CURRENT, FUTURE, ONFAULT; 4 alone is refused */
+		else
+			munlockall();
+		break;
+	case 15:
+		madvise(at, count * P, populate[roll(3)]);
+		break;
+	case 16:
+		if (to + count <= first || first + count <= to)
+			mremap(at, count * P, count * P, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP,
+			       arena + to * P);
+		break;
+	case 17:
+		sbrk((long)(P * (roll(5)) - 2 * P));
 		break;
 	default:
 		for (unsigned i = 0; i < count; i += 1 + roll(3))
