@@ -278,7 +278,7 @@ class Effects:
         start, end = page_down(call.args[0]), page_up(call.args[0] + call.args[1])
         full = end if call.result == 0 else start
         if call.result == -14:
-            full = partial.without_rights(space, start, end)
+            full = partial.populated_until(space, start, end)
         space.change(start, full, lambda s: _lock(s, time, on_fault))
         space.change(full, end, lambda s: _lock(s, time, on_fault, populate=False))
 

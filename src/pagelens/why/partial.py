@@ -57,7 +57,7 @@ def _lock(space: Space, call: Call) -> Call | None:
     if hole < end:
         marked = _until(call, hole)
         return marked and replace(marked, result=_ENOMEM)
-    if call.name == "munlock" or without_rights(space, start, end) >= end:
+    if call.name == "munlock" or populated_until(space, start, end) >= end:
         return None  # the limit: found before anything is done
     return replace(call, result=_EFAULT)
 
@@ -67,7 +67,7 @@ def _advice(space: Space, call: Call) -> Call | None:
     if advice in _POPULATE:
         if call.result not in (_ENOMEM, _EFAULT, _EINVAL):
             return None
-        return _until(call, min(_hole(space, start, end), without_rights(space, start, end)))
+        return _until(call, min(_hole(space, start, end), populated_until(space, start, end)))
     if call.result == _ENOMEM:
         return replace(call, result=0)  # holes are passed over
     if call.result == _EINVAL and advice in _DISCARDING and start == page_down(start):
@@ -81,9 +81,13 @@ def _advice(space: Space, call: Call) -> Call | None:
     return None
 
 
-def without_rights(space: Space, start: int, end: int) -> int:
-    """The first address in [start, end) that nobody may access, or end: populate_vma_page_range gives up there."""
-    return _first(space, start, end, lambda s: not s.prot)
+def populated_until(space: Space, start: int, end: int) -> int:
+    """Where populating [start, end) failed: at what nobody may access, else (behind the end of its file) at what a file
+    backs; end where there is neither."""
+    refused = _first(space, start, end, lambda s: not s.prot)
+    if refused < end:
+        return refused
+    return _first(space, start, end, lambda s: s.area in (Area.FILE, Area.SHARED_FILE))
 
 
 def _hole(space: Space, start: int, end: int) -> int:
