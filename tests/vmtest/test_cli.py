@@ -39,6 +39,14 @@ def test_test_kernels_passes_everything_on(
     assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 0 failed, 0 skipped"
 
 
+def test_a_part_of_the_tests_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["vmtest", "test-kernels", "--record", "--tests", "tests/live", "6.1"])
+    assert cli.main() == 3
+    assert "--record needs all of tests/kernels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("end", "code", "exits"),
     [(End.EXITED, 7, 7), (End.EXITED, 0, 0), (End.OOM, 137, 137), (End.OOM, 0, 1), (End.HANG, None, 1)],

@@ -5,14 +5,19 @@ One is quick enough for every run; the others need `-m slow`.
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from vmtest import fetch
 
 pytestmark = pytest.mark.timeout(600)  # a boot on a busy machine takes a minute
 ROOT = Path(__file__).parents[2]
@@ -77,6 +82,86 @@ def test_no_boot_is_told(cached: None, tmp_path: Path) -> None:
     done = _vmtest("in-kernel", "--append", "root=none init=/nothing rdinit=/nothing", "6.12", "--", "true")
     assert done.returncode == 1
     assert "the kernel panicked" in done.stderr
+
+
+def _processes(mark: str) -> list[int]:
+    # By what they were started with: everything of a guest lies in its scratch directory.
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if mark in path.read_text(errors="replace"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["in-kernel", "test-kernels", "killed"])
+def test_nothing_is_left_of_an_interrupted_run(cached: None, tmp_path: Path, how: str) -> None:
+    """Ctrl-C while a guest works: it ends at once, as do its files; killed outright, it still takes the guest along."""
+    words = ["in-kernel", "--memory", "1024", "6.12", "--", "sh", "-c", "echo works; sleep 1000"]
+    if how == "test-kernels":
+        words = [
+            "test-kernels",
+            "6.1",
+            "6.12",
+            "--memory",
+            "1024",
+            "--tests",
+            "tests/kernels/test_zero_page.py",
+        ]
+        words += ["--results", str(tmp_path / "results")]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-m", "vmtest", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        process_group=0,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "tools"), "TMPDIR": str(scratch)},
+    ) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline()
+        guests = [p for p in _processes(str(scratch)) if p != run.pid]
+        assert guests
+        began = time.monotonic()
+        os.killpg(run.pid, signal.SIGKILL if how == "killed" else signal.SIGINT)
+        assert run.wait() == (-signal.SIGKILL if how == "killed" else 130)
+        assert time.monotonic() - began < 30
+        while _processes(str(scratch)) and time.monotonic() - began < 30:
+            time.sleep(0.1)
+    assert not _processes(str(scratch))
+    if how != "killed":  # then only the files stay
+        assert not list(scratch.iterdir())
+
+
+@pytest.mark.slow
+def test_a_kernel_of_ones_own(cached: None, tmp_path: Path) -> None:
+    """A bzImage by its path, its modules beside it: its tests run, its release is told."""
+    debian = fetch.kernel("6.12")
+    assert debian.modules
+    image = shutil.copy(debian.image, tmp_path / "bzImage")
+    (tmp_path / "lib/modules").mkdir(parents=True)
+    (tmp_path / "lib/modules" / debian.release).symlink_to(debian.modules)
+    done = _vmtest(
+        *(
+            "test-kernels",
+            str(image),
+            "--tests",
+            "tests/kernels/test_zero_page.py",
+            "--results",
+            str(tmp_path / "r"),
+        )
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith(f"bzImage ({debian.release}): ") for line in lines)
+    assert re.match(r"[1-9]\d* passed, 0 failed, 0 skipped", lines[-1])
+    facts = json.loads((tmp_path / "r/bzImage/facts.json").read_text())
+    assert facts["kernel"].startswith("Debian 6.12.")
 
 
 @pytest.mark.slow

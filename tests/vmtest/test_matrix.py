@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from vmtest.errors import VmtestError
 from vmtest.fetch import Kernel, kernel
-from vmtest.matrix import judge
+from vmtest.matrix import Outcome, Plan, judge, record
 from vmtest.skips import Allowed, load
 from vmtest.verdict import End, Verdict
 
 KERNEL = Kernel("6.1", "6.1.0-1-cloud-amd64", Path("/nowhere"), None, None)
-ALLOWED = [Allowed(("6.1",), "tests/live/*", "pagemap-scan", "6.7 brought it")]
+ALLOWED = [Allowed((6, 7), (), "tests/live/*", "pagemap-scan", "6.7 brought it")]
 
 
 def _end(code: int | None, end: End = End.EXITED) -> Verdict:
@@ -88,3 +90,62 @@ def test_malformed_skips_are_named(tmp_path: Path) -> None:
 def test_no_such_kernel(name: str, says: str) -> None:
     with pytest.raises(VmtestError, match=says):
         kernel(name)
+
+
+@pytest.mark.parametrize(
+    ("release", "covered"),
+    [("6.1.0-50-cloud-amd64", True), ("6.6.3", True), ("6.7.0-rc1", False), ("7.2.13", False)],
+)
+def test_a_skip_holds_for_kernels_older_than_its_version(release: str, covered: bool) -> None:
+    """Also for a kernel of one's own, whose name says nothing."""
+    own = Kernel("bzImage", release, Path("/nowhere"), None, None)
+    assert ALLOWED[0].covers(own, "tests/live/a.py::x", "missing capability: pagemap-scan") is covered
+
+
+def test_a_kernel_of_ones_own(tmp_path: Path) -> None:
+    """Its release is read from the image itself, its modules and configuration are found beside it."""
+    image = tmp_path / "bzImage"
+    head = bytearray(0x400)
+    head[0x202:0x206], head[0x20E:0x210] = b"HdrS", (0x100).to_bytes(2, "little")
+    text = b"6.9.1-mine (me@here) #1 SMP\0"
+    head[0x300 : 0x300 + len(text)] = text
+    image.write_bytes(head)
+    found = kernel(str(image))
+    assert (found.name, found.release, found.modules, found.config) == ("bzImage", "6.9.1-mine", None, None)
+    (tmp_path / "lib/modules/6.9.1-mine/kernel").mkdir(parents=True)
+    (tmp_path / "lib/modules/6.12.0-other/kernel").mkdir(parents=True)
+    (tmp_path / ".config").touch()
+    found = kernel(str(image))
+    assert (found.modules, found.config) == (tmp_path / "lib/modules/6.9.1-mine", tmp_path / ".config")
+    image.write_bytes(bytes(0x400))
+    with pytest.raises(VmtestError, match="is no bzImage"):
+        kernel(str(image))
+
+
+def test_what_is_recorded(tmp_path: Path) -> None:
+    """Facts of kernels with a version, whose own tests passed; the page is made of them."""
+    repository = Path(__file__).parents[2]
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tests/kernels").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(repository / "tools/kernels_table.py", tmp_path / "tools")
+    shutil.copy(repository / "tests/kernels/expected.toml", tmp_path / "tests/kernels")
+    plan = Plan(tmp_path, [], [], results=tmp_path / "results")
+    outcomes = []
+    for name, outcome in (("6.1", "passed"), ("6.12", "failed"), ("7.2", "not run"), ("bzImage", "passed")):
+        directory = tmp_path / "results" / name
+        directory.mkdir(parents=True)
+        (directory / "facts.json").write_text(
+            json.dumps({"kernel": f"Debian {name}", "facts": {"zero_page.faults_of_read": 1}})
+        )
+        tests = [
+            {"test": "tests/kernels/test_zero_page.py::x", "outcome": outcome},
+            {"test": "tests/live/test_pages.py::x", "outcome": "failed"},
+        ]
+        outcomes.append(Outcome(name, f"{name}.0", _end(0), Counter(), [], tests))
+    record(outcomes, plan)
+    assert [p.name for p in (tmp_path / "docs/kernels").iterdir()] == ["6.1.json"]
+    assert "| measured on | Debian 6.1 |" in (tmp_path / "docs/kernels.md").read_text()
+    plan.measure = True  # values of a new kernel, which nobody expects yet
+    record(outcomes, plan)
+    assert sorted(p.stem for p in (tmp_path / "docs/kernels").iterdir()) == ["6.1", "6.12", "7.2"]

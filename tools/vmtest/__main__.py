@@ -1,4 +1,4 @@
-"""`./dev test-kernels`, `./dev in-kernel` and `python -m vmtest fetch`."""
+"""`./dev test-kernels`, `./dev in-kernel` and `./dev fetch`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmtest import fetch, matrix, qemu
+from vmtest import fetch, matrix, newer, qemu
 from vmtest.errors import VmtestError
 from vmtest.rootfs import root_image
 
@@ -52,6 +52,10 @@ def _in_kernel(args: argparse.Namespace) -> int:
 
 def _test_kernels(args: argparse.Namespace) -> int:
     began = time.monotonic()
+    if args.record and args.tests and "tests/kernels" not in args.tests:
+        raise VmtestError(
+            "--record needs all of tests/kernels: without --tests, or with --tests tests/kernels"
+        )
     for name in args.kernels or fetch.DEFAULT:
         fetch.kernel(name, update=args.update)
     plan = matrix.Plan(
@@ -77,6 +81,8 @@ def _fetch(args: argparse.Namespace) -> int:
     for name in args.kernels or fetch.DEFAULT:
         found = fetch.kernel(name, update=args.update)
         print(f"{name}\t{found.release}\t{found.image}")
+    version, tree = newer.tree("qemu-system-x86")
+    print(f"qemu\t{version}\t{tree}")
     print(f"root\t{root_image()}")
     return 0
 

@@ -60,10 +60,24 @@ def _from_path(path: Path) -> Kernel:
     if not path.is_file():
         raise VmtestError(f"no kernel image at {path}")
     # A kernel of one's own: its modules, if any, are looked for where `make modules_install` beside it puts
-    # them.
-    found = sorted(path.resolve().parent.glob("lib/modules/*/kernel"))
-    modules = found[-1].parent if found else None
-    return Kernel(path.name, modules.name if modules else path.name, path.resolve(), modules, None)
+    # them; its configuration beside it, or in the tree that it was built in (arch/x86/boot/bzImage).
+    path = path.resolve()
+    release = _release(path)
+    modules = path.parent / "lib/modules" / release
+    places = (path.parent / f"config-{release}", path.parent / "config", path.parent / ".config")
+    config = next((c for c in (*places, *(p / ".config" for p in path.parents[3:4])) if c.is_file()), None)
+    return Kernel(path.name, release, path, modules if (modules / "kernel").is_dir() else None, config)
+
+
+def _release(image: Path) -> str:
+    # Documentation/arch/x86/boot.rst: "HdrS" at 0x202; the word at 0x20e, plus 0x200, is where the version string
+    # is, which begins with the release.
+    with image.open("rb") as file:
+        head = file.read(1 << 16)
+    if head[0x202:0x206] != b"HdrS":
+        raise VmtestError(f"{image} is no bzImage")
+    at = int.from_bytes(head[0x20E:0x210], "little") + 0x200
+    return head[at : at + 100].split(b"\0")[0].decode(errors="replace").split(" ")[0]
 
 
 def _load() -> dict[str, Any]:
