@@ -16,7 +16,8 @@ from support.subjects import Subjects
 
 pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
 
-# 4,000 short threads (EACH = 1000), made by four at once, some detached; each touches some pages of its own and says who it was.
+# 4,000 short threads (EACH = 1000), made by four at once, some detached; each touches some pages of its own and says
+# who it was.
 THREADS = r"""
 #define _GNU_SOURCE
 #include <pthread.h>
