@@ -30,6 +30,7 @@ from pagelens.model.abi import (
 from pagelens.model.area import Area
 from pagelens.model.frames import F_DIRTY
 from pagelens.model.space import Mm
+from pagelens.model.tables import CHUNK_PAGES
 from pagelens.model.world import Key, Span
 from pagelens.vm import Accounting, PageRuns, PageState, Prot, Vma, VmaList
 from pagelens.vm.accounting import SMAPS_FIELDS
@@ -287,29 +288,61 @@ def _kib(value: I64) -> I64:
     return value >> 10 << 10
 
 
+_COUNTED = (
+    "Rss", "Shared_Clean", "Shared_Dirty", "Private_Clean", "Private_Dirty", "Referenced", "Anonymous", "LazyFree"
+)  # fmt: skip
+
+
 def _smaps(mm: Mm, areas: list[Area]) -> tuple[dict[str, I64], I64, I64]:
     # (fields in bytes, Pss and Pss_Dirty in 2^-12 bytes), int64[area] each: smaps_pte_entry, smaps_account.
-    # All areas in one expression, because most are small; what is not here is 0.
-    parts = []
-    counts = np.zeros(len(areas), np.int64)
+    # Many areas in one expression, because most are small, but no more pages at once than a cache holds.
+    out = {name: np.zeros(len(areas), np.int64) for name in (*_COUNTED, "Pss", "Pss_Dirty")}
+    parts: list[U64] = []
+    owners: list[int] = []
+    pages = 0
     for i, area in enumerate(areas):
         for _begin, chunk, part in mm.tables.spans(area.start >> SHIFT, area.end >> SHIFT):
             pte = chunk.pte[part]
             plain = pte[(pte & _PLAIN) == _PRESENT]
+            if not len(plain):
+                continue
             parts.append(plain)
-            counts[i] += len(plain)
-    pte = np.concatenate(parts) if parts else np.empty(0, np.uint64)
-    ends = counts.cumsum()
-    starts = ends - counts
+            owners.append(i)
+            pages += len(plain)
+            if pages >= CHUNK_PAGES // 2:
+                _add_smaps(mm, parts, owners, out)
+                parts, owners, pages = [], [], 0
+    if parts:
+        _add_smaps(mm, parts, owners, out)
+    pss, pss_dirty = out["Pss"], out["Pss_Dirty"]
+    for name in _COUNTED:
+        out[name] <<= SHIFT
+    page = np.full(len(areas), 4096, np.int64)
+    locked = np.array([bool(a.flags & VM_LOCKED) for a in areas], np.bool_)
+    out |= {
+        "Size": np.array([a.end - a.start for a in areas], np.int64),
+        "KernelPageSize": page,
+        "MMUPageSize": page,
+        "Pss": _kib(pss >> PSS_SHIFT),
+        "Pss_Dirty": _kib(pss_dirty >> PSS_SHIFT),
+        "Locked": np.where(locked, _kib(pss >> PSS_SHIFT), 0),
+    }
+    return out, pss, pss_dirty
 
-    def sums(values: npt.NDArray[Any]) -> I64:
+
+def _add_smaps(mm: Mm, parts: list[U64], owners: list[int], out: dict[str, I64]) -> None:
+    # Adds the present pages of some areas; owners: the area of each part.
+    pte = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    ends = np.cumsum([len(part) for part in parts])
+    starts = ends - [len(part) for part in parts]
+
+    def add(name: str, values: npt.NDArray[Any]) -> None:
+        if len(parts) == 1:
+            out[name][owners[0]] += values.sum()
+            return
         running = np.zeros(len(values) + 1, np.int64)
         values.cumsum(out=running[1:])
-        total: I64 = running[ends] - running[starts]
-        return total
-
-    def pages(which: npt.NDArray[np.bool_]) -> I64:
-        return sums(which) << SHIFT
+        np.add.at(out[name], owners, running[ends] - running[starts])
 
     frames = mm.machine.frames
     index = (pte >> _FRAME).view(np.int64)
@@ -318,26 +351,16 @@ def _smaps(mm: Mm, areas: list[Area]) -> tuple[dict[str, I64], I64, I64]:
     dirty = ((pte & np.uint64(D)) != 0) | ((frames.flags[index] & F_DIRTY) != 0)
     shared = mapcount >= 2
     share = (4096 << PSS_SHIFT) // np.maximum(mapcount, 1)
-    pss, pss_dirty = sums(share), sums(np.where(dirty, share, 0))
-    page = np.full(len(areas), 4096, np.int64)
-    locked = np.array([bool(a.flags & VM_LOCKED) for a in areas], np.bool_)
-    fields = {
-        "Size": np.array([a.end - a.start for a in areas], np.int64),
-        "KernelPageSize": page,
-        "MMUPageSize": page,
-        "Rss": counts << SHIFT,
-        "Pss": _kib(pss >> PSS_SHIFT),
-        "Pss_Dirty": _kib(pss_dirty >> PSS_SHIFT),
-        "Shared_Clean": pages(shared & ~dirty),
-        "Shared_Dirty": pages(shared & dirty),
-        "Private_Clean": pages(~shared & ~dirty),
-        "Private_Dirty": pages(~shared & dirty),
-        "Referenced": pages((pte & np.uint64(A)) != 0),
-        "Anonymous": pages(anon),
-        "LazyFree": pages(frames.lazyfree(index) & anon & ~dirty),
-        "Locked": np.where(locked, _kib(pss >> PSS_SHIFT), 0),
-    }
-    return fields, pss, pss_dirty
+    np.add.at(out["Rss"], owners, ends - starts)
+    add("Pss", share)
+    add("Pss_Dirty", np.where(dirty, share, 0))
+    add("Shared_Clean", shared & ~dirty)
+    add("Shared_Dirty", shared & dirty)
+    add("Private_Clean", ~(shared | dirty))
+    add("Private_Dirty", dirty & ~shared)
+    add("Referenced", (pte & np.uint64(A)) != 0)
+    add("Anonymous", anon)
+    add("LazyFree", frames.lazyfree(index) & anon & ~dirty)
 
 
 def _code(mm: Mm) -> tuple[int, int]:
