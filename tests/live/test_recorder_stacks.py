@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,45 @@ def test_normal_knows_at_least_the_function(tmp_path: Path, subjects: Subjects) 
     run = record(tmp_path, [subjects("deep", *FLAGS)])
     assert_complete(run)
     assert len([chain for chain in chains(run.path) if chain[0] == "inner"]) == 1
+
+
+def _python() -> str:
+    # A CPython that can name its functions.
+    found = [shutil.which(f"python3.{minor}") for minor in range(12, 20)]
+    found += [str(path) for path in sorted((Path.home() / ".pyenv/versions").glob("3.1[2-9].*/bin/python3"))]
+    for name in filter(None, found):
+        probe = "import sys; sys.activate_stack_trampoline('perf')"
+        if not subprocess.run([name, "-c", probe], capture_output=True).returncode:
+            return str(name)
+    pytest.skip("missing tool: python 3.12 or later with its perf support")
+
+
+@pytest.mark.requires("libdw", "ptrace")
+def test_python_functions_where_the_interpreter_names_them(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import mmap\n"
+        "m = mmap.mmap(-1, 900 << 12)\n"
+        "def first():\n"
+        "    for i in range(300): m[i << 12] = 1\n"
+        "def second():\n"
+        "    for i in range(300, 900): m[i << 12] = 1\n"
+        "def both():\n"
+        "    first(); second()\n"
+        "both()\n"
+    )
+    run = record(tmp_path, [_python(), "-X", "perf", program], "--detail", "full")
+    assert_complete(run)
+    done = pagelens("faults", run.path, "--by", "python", "--top", 0, "--format", "json")
+    rows = {(row["python"], row["file"]): row["faults"] for row in json.loads(done.stdout)}
+    assert 300 <= rows[("first", str(program))] < 320
+    assert 600 <= rows[("second", str(program))] < 620
+    assert sum(rows.values()) == run.faults["recorded"]
+    table = pagelens("faults", run.path, "--by", "python")
+    named = sum(n for (_, file), n in rows.items() if file)
+    assert f"{named:,} of {run.faults['recorded']:,} faults" in table.stdout + table.stderr
+
+    # An interpreter that names nothing: by its C functions, and the share says so.
+    run = record(tmp_path, [_python(), program], "--detail", "full")
+    done = pagelens("faults", run.path, "--by", "python")
+    assert "(0.0 %) with a Python function" in done.stdout + done.stderr

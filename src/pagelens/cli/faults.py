@@ -22,6 +22,7 @@ EXTRA = {
     "function": (Col("module"),),
     "line": (Col("line"), Col("module")),
     "stack": (),
+    "python": (Col("file"),),
     "vma": (
         Col("kind"),
         Col("mm", kind="int"),
@@ -37,10 +38,12 @@ EXTRA = {
 
 
 class Command:
-    """Faults of a capture by function, line, call stack, region, vma, thread, process or kind.
+    """Faults of a capture by function, line, call stack, Python function, region, vma, thread, process or kind.
 
     pages counts distinct pages. user and kernel: where the access came from; for the kernel's, the function
     is the one that made the system call. time is the sum of the faults' own latencies.
+    --by python: the innermost Python function where the interpreter names it (3.12 and later with -X perf; stacks
+    reach it with `run --detail full`), else the C function.
 
       $ pagelens faults out.plens
       $ pagelens faults out.plens --by stack --top 10
@@ -81,7 +84,15 @@ class Command:
             missing, total = report.unnamed(loaded)
             share = 100 * missing / total if total else 0.0
             notes.append(f"{missing:,} of {total:,} faults ({share:.1f} %) have no function name")
-        if args.by == "stack":
+        if args.by == "python":
+            from pagelens.report.chains import python_share
+
+            shown_in, total = python_share(loaded)
+            share = 100 * shown_in / total if total else 0.0
+            notes.append(
+                f"{shown_in:,} of {total:,} faults ({share:.1f} %) with a Python function, the rest by C function"
+            )
+        if args.by in ("stack", "python"):
             notes.append(report.stack_quality(loaded))
         # The first column is named after --by; with --by line that is the function, beside its line.
         first = "function" if args.by == "line" else args.by

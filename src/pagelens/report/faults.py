@@ -24,7 +24,7 @@ from pagelens.vm.regions import Kind
 from pagelens.vm.vma import Prot
 
 I64 = npt.NDArray[np.int64]
-GROUPS = ("function", "line", "stack", "vma", "region", "thread", "process", "kind")
+GROUPS = ("function", "line", "stack", "python", "vma", "region", "thread", "process", "kind")
 
 
 @dataclass
@@ -182,8 +182,10 @@ def _keys(faults: Faults, by: str, depth: int) -> tuple[I64, Any]:
     c = faults.columns
     if by in ("function", "line"):
         return _function_keys(faults, by)
-    if by == "stack":
-        return _stack_keys(faults, depth)
+    if by in ("stack", "python"):
+        from pagelens.report import chains
+
+        return chains.by_stack(faults, depth) if by == "stack" else chains.by_python(faults)
     if by == "vma":
         keys = faults.area * (1 << 20) + c["mm"]
 
@@ -239,46 +241,6 @@ def _function_keys(faults: Faults, by: str) -> tuple[I64, Any]:
         return {**out, "line": line or None} if by == "line" else out
 
     return table[index], describe
-
-
-def _stack_keys(faults: Faults, depth: int) -> tuple[I64, Any]:
-    # One stack_id may serve several processes: frames are named in the mm and at the time of its first fault.
-    c = faults.columns
-    stack = c["stack_id"] * (1 << 20) + c["mm"]
-    unique, first, back = np.unique(stack, return_index=True, return_inverse=True)
-    wanted = set((unique >> 20).tolist())
-    frames = {
-        r["stack_id"]: r["frames"]
-        for r in faults.capture.table("stacks").to_pylist()
-        if r["stack_id"] in wanted
-    }
-    mm, time, pid, addr, owner = [], [], [], [], []
-    for i, (key, at) in enumerate(zip(unique.tolist(), first.tolist(), strict=True)):
-        chain = frames.get(key >> 20) or [int(c["ip"][at])]
-        for frame, address in enumerate([a for a in chain if a][:depth]):
-            # A return address is behind its call: look one byte before.
-            addr.append(address - (1 if frame else 0))
-            mm.append(int(c["mm"][at]))
-            time.append(int(c["time_ns"][at]))
-            pid.append(int(c["pid"][at]))
-            owner.append(i)
-    addresses = np.array(addr, dtype=np.uint64)
-    area, areas = faults.spaces.locate(np.array(mm, np.int64), np.array(time, np.int64), addresses)
-    shifted = np.where(area >= 0, area + len(faults.areas), -1)
-    faults.areas = [*faults.areas, *areas]
-    index, found = places(faults, np.array(pid, np.int64), shifted, addresses)
-    chains: dict[int, list[str]] = {}
-    for i, where, one in zip(owner, index.tolist(), shifted.tolist(), strict=True):
-        chains.setdefault(i, []).append(
-            str(found[where]) if found[where].known else f"? in {module_of(faults, one)}"
-        )
-    names: dict[tuple[str, ...], int] = {}
-    table = np.array(
-        [names.setdefault(tuple(chains.get(i, ["(no stack)"])), len(names)) for i in range(len(unique))],
-        np.int64,
-    )
-    rows = list(names)
-    return table[back.reshape(-1)], lambda k: {"what": " < ".join(rows[k]), "frames": list(rows[k])}
 
 
 def _kind_keys(faults: Faults) -> tuple[I64, Any]:
