@@ -108,6 +108,10 @@ def test_forecast_of_bursts_says_may_converge() -> None:
     busy = [_spans(set(range(10 if i < 5 else 500))) for i in range(10)]
     told = forecast.forecast(forecast.curve(busy, 0.01, 10_000), 100 * PAGE / 0.01, 0.02)
     assert (told.converges, told.best.converges, told.verdict) == (False, True, "may converge")
+    varied = forecast.curve(dirty, 0.01, 10_000, [0.03, 0.001, 0.002, 0.002])
+    told = forecast.forecast(varied, 100 * PAGE / 0.01, 0.02)
+    assert (varied.of_best().round_s, varied.round_s, varied.of_worst().round_s) == (0.001, 0.002, 0.002)
+    assert told.best.downtime_s <= told.downtime_s <= told.worst.downtime_s
     slow = forecast.forecast(forecast.curve(dirty, 0.01, 10_000, 0.03), 100 * PAGE / 0.01, 0.02)
     assert slow.verdict == "does not converge"
 

@@ -267,7 +267,7 @@ class _Session:
         epochs = [e for e in self.epochs if e.pid == self.epochs[0].pid]
         writable = spans.of((v.start, v.end) for v in epochs[-1].vmas if "w" in v.perms)
         total = epochs[-1].details.get("content_pages", writable.pages)
-        cost = sorted(e.cost_ns for e in epochs)[len(epochs) // 2] / 1e9
+        cost = [e.cost_ns / 1e9 for e in epochs]
         curve = forecast.curve([e.spans for e in epochs], [e.span_ns / 1e9 for e in epochs], int(total), cost)
         return forecast.as_dict(curve, forecast.forecast(curve, *self.plan))
 

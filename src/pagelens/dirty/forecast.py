@@ -31,22 +31,24 @@ MAX_ROUNDS = 30
 @dataclass(frozen=True, slots=True)
 class Curve:
     """Distinct pages dirtied within an interval: (seconds, pages), ascending. total: pages to send first.
-    worst, best: the same of that window measured; empty: as `points`. round_s: what each round costs besides
-    its pages (a look)."""
+    worst, best: the same of that window measured; empty: as `points`. round_s (and round_worst_s, round_best_s):
+    what each round costs besides its pages (a look)."""
 
     points: tuple[tuple[float, float], ...]
     total: int
     worst: tuple[tuple[float, float], ...] = ()
     best: tuple[tuple[float, float], ...] = ()
     round_s: float = 0.0
+    round_worst_s: float = 0.0
+    round_best_s: float = 0.0
 
     def of_worst(self) -> Curve:
         """The curve of the worst windows."""
-        return replace(self, points=self.worst or self.points)
+        return replace(self, points=self.worst or self.points, round_s=self.round_worst_s)
 
     def of_best(self) -> Curve:
         """The curve of the best windows."""
-        return replace(self, points=self.best or self.points)
+        return replace(self, points=self.best or self.points, round_s=self.round_best_s)
 
     def pages(self, seconds: float) -> float:
         """D(seconds)."""
@@ -73,10 +75,14 @@ def _slope(left: tuple[float, float], right: tuple[float, float]) -> float:
 
 
 def curve(
-    dirty: Sequence[Spans], seconds: float | Sequence[float], total: int, round_s: float = 0.0
+    dirty: Sequence[Spans],
+    seconds: float | Sequence[float],
+    total: int,
+    round_s: float | Sequence[float] = 0.0,
 ) -> Curve:
     """D from the dirty sets of successive epochs of `seconds` each (one number, or each epoch's own); total:
-    pages with contents; round_s: what a look costs.
+    pages with contents; round_s: what a look costs, or what each of them did (on a busy machine that varies as much
+    as the pages do: the median goes with the mean, the ends of the middle four fifths with the worst and the best).
 
     The point at k epochs is the mean, and the worst, over all windows of k (k = 1, 2, 4, …). Raises UsageError
     for none."""
@@ -102,7 +108,9 @@ def curve(
         size *= 2
     highest = [max(n for _, n in worst[: i + 1]) for i in range(len(worst))]  # never falls: it is a union
     bad = tuple((took, max(n, high)) for (took, n), high in zip(worst, highest, strict=True))
-    return Curve(tuple(mean), total, bad, tuple(best), round_s)
+    cost = sorted([round_s] if isinstance(round_s, float | int) else round_s)
+    median, high, low = (cost[int((len(cost) - 1) * share)] for share in (0.5, 0.9, 0.1))
+    return Curve(tuple(mean), total, bad, tuple(best), median, high, low)
 
 
 @dataclass(frozen=True, slots=True)
