@@ -65,7 +65,7 @@ def test_a_hundred_checkpoints_in_chains_are_each_true_to_the_byte(
     rng = random.Random(9)
     methods: Counter[str] = Counter()
     made: list[int] = []
-    with Scribe(subjects("scribe"), 3, 6, tmp_path / "file", pause_us=1000) as scribe:
+    with Scribe(subjects("scribe"), 3, 6, tmp_path / "file", pause_us=20000) as scribe:
         with Chain(scribe.pid, tmp_path / "chain", keep=5) as chain:
             for done in chain.run(0.0, 100):
                 made.append(scribe.check(Stored.open(done.path).read))
