@@ -69,9 +69,14 @@ def test_a_hundred_checkpoints_in_chains_are_each_true_to_the_byte(
         with Chain(scribe.pid, tmp_path / "chain", keep=5) as chain:
             for done in chain.run(0.0, 100):
                 made.append(scribe.check(Stored.open(done.path).read))
-                verdict = verify(done.path)
-                assert verdict.ok, verdict.problems
                 methods[done.method.partition(", ")[2]] += 1
+                if len(made) % 5 == 0:  # the end of a chain: each of it, by itself or as what another needs
+                    checked: set[str] = set()
+                    for path in reversed(chain.made[-5:]):
+                        if str(path) not in checked:
+                            verdict = verify(path)
+                            assert verdict.ok, verdict.problems
+                            checked |= set(verdict.checked)
                 if len(made) % 3 == 0:
                     older = rng.choice(chain.made[-5:])
                     assert scribe.check(Stored.open(older).read) == made[int(older.name)]
@@ -320,7 +325,7 @@ def test_a_full_disk(scribe: Scribe, tmp_path: Path) -> None:
     ).returncode:
         pytest.skip("missing capability: mount (CAP_SYS_ADMIN)")
     try:
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match=r"No space .*pages\.pack"):
             dump(scribe.pid, disk / "c", level=0)
         assert list(disk.iterdir()) == []
         assert process_state(scribe.pid)[1] == 0

@@ -14,12 +14,24 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from pagelens.vm.errors import UsageError
 
 RENAME_EXCHANGE = 2
+
+
+@contextlib.contextmanager
+def _named(fd: int) -> Iterator[None]:
+    # A full disk: the error says which file.
+    try:
+        yield
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            error.filename = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - a name to show
+        raise
 
 
 class Files:
@@ -32,22 +44,25 @@ class Files:
         """All of `data`, over short writes."""
         self.step("write")
         view = memoryview(data).cast("B")
-        while len(view):
-            done = os.write(fd, view[: 1 << 30])
-            view = view[done:]
+        with _named(fd):
+            while len(view):
+                done = os.write(fd, view[: 1 << 30])
+                view = view[done:]
 
     def pwrite(self, fd: int, data: bytes, at: int) -> None:
         """All of `data` at offset `at`, over short writes."""
         self.step("write")
         view = memoryview(data)
-        while view:
-            done = os.pwrite(fd, view, at)
-            view, at = view[done:], at + done
+        with _named(fd):
+            while view:
+                done = os.pwrite(fd, view, at)
+                view, at = view[done:], at + done
 
     def sync(self, fd: int) -> None:
         """fsync."""
         self.step("fsync")
-        os.fsync(fd)
+        with _named(fd):
+            os.fsync(fd)
 
     def sync_dir(self, path: Path) -> None:
         """fsync of a directory: its entries are on disk."""
