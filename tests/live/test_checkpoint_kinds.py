@@ -128,6 +128,30 @@ def test_hugetlb_watched(puppet: Puppet, tmp_path: Path) -> None:
             )
 
 
+def test_a_process_that_shares_its_address_space_with_another_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "s.c"
+    source.write_text(
+        "#define _GNU_SOURCE\n#include <sched.h>\n#include <signal.h>\n#include <stdio.h>\n#include <unistd.h>\n"
+        "#include <sys/prctl.h>\nstatic char stack[65536]; static volatile long n;\n"
+        "static int other(void *p){ prctl(PR_SET_PDEATHSIG, SIGKILL); for (;;) n++; return 0; }\n"
+        "int main(void){ int c = clone(other, stack + 65536, CLONE_VM | SIGCHLD, 0);\n"
+        'printf("%d\\n", c); fflush(stdout); for (;;) pause(); }\n'
+    )
+    subprocess.run(["gcc", "-o", tmp_path / "s", source], check=True)
+    child = subprocess.Popen([tmp_path / "s"], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    try:
+        other = int(child.stdout.readline())
+        for pid in (child.pid, other):
+            with pytest.raises(UsageError, match="shares the address space"):
+                dump(pid, tmp_path / "c")
+            assert not (tmp_path / "c").exists()
+            assert process_state(pid)[1] == 0
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def test_swapped_pages(puppet: Puppet, swap: Path, tmp_path: Path) -> None:
     del swap
     area = puppet.island(64)

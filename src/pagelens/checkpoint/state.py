@@ -14,8 +14,8 @@ from pagelens.checkpoint.image import OpenFile, ProcessState, ThreadState
 from pagelens.linux import altstack, pagecopy
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
-from pagelens.linux.ptrace import Tracee
-from pagelens.vm.errors import PagelensError, TargetGoneError
+from pagelens.linux.ptrace import Tracee, libc
+from pagelens.vm.errors import PagelensError, TargetGoneError, UsageError
 from pagelens.vm.vma import VmaList
 
 SIGNAL_FIELDS = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt")
@@ -30,8 +30,18 @@ def prepare() -> None:
 
 
 def read_state(proc: Process, held: Held, vmas: VmaList, *, backing: bool = True) -> ProcessState:
-    """State of process and threads. `held` must hold it. backing: also identify the mapped files."""
+    """State of process and threads. `held` must hold it. backing: also identify the mapped files.
+
+    Raises UsageError where another process shares its address space: that one is not held, and goes on writing.
+    """
     stat = proc.stat()
+    born = children(proc)
+    for other in (stat.ppid, *born):
+        if _shares_memory(proc.pid, other):
+            raise UsageError(
+                f"process {other} shares the address space of process {proc.pid} (clone with CLONE_VM) and would go on "
+                "writing to it; nothing was touched"
+            )
     status = _status(proc)
     notes: list[str] = []
     stacks, unknown = altstack.read(proc.pid)
@@ -58,12 +68,23 @@ def read_state(proc: Process, held: Held, vmas: VmaList, *, backing: bool = True
         vmas=vmas,
         threads=threads,
         files=open_files(proc),
-        children=children(proc),
+        children=born,
         signals={name: int(status.get(name, "0"), 16) for name in SIGNAL_FIELDS},
         time_ns=time.monotonic_ns(),
         notes=tuple(notes),
         backing=identities(proc, vmas) if backing else {},
     )
+
+
+def _shares_memory(pid: int, other: int) -> bool:
+    # kcmp(2); where we may not compare, or the kernel cannot, it says -1. A parent that waits in vfork does nothing.
+    if libc.syscall(312, pid, other, 1, 0, 0):  # KCMP_VM
+        return False
+    try:
+        with open(f"/proc/{other}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] != b"D"
+    except OSError:
+        return False
 
 
 def _status(proc: Process) -> dict[str, str]:
