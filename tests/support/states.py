@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pagelens.linux import ptrace
+from pagelens.vm.errors import TargetGoneError
 from support.nobody import NOBODY
 
 
@@ -262,6 +264,31 @@ def own_userfaultfd(directory: Path, stack: contextlib.ExitStack) -> Target:
     pid = start(stack, _compiled(directory, OWN_USERFAULTFD))
     until(lambda: " uw" in Path(f"/proc/{pid}/smaps").read_text())
     return Target(pid)
+
+
+_O_EXIT, _E_EXIT = 1 << 6, 6  # PTRACE_O_TRACEEXIT, PTRACE_EVENT_EXIT
+
+
+def mid_exit(_d: Path, stack: contextlib.ExitStack) -> Target:
+    """In do_exit, held at its exit stop by a tracer: it is no zombie yet, and its memory is still there."""
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pause()
+        os._exit(0)
+    ptrace.request(ptrace.PTRACE_SEIZE, pid, 0, _O_EXIT)
+
+    def end() -> None:
+        with contextlib.suppress(TargetGoneError):
+            ptrace.request(ptrace.PTRACE_DETACH, pid, 0, 0)
+        assert os.waitpid(pid, 0)[1] == signal.SIGTERM, "it ended otherwise than it would have"
+
+    stack.callback(end)
+    os.kill(pid, signal.SIGTERM)
+    while (status := os.waitpid(pid, 0)[1]) >> 16 != _E_EXIT:
+        assert os.WIFSTOPPED(status)
+        ptrace.request(ptrace.PTRACE_CONT, pid, 0, os.WSTOPSIG(status))
+    return Target(pid, os.getpid())
 
 
 EXITING = """

@@ -7,14 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.vm.pages import PageState
-from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
+from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import (
     Area,
     Cut,
     Forked,
     Guarded,
-    Huge,
     Mark,
     Outcome,
     Prior,
@@ -24,8 +22,8 @@ from pagelens.why.evidence import (
 )
 from pagelens.why.facts import Call, Facts
 from pagelens.why.history import History
+from pagelens.why.hugepages import dropped_in_block, huge_pages
 from pagelens.why.replay import (
-    BLOCK,
     GREW,
     IN_FLIGHT,
     WAS_MAPPED,
@@ -34,7 +32,7 @@ from pagelens.why.replay import (
     state_column,
 )
 from pagelens.why.sharing import sharers
-from pagelens.why.space import DROP_LINK, UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
+from pagelens.why.space import UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
@@ -44,7 +42,6 @@ _RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
 _COPIES = {0xAA03, 0xAA05}  # COPY, MOVE: destination, source, length
 PF_PK = 0x20  # error code: a protection key forbade it
 _SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
-HUGE_SLOW = 20_000  # ns: zeroing 2 MiB takes longer than this, zeroing 4 KiB never does (both measured)
 EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
 UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
 
@@ -89,7 +86,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         since[back] = past.own[past.before[back]]
     if mark.any():
         mark = np.where((mark_time > since) & (prior != Prior.NONE), mark, int(Mark.NONE))
-    huge = _huge(facts, run, past, present, write)
+    huge = huge_pages(facts, run, past, present, write)
     columns: dict[str, npt.NDArray[np.generic] | int] = {
         "known": known,
         "present": present,
@@ -106,7 +103,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "grew": (run.flags & GREW) != 0,
         "prior": prior,
         "origin": past.origin,
-        "dropped": past.dropped | _dropped_in_block(run, past, huge),
+        "dropped": past.dropped | dropped_in_block(run, past, huge),
         "mark": mark,
         "forked": forked,
         "sharers": share,
@@ -330,76 +327,4 @@ def _last_seen(facts: Facts, run: Replayed) -> dict[int, int]:
     np.maximum.at(latest, mm[early], time[early])
     for space in np.flatnonzero(latest >= 0).tolist():
         out[space] = max(out.get(space, -1), int(latest[space]))
-    return out
-
-
-def _huge(facts: Facts, run: Replayed, past: History, present: Bool, write: Bool) -> I64:
-    faults = run.faults
-    out = np.full(len(faults), int(Huge.NO), np.int8)
-    rows = np.flatnonzero(((run.flags & BLOCK) != 0) & ~faults.failed & (past.life >= 0))
-    if not len(rows):
-        return out
-    block = (faults.addr[rows] // np.uint64(HPAGE_SIZE)).astype(np.int64)
-    order = np.lexsort((faults.time[rows], block, past.life[rows]))
-    rows, block = rows[order], block[order]
-    life = past.life[rows]
-    new = np.ones(len(rows), bool)
-    new[1:] = (life[1:] != life[:-1]) | (block[1:] != block[:-1])
-    group = np.cumsum(new) - 1
-    absent = np.bincount(group, weights=(~present[rows]).astype(np.float64))
-    first = rows[new]
-    alone = absent == 1
-    shown = _huge_in_last(facts, run, first)
-    made = ~present[first] & (shown | (alone & (faults.latency[first] >= HUGE_SLOW)))
-    zero = made & ~write[first]
-    # A read maps the huge zero page in a moment; that it did, later writes to present pages tell.
-    more = np.bincount(group) > 1
-    zero |= ~present[first] & ~write[first] & alone & more
-    later = ~new
-    out[rows[later & zero[group]]] = int(Huge.READ)
-    out[rows[later & (made & ~zero)[group]]] = int(Huge.INSIDE)
-    out[first[made | zero]] = int(Huge.MADE)
-    return out
-
-
-def _dropped_in_block(run: Replayed, past: History, huge: I64) -> Bool:
-    # A part of a huge page that was dropped had been in use, though only the block's first page ever faulted.
-    out = np.zeros(len(huge), bool)
-    made = np.flatnonzero(huge == Huge.MADE)
-    if not len(made):
-        return out
-    lives = run.lives
-    key, link, parent = (np.array(c or [0], np.int64) for c in (lives.key, lives.link, lives.parent))
-    rows = np.flatnonzero((past.prior == Prior.NONE) & ~past.dropped & (past.life >= 0))
-    rows = rows[link[past.life[rows]] == DROP_LINK]
-    if not len(rows):
-        return out
-    block = (run.faults.addr // np.uint64(HPAGE_SIZE)).astype(np.int64)
-    blocks = np.unique(np.stack((past.life[made], block[made]), axis=1), axis=0)
-    wanted = {(int(life), int(number)) for life, number in blocks}
-    for row in rows.tolist():
-        life, page = int(past.life[row]), int(run.key[row])
-        while link[life] == DROP_LINK and not out[row]:
-            page += int(parent[life]) - int(key[life])
-            life = int(np.searchsorted(key, page, side="right")) - 1
-            out[row] = (life, int(block[row])) in wanted
-    return out
-
-
-def _huge_in_last(facts: Facts, run: Replayed, first: I64) -> Bool:
-    faults = run.faults
-    out = np.zeros(len(first), bool)
-    for mm in np.unique(faults.mm[first]).tolist():
-        last = facts.last.get(mm)
-        if last is None or last.pages is None:
-            continue
-        runs = last.pages.where(PageState.HUGE)
-        if not len(runs):
-            continue
-        here = np.flatnonzero(faults.mm[first] == mm)
-        addr = faults.addr[first[here]] & ~np.uint64(0xFFF)
-        at = np.searchsorted(runs.start, addr, side="right") - 1
-        size = runs.count << np.uint64(PAGE_SHIFT)
-        near = np.maximum(at, 0)
-        out[here] = (at >= 0) & (addr < runs.start[near] + size[near])
     return out
