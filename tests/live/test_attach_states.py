@@ -73,6 +73,7 @@ def place() -> Iterator[Path]:
         yield Path(name)
 
 
+@pytest.mark.timeout(600)
 def test_state_exit_code_message(place: Path) -> None:
     left_out = []
     for make, root, code, text in TABLE:
