@@ -8,11 +8,20 @@ from collections.abc import Iterator
 
 import pytest
 
-from pagelens.linux import snapshot
+from pagelens.linux import pagescan, snapshot
 from pagelens.linux.probe import capability_status
 from pagelens.vm import AddrRange, PageState, Prot
 from support.pace import EMULATED
-from support.puppet import MAP_ANON, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_NONE, PROT_READ, Puppet
+from support.puppet import (
+    MAP_ANON,
+    MAP_NORESERVE,
+    MAP_PRIVATE,
+    MAP_SHARED,
+    PAGE,
+    PROT_NONE,
+    PROT_READ,
+    Puppet,
+)
 from support.subjects import Subjects
 
 ANON = PageState.PRESENT | PageState.EXCLUSIVE
@@ -187,3 +196,21 @@ def test_a_running_target_is_said(puppet: Puppet) -> None:
     shot = snapshot.take(os.getpid())
     assert not shot.complete
     assert "ran while" in shot.notes[-1]
+
+
+def test_a_sparse_terabyte_without_pagemap_scan(puppet: Puppet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before 6.7: what spans too much is not read, and that is said; all else is, and a part that is asked for."""
+    small = puppet.island(8)
+    puppet.write(small, 5)
+    wide = puppet.mmap(1 << 28, flags=MAP_PRIVATE | MAP_ANON | MAP_NORESERVE)
+    puppet.sys("madvise", wide, 1 << 40, 15)  # MADV_NOHUGEPAGE
+    puppet.write(wide, 3)
+    monkeypatch.setattr(pagescan, "supported", lambda: pagescan.Category(0))
+    settled(puppet.pid)
+    snap = snapshot.take(puppet.pid)
+    assert snap.pages is not None
+    assert len(snap.pages.clipped(wide, wide + (1 << 40)).addresses()) == 0
+    assert len(snap.pages.clipped(small, small + 8 * PAGE).addresses()) == 5
+    assert not snap.complete
+    assert "pages of the longest mappings, 1024 GiB in all, not read (no PAGEMAP_SCAN)" in snap.notes
+    assert list(states(puppet.pid, wide, 100)) == [0, 1, 2]

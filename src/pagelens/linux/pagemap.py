@@ -3,7 +3,9 @@
 PAGEMAP_SCAN finds what exists (it skips holes by the page-table page, and knows huge and zero pages), then
 only those ranges are read from pagemap, which alone knows EXCLUSIVE, the uffd-wp bit and frame numbers.
 Without the ioctl (before 6.7) each vma is read whole; the kernel walks holes quickly, but it writes 8 bytes
-for each page of them, so this costs by what is mapped.
+for each page of them, so this costs by what is mapped: the 18 TiB that AddressSanitizer reserves took half a
+minute, in which a recorded program stood still. So a caller may set a limit: the longest vmas are then not read
+where the ioctl is missing, and that is said.
 
 Sources: pagemap(5), fs/proc/task_mmu.c (pte_to_pagemap_entry, pagemap_pmd_range_thp).
 """
@@ -33,6 +35,7 @@ PFN_MASK = (1 << 55) - 1
 SWP_PTE_MARKER = 31  # the highest swap type: a pte marker, not swap (include/linux/swapops.h)
 _GAP = 256  # pages: a hole this small is cheaper to read than a second pread
 _CHUNK = 1 << 18  # entries a pread (2 MiB)
+MOST = 1 << 26  # pages, 256 GiB: half a second without PAGEMAP_SCAN
 
 # Top nine bits (63..55) of an entry -> PageState.
 _BITS = {
@@ -57,22 +60,30 @@ _WANTED = _EXISTS | Category.PFNZERO | Category.HUGE
 
 @dataclass(frozen=True, slots=True)
 class PageTable:
-    """Result of `read`. method: what was used; notes: what could not be known."""
+    """Result of `read`. method: what was used; notes: what could not be known; complete: every vma was read."""
 
     runs: PageRuns
     method: str
     notes: tuple[str, ...] = ()
+    complete: bool = True
 
 
 def read(
-    proc: Process, vmas: VmaList, *, within: tuple[int, int] | None = None, pfns: bool = False
+    proc: Process,
+    vmas: VmaList,
+    *,
+    within: tuple[int, int] | None = None,
+    pfns: bool = False,
+    most: int | None = None,
 ) -> PageTable:
     """States of all pages of `vmas` that have a pte (present, swapped or marked), cut to `within`.
 
+    most: without PAGEMAP_SCAN, no more pages than these are asked for, the shortest vmas' first (None: all are).
     With `pfns`, the frame number of each present page (0 where the kernel hides it: needs CAP_SYS_ADMIN).
     """
     spans = _spans(vmas, within)
     notes: tuple[str, ...] = ()
+    left = 0
     fd = proc.fd("pagemap")
     try:
         if not spans:
@@ -84,11 +95,16 @@ def read(
             extra = _extra(found, addr)
             method = "PAGEMAP_SCAN+pagemap"
         else:
+            spans, left = _affordable(_spans(vmas, within, join=False), most)
             addr, entry = _entries(fd, spans)
             extra = None
             method = "pagemap"
             which = "huge pages" if _zero_frame() else "huge and zero pages"
             notes += (f"{which} are not told apart (no PAGEMAP_SCAN)",)
+            if left:
+                notes += (
+                    f"pages of the longest mappings, {left >> 18} GiB in all, not read (no PAGEMAP_SCAN)",
+                )
     finally:
         os.close(fd)
     state, pfn = decode(entry)
@@ -98,7 +114,7 @@ def read(
     if extra is not None:
         present = (state & np.uint32(PageState.PRESENT)) != 0
         state |= np.where(present, extra, np.uint32(0))
-    return PageTable(PageRuns.from_pages(addr, state, pfn=pfn if pfns else None), method, notes)
+    return PageTable(PageRuns.from_pages(addr, state, pfn=pfn if pfns else None), method, notes, not left)
 
 
 @functools.cache
@@ -151,7 +167,7 @@ def entries(fd: int, start: int, pages: int) -> U64:
     return out[:done]
 
 
-def _spans(vmas: VmaList, within: tuple[int, int] | None) -> list[tuple[int, int]]:
+def _spans(vmas: VmaList, within: tuple[int, int] | None, *, join: bool = True) -> list[tuple[int, int]]:
     # Adjacent vmas joined, cut to `within`.
     spans: list[tuple[int, int]] = []
     for start, end in zip(vmas.starts.tolist(), vmas.ends.tolist(), strict=True):
@@ -159,11 +175,22 @@ def _spans(vmas: VmaList, within: tuple[int, int] | None) -> list[tuple[int, int
             start, end = max(start, within[0]), min(end, within[1])  # noqa: PLW2901 (cut to the range)
             if start >= end:
                 continue
-        if spans and spans[-1][1] == start:
+        if join and spans and spans[-1][1] == start:
             spans[-1] = (spans[-1][0], end)
         else:
             spans.append((start, end))
     return spans
+
+
+def _affordable(spans: list[tuple[int, int]], most: int | None) -> tuple[list[tuple[int, int]], int]:
+    # (spans to read, pages of the others): the shortest, until the sum is too much.
+    if most is None:
+        return spans, 0
+    lengths = np.array([end - start for start, end in spans], dtype=np.uint64) >> np.uint64(PAGE_SHIFT)
+    order = np.argsort(lengths, kind="stable")
+    within = np.cumsum(lengths[order]) <= most
+    kept = np.sort(order[within])
+    return [spans[i] for i in kept.tolist()], int(lengths[order[~within]].sum())
 
 
 def _coalesce(start: U64, end: U64) -> list[tuple[int, int]]:

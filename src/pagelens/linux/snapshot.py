@@ -56,12 +56,14 @@ def _take(proc: Process, pages: bool, accounting: bool, frames: bool, within: Ad
     if not len(vmas):
         raise TargetGoneError(f"process {proc.pid} has no memory any more (it is exiting)")
     runs: PageRuns | None = None
+    whole = True
     if pages or frames:
         span = None if within is None else (within.start, within.end)
-        table = pagemap.read(proc, vmas, within=span, pfns=frames)
+        table = pagemap.read(proc, vmas, within=span, pfns=frames, most=pagemap.MOST)
         runs = table.runs
         method.append(table.method)
         notes += table.notes
+        whole = table.complete
         if frames:
             runs = kframes.annotate(runs)
             method.append("kpagecount+kpageflags")
@@ -77,7 +79,7 @@ def _take(proc: Process, pages: bool, accounting: bool, frames: bool, within: Ad
         pages=runs,
         accounting=account,
         method="proc " + "+".join(method),
-        complete=not ran,
+        complete=whole and not ran,
         notes=tuple(notes),
     )
 
