@@ -139,7 +139,7 @@ class Bench:
         million = [self.subject, "faults", "1000000"]
         end = self.work / "end"
         timed = ["sh", "-c", f"{self.subject} faults 1000000; touch {end}"]
-        recording = cost([*self.ours(), *timed])[1]
+        recording = peak([*self.ours(), *timed])
         wait = time.time() - end.stat().st_mtime
         kept = [cost([*PAGELENS, "summary", self.capture]) for _ in range(3)]
         # What the recorder did after the program's end, once more and from nothing: as for one that was killed.
@@ -179,6 +179,18 @@ def cost(command: Command) -> tuple[float, int]:
     if child.returncode:
         raise SystemExit(f"{' '.join(command)}: {child.returncode}")
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss >> 10
+
+
+def peak(command: Command) -> int:
+    """Peak MiB of a command itself, without its children (whose peak wait4 would give)."""
+    most = 0
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENV) as child:
+        while child.poll() is None:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            found = re.search(r"^VmHWM:\s*(\d+)", status, re.MULTILINE)
+            most = max(most, int(found[1]) >> 10 if found else 0)
+            time.sleep(0.02)
+    return most
 
 
 def main() -> None:
