@@ -103,6 +103,8 @@ def _causes(capture: Path, summary: dict[str, Any]) -> list[str]:
         fields = conclusions(Capture(capture))
         summary.update({k: fields[k] for k in ("causes", "unknown_share", "agreement")})
         return summary_lines(fields)
+    except KeyboardInterrupt:
+        return ["not determined: interrupted"]
     except Exception as error:
         if os.environ.get("PAGELENS_TRACEBACK"):
             raise
