@@ -98,7 +98,13 @@ def write_text(args: argparse.Namespace, text: str) -> None:
 
 
 def write_file(path: Path, data: bytes, force: bool) -> None:
-    """Aside, synced, renamed. UsageError where it exists and force is not given."""
+    """Aside, synced, renamed. UsageError where it exists and force is not given.
+
+    A device or a pipe (/dev/null, /dev/stdout) is written to: a rename would put a file in its place."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb", buffering=0) as stream:
+            stream.write(data)
+        return
     refuse_overwrite(path, force)
     handle, name = tempfile.mkstemp(dir=path.parent or Path(), prefix=f".{path.name}.")
     try:
