@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -143,6 +145,46 @@ def _ended(pid: int) -> bool:
         return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+@needs_bpf
+def test_the_terminal_is_the_programs(tmp_path: Path) -> None:
+    program = (
+        'tty; stty size; [ "$(ps -o pgid= -p $$)" = "$(ps -o tpgid= -p $$)" ] && echo foreground; read line;'
+        ' echo "got $line"; trap "echo interrupted; exit 5" INT; echo ready; while :; do sleep 0.1; done'
+    )
+    command = [*RUN, "-c", str(tmp_path / "c.plens"), "--", "sh", "-c", program]
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (33, 99))
+    name = os.ttyname(theirs)
+    child = os.fork()
+    if not child:
+        os.login_tty(theirs)
+        os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": str(SRC)})
+    os.close(theirs)
+    seen = b""
+
+    def until(text: bytes) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 60
+        while text not in seen:
+            assert time.monotonic() < deadline, seen
+            if select.select([ours], [], [], 0.2)[0]:
+                seen += os.read(ours, 4096)
+
+    try:
+        until(b"foreground")
+        os.write(ours, b"a line\n")
+        until(b"ready")
+        os.write(ours, b"\x03")
+        until(b"next  ")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    finally:
+        os.close(ours)
+    lines = seen.decode().splitlines()
+    assert lines[:3] == [name, "33 99", "foreground"]
+    assert "got a line" in lines and any(line.endswith("interrupted") for line in lines)
+    assert any("unexplained 0" in line for line in lines)
 
 
 @needs_bpf
