@@ -37,6 +37,9 @@ VFORK = 0x100 | FORK | 0x4000  # VM and VFORK as well
 THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
 _TOUCHES = frozenset({READ, WRITE, EXEC})
 _GETPID = 39
+_PATIENCE = (
+    60_000  # milliseconds for an answer: on a machine with thirty waiting for two CPUs, ten seconds are few
+)
 
 
 class OracleError(PagelensError):
@@ -137,7 +140,7 @@ class Children:
         return self._answer(proc, channel, touched=what in _TOUCHES)
 
     def _answer(self, proc: str, channel: Channel, *, touched: bool = False) -> Outcome:
-        if not channel.poll.poll(10_000):
+        if not channel.poll.poll(_PATIENCE):
             raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
         data = os.read(self._pipes[channel.slot][1], _REPLY.size)
         if len(data) != _REPLY.size:
@@ -152,7 +155,7 @@ class Children:
         either = select.poll()
         for fd in (self._pipes[channel.slot][1], self._pipes[slot][1]):
             either.register(fd, select.POLLIN)
-        ready = [fd for fd, _ in either.poll(10_000)]
+        ready = [fd for fd, _ in either.poll(_PATIENCE)]
         if ready != [self._pipes[slot][1]]:
             raise OracleError(f"vfork of the oracle child {op.proc!r} failed")
         pid: int = _REPLY.unpack(os.read(ready[0], _REPLY.size))[0]
@@ -185,7 +188,7 @@ class Children:
         number = 60 if is_thread else 231  # exit, exit_group
         os.write(self._pipes[channel.slot][0], _COMMAND.pack(SYSCALL, number, *[0] * 6))
         if is_thread:
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + _PATIENCE / 1000
             while channel.tid in channel.process.tasks() and time.monotonic() < deadline:
                 time.sleep(0)
             gone = [name]
