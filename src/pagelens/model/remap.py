@@ -87,7 +87,8 @@ def _params_of_new_place(r: _Remap) -> int:
 
 
 def _old_order(r: _Remap) -> int:
-    # To 6.16: sys_mremap, mremap_to, vma_to_resize. Targets are unmapped before all is checked.
+    # To 6.16: sys_mremap, mremap_to, vma_to_resize. Targets are unmapped before all is checked, and
+    # lengths are not: an absurd one wraps to just below the start.
     mm = r.mm
     area = mm.areas.at(r.addr)
     if area is None:
@@ -103,7 +104,7 @@ def _old_order(r: _Remap) -> int:
             if error:
                 return error
         if r.old_len > r.new_len:
-            error = do_munmap(mm, r.addr + r.new_len, r.old_len - r.new_len, r.event)
+            error = do_munmap(mm, (r.addr + r.new_len) & _ULONG_MAX, r.old_len - r.new_len, r.event)
             if error:
                 return error
             r.old_len = r.new_len
@@ -114,7 +115,7 @@ def _old_order(r: _Remap) -> int:
         return _place_and_move(r, area)
     if r.old_len >= r.new_len:
         if r.old_len > r.new_len:
-            error = do_munmap(mm, r.addr + r.new_len, r.old_len - r.new_len, r.event)
+            error = do_munmap(mm, (r.addr + r.new_len) & _ULONG_MAX, r.old_len - r.new_len, r.event)
             if error:
                 return error
         return r.addr

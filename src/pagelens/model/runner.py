@@ -31,6 +31,9 @@ from pagelens.vm.vma import VmaList
 
 U64 = npt.NDArray[np.uint64]
 
+# setup_arg_pages: a page of arguments and 128 KiB, as far as RLIMIT_STACK allows.
+EXEC_STACK = 33 * PAGE_SIZE
+
 
 class ModelWorld:
     """The processes of one program, in the model. setting: that of the oracle child, to be compared with it;
@@ -83,7 +86,8 @@ class ModelWorld:
         _must(main.mmap(self.setting.region, length, 3, flags))
         self.settle(proc)
         mm = main.mm  # exec itself needed more: a stack, the vdso
-        mm.hiwater_vm = max(mm.hiwater_vm, self.setting.peak // PAGE_SIZE)
+        stack, first = (min(limit, EXEC_STACK) for limit in (mm.limits.stack, self.setting.stack))
+        mm.hiwater_vm = max(mm.hiwater_vm, (self.setting.peak - first + stack) // PAGE_SIZE)
 
     def settle(self, proc: str) -> None:
         """Touch the whole harness, so that nothing of it faults later (as the child does)."""
