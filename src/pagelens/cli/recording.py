@@ -101,7 +101,7 @@ def _causes(capture: Path, summary: dict[str, Any]) -> list[str]:
         if int(summary["faults"]["recorded"] or 0) > MOST_FAULTS:
             return [f"not determined here, more than {MOST_FAULTS:,} faults: pagelens why {capture}"]
         fields = conclusions(Capture(capture))
-        summary.update({k: fields[k] for k in ("causes", "unknown_share", "agreement")})
+        summary.update({k: fields[k] for k in ("causes", "unknown_share", "ambiguous_share", "agreement")})
         return summary_lines(fields)
     except KeyboardInterrupt:
         return ["not determined: interrupted"]

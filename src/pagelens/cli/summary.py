@@ -37,7 +37,7 @@ class Command:
         summary, fields = capture.meta.get("summary"), known(capture)
         if not summary or fields is None:
             summary, fields = _read(path, summary)
-        summary |= {k: fields[k] for k in ("causes", "unknown_share", "agreement")}
+        summary |= {k: fields[k] for k in ("causes", "unknown_share", "ambiguous_share", "agreement")}
         text = [*lines(capture, summary, fields["overview"]), "causes", *summary_lines(fields)]
         emit_object(args, summary, "\n".join(text))
         return 0
