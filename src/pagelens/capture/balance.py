@@ -21,6 +21,9 @@ METHOD_WAIT = (
     " to read those of others: no fault is seen by itself"
 )
 METHOD_PERF = "perf events inherited by the tree, counters at exit stops"
+METHOD_PERF_ALONE = (
+    "perf events inherited by the tree; nothing stops at its end, so its counters are not read"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,5 +116,6 @@ def _perf_method(e: Ended) -> str:
     if e.calls:
         blind = "" if e.kernel_visible else "; faults in kernel mode unseen"
         return f"{METHOD_PERF}; calls by ptrace{blind}"
+    method = METHOD_PERF if e.stops else METHOD_PERF_ALONE
     blind = "gup faults unseen" if e.kernel_visible else "faults in kernel mode and gup unseen"
-    return f"{METHOD_PERF}; {blind}; of the calls only what they mapped (MMAP2), not munmap or madvise"
+    return f"{method}; {blind}; of the calls only what they mapped (MMAP2), not munmap or madvise"
