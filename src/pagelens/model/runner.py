@@ -47,6 +47,8 @@ class ModelWorld:
             memory_pages=self.setting.memory_pages,
             overcommit=self.setting.overcommit,
         )
+        if self.machine.profile.status_rss_lags:
+            self.setting = replace(self.setting, rss_exact=False)
         self.machine.dac_min_addr = self.setting.dac_min_addr
         self.names = Names({"arena": ops.ARENA_BASE, "heap": self.setting.brk})
         self.files: dict[str, File] = {}
@@ -288,10 +290,7 @@ class ModelWorld:
 
     def status(self, proc: str) -> dict[str, int]:
         """Memory fields of status, in bytes."""
-        status = export.status_fields(self.processes[proc].mm)
-        if self.machine.profile.status_rss_lags:
-            status = {k: v for k, v in status.items() if k[:3] != "Rss" and k != "VmRSS"}
-        return status
+        return export.status_fields(self.processes[proc].mm)
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] as /proc/PID/pagemap, frame numbers left out."""

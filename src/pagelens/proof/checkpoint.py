@@ -127,9 +127,13 @@ class Checks:
             self._differs(proc, f"{name} of {where}", f"{real[name]}{unit}", f"{ours[name]}{unit}")
         self.agreement.count("accounting", len(both) - len(wrong), None, len(both))
 
+    @property
+    def _exact(self) -> bool:
+        # Whether counters of pages can be compared: the child saw them exact, and the profile does not say otherwise.
+        return self.kernel.setting.rss_exact and self.model.setting.rss_exact
+
     def _status(self, proc: str, real: dict[str, int], ours: dict[str, int]) -> None:
-        exact = self.kernel.setting.rss_exact
-        wanted = [f for f in STATUS_FIELDS if exact or f not in RSS_FIELDS]
+        wanted = [f for f in STATUS_FIELDS if self._exact or f not in RSS_FIELDS]
         self._figures(proc, "status", " B", {f: real[f] for f in wanted if f in real}, ours)
 
     def _rollup(self, proc: str) -> None:
@@ -141,7 +145,7 @@ class Checks:
         real, ours = (
             dict(zip(STATM_FIELDS, world.statm(proc), strict=True)) for world in (self.kernel, self.model)
         )
-        if not self.kernel.setting.rss_exact:
+        if not self._exact:
             del real["resident"], real["shared"]
         self._figures(proc, "statm", " pages", real, ours)
 
