@@ -34,13 +34,18 @@ from support.subjects import Subjects
 from support.unharmed import Steady, assert_untouched
 
 
-def kill_at_random(work: Callable[[], None], rng: random.Random, most: float) -> None:
-    """Run `work` in a forked process and SIGKILL it after up to `most` seconds."""
+def kill_at_random(
+    work: Callable[[], None], rng: random.Random, most: float, begun: Callable[[], bool] = lambda: True
+) -> None:
+    """Run `work` in a forked process and SIGKILL it up to `most` seconds after it has `begun` (20 s at the most)."""
     worker = os.fork()
     if worker == 0:
         with contextlib.suppress(BaseException):
             work()
         os._exit(0)
+    deadline = time.monotonic() + 20
+    while not begun() and time.monotonic() < deadline:
+        time.sleep(0.0002)
     time.sleep(rng.random() * most)
     os.kill(worker, signal.SIGKILL)
     os.waitpid(worker, 0)
@@ -159,7 +164,11 @@ def of_rollbacks(
 
             while kills:
                 stage[0] = 0
-                kill_at_random(quickly if fast else again_and_again, rng, 0.15)
+                # Two of three from about the first change on: a rollback spends most of its time before it.
+                if rng.randrange(3):
+                    kill_at_random(quickly if fast else again_and_again, rng, 0.003, lambda: stage[0] == 1)
+                else:
+                    kill_at_random(quickly if fast else again_and_again, rng, 0.15)
                 kills -= 1
                 where = ("before", "between", "after")[stage[0]]
                 seen[where] += 1
