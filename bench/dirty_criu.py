@@ -19,7 +19,7 @@ from pathlib import Path
 from pagelens.dirty.track import track
 from pagelens.vm.errors import CapabilityMissingError
 
-ROUNDS = 3
+ROUNDS = 2
 WRITER = """
 import mmap, sys, time
 m = mmap.mmap(-1, 16 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS); m.madvise(15)
@@ -28,7 +28,7 @@ print("x", flush=True)
 for line in sys.stdin:
     cpu, wall = time.process_time(), time.monotonic()
     for part in range(5):
-        for again in range(40):
+        for again in range(20):
             for at in range(0, 16 << 20, 4096): m[at] = again
         print("part", flush=True)
         sys.stdin.readline()
