@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,42 @@ def test_what_mremap_brings_is_told_from_what_was_written(subjects: Subjects, pa
             assert 1 not in found  # WRITTEN
             puppet.write(to, 8)
             assert _inside(tracker.epoch(), to, pages) == {1: 8}
+
+
+@pytest.mark.requires("root")
+@pytest.mark.usefixtures("ksm", "no_numa_balancing")
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("pagescan", marks=pytest.mark.requires("uffd-wp-async")),
+        pytest.param("soft-dirty", marks=pytest.mark.requires("soft-dirty")),
+    ],
+)
+def test_pages_that_ksm_merges_are_no_writes(subjects: Subjects, backend: str) -> None:
+    """It takes the protection bit away, and the soft-dirty bit too: what was written before it came must be listed."""
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(32)
+        puppet.write(at, 32, value=9)
+
+        def shared() -> int:
+            entries = raw.pagemap(puppet.pid, at, 32)
+            return sum(raw.frame("flags", entry & raw.PFN) >> 21 & 1 for entry in entries)
+
+        with track(pid=puppet.pid, backend=backend) as tracker:
+            tracker.epoch()
+            puppet.write(at, 4, value=9)  # rewritten, and then merged
+            puppet.sys("madvise", at, 32 * PAGE, 12)  # MADV_MERGEABLE
+            for _ in range(600):
+                if shared() == 32:
+                    break
+                time.sleep(0.05)
+            assert shared() == 32
+            epoch = tracker.epoch()
+            written, rest = _inside(epoch, at, 4), _inside(epoch, at + 4 * PAGE, 28)
+            assert sum(written.values()) == 4
+            assert written.keys() <= {1, 9}  # WRITTEN, or MOVED where that is not known any more
+            assert 9 in written
+            assert rest.keys() <= {9}
+            assert _inside(tracker.epoch(), at, 32) == {}
+            puppet.write(at, 3)
+            assert _inside(tracker.epoch(), at, 32) == {1: 3}

@@ -35,11 +35,11 @@ from pagelens.dirty.epoch import Builder, Look, Semantics, Why
 from pagelens.dirty.layout import ANON, FILE, LOW, SHARED, Layout
 from pagelens.dirty.registration import Registration
 from pagelens.dirty.spans import Spans
-from pagelens.linux import pagemap, pagescan
+from pagelens.linux import frames, pagemap, pagescan
 from pagelens.linux.pagescan import Category, Regions, ScanFlag
 from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import Feature, Userfault
-from pagelens.vm.errors import TargetGoneError
+from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
 from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
 
 MARKER_LIMIT = 16 << 30  # bytes of one shared mapping: markers cost 1/512 of it in page tables
@@ -60,10 +60,10 @@ class Pagescan:
         name="pagescan",
         scope="any process",
         needs="Linux 6.7 (userfaultfd WP_ASYNC, PAGEMAP_SCAN); another process: ptrace rights for one call",
-        extra=(Why.HUGE, Why.NEW, Why.DISCARDED, Why.DROPPED, Why.KEPT_HUGE),
+        extra=(Why.HUGE, Why.NEW, Why.DISCARDED, Why.DROPPED, Why.KEPT_HUGE, Why.MOVED),
         too_much="a new or moved mapping whole, with what it merged into; "
         "a huge page whole at its first write; shared pages that were "
-        "reclaimed; pages rewritten with the same bytes",
+        "reclaimed; pages that KSM merged; pages rewritten with the same bytes",
         misses="writes that do not go through this address space's page tables: another mapping of the same "
         "memory, write(2) to a mapped file, devices that write to pinned pages; mappings that come and go "
         "between two looks, and entries of a shared mapping that are dropped before it is first looked at",
@@ -84,7 +84,7 @@ class Pagescan:
         self._uffd = uffd
         self._ranges = ranges
         self._keep_huge = keep_huge
-        self._fd = -1
+        self._fd = self._ksm = -1
         self._own = os.getpid()
         if handshake:
             uffd.handshake(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
@@ -104,6 +104,8 @@ class Pagescan:
     def arm(self) -> None:
         """Register everything that can be watched and protect what is populated."""
         self._fd = self._proc.fd("pagemap")
+        with contextlib.suppress(CapabilityMissingError):
+            self._ksm = self._proc.fd("ksm_merging_pages")
         self._read_maps()
         self._book.register(self._layout.watched)
         self._book.mark_shared(self._layout.kinds[SHARED])
@@ -163,14 +165,17 @@ class Pagescan:
     def close(self) -> None:
         """Closing the descriptor unregisters everything (userfaultfd_release)."""
         self._uffd.close()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._ksm):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._ksm = -1
 
     # -- parts of a look -----------------------------------------------------------------------------------
 
     def _written(self, regions: Regions, written: np.ndarray, look: Look) -> None:
         dirt = Spans(regions.start[written], regions.end[written])
+        if self._merged():
+            self._of_ksm(dirt, look)
         if self._plain() and not regions.any_of & _NOT_PLAIN:
             look.builder.add(spans.joined(*dirt), Why.WRITTEN)
             return
@@ -197,6 +202,20 @@ class Pagescan:
             for why, mask in ((Why.WRITTEN, keep & ~huge[index]), (Why.HUGE, keep & huge[index])):
                 if mask.any():
                     look.builder.add(spans.joined(part.start[mask], part.end[mask]), why)
+
+    def _merged(self) -> bool:
+        # Whether KSM has merged any page of this process (/proc/PID/ksm_merging_pages, read again in place).
+        return self._ksm >= 0 and os.pread(self._ksm, 32, 0).strip() != b"0"
+
+    def _of_ksm(self, dirt: Spans, look: Look) -> None:
+        # KSM gives a page an entry without the protection bit (replace_page in mm/ksm.c), as if it was written.
+        try:
+            page = frames.having(self._fd, dirt.start, dirt.end, frames.KSM)
+        except CapabilityMissingError:
+            look.notes.append("frames are hidden: pages that KSM merged count as written")
+            return
+        merged = spans.joined(page, page + np.uint64(1 << PAGE_SHIFT))
+        look.builder.add(spans.common(merged, self._layout.watched), Why.MOVED)
 
     def _take_in(self, fresh: Spans, content: Spans, look: Look) -> tuple[Spans, Spans]:
         # Mappings that we did not watch: all that they hold is new, whatever its entries say (a moved entry

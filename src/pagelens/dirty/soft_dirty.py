@@ -182,7 +182,7 @@ class SoftDirty:
         # do_anonymous_page: multi-size huge pages), and a huge page that was written and then split leaves the
         # bit in all of its entries. Whether the page was mapped at the look before does not tell: it may have
         # been dropped and mapped again since.
-        page = frames.in_large_folios(self._fd, marked.start, marked.end)
+        page = frames.having(self._fd, marked.start, marked.end, frames.COMPOUND)
         return spans.joined(page, page + np.uint64(PAGE_SIZE))
 
     def close(self) -> None:

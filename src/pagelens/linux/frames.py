@@ -24,7 +24,8 @@ from pagelens.vm.units import PAGE_SHIFT
 _NONE = np.uint64((1 << 64) - 1)  # no entry: neither file ever has this value
 _PRESENT = 63  # bit of a pagemap entry
 DIRTY = 1 << 4  # KPF_DIRTY (include/uapi/linux/kernel-page-flags.h)
-_COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
+KSM = 1 << 21  # KPF_KSM
+COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 _GAP = 32  # frames: reading a few frames too many is cheaper than another pread
 
 
@@ -100,13 +101,14 @@ def entries(pagemap_fd: int, start: U64, end: U64) -> U64:
     return entry
 
 
-def in_large_folios(pagemap_fd: int, start: U64, end: U64) -> U64:
-    """uint64[n]: the addresses of those pages of [start, end) (bytes, ascending) that lie in a large folio.
+def having(pagemap_fd: int, start: U64, end: U64, bits: int) -> U64:
+    """uint64[n]: the addresses of those pages of [start, end) (bytes, ascending) whose frame has one of the flags
+    `bits` (COMPOUND, KSM, …).
 
     Raises CapabilityMissingError where frames are hidden (CAP_SYS_ADMIN)."""
     count = (end - start) >> np.uint64(PAGE_SHIFT)
-    entry = _pread(pagemap_fd, start >> np.uint64(PAGE_SHIFT), count)
-    here = ((entry >> np.uint64(_PRESENT)) & np.uint64(1)).astype(bool) & (entry != _NONE)
+    entry = entries(pagemap_fd, start, end)
+    here = (entry >> np.uint64(_PRESENT)).astype(bool)
     run = np.repeat(np.arange(len(start)), count.astype(np.int64))
     within = np.arange(len(entry), dtype=np.uint64) - (np.cumsum(count) - count)[run]
     address = (start[run] + (within << np.uint64(PAGE_SHIFT)))[here]
@@ -115,8 +117,8 @@ def in_large_folios(pagemap_fd: int, start: U64, end: U64) -> U64:
         raise CapabilityMissingError(
             "frame numbers are hidden", capability="kpageflags", fix="run pagelens as root (sudo)"
         )
-    large: U64 = address[known & ((flags & np.uint64(_COMPOUND)) != 0)]
-    return large
+    found: U64 = address[known & ((flags & np.uint64(bits)) != 0)]
+    return found
 
 
 def annotate(runs: PageRuns) -> PageRuns:
