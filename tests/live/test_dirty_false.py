@@ -12,7 +12,7 @@ import pytest
 from pagelens.dirty.epoch import Epoch
 from pagelens.dirty.track import track
 from support import raw
-from support.puppet import MAP_ANON, MAP_SHARED, Puppet
+from support.puppet import MAP_ANON, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, Puppet
 from support.subjects import Subjects
 
 PAGE = 4096
@@ -189,3 +189,18 @@ def test_pages_that_ksm_merges_are_no_writes(subjects: Subjects, backend: str) -
             assert _inside(tracker.epoch(), at, 32) == {}
             puppet.write(at, 3)
             assert _inside(tracker.epoch(), at, 32) == {1: 3}
+
+
+@pytest.mark.requires("soft-dirty")
+def test_a_reservation_of_terabytes_does_not_keep_the_target_held(subjects: Subjects) -> None:
+    with Puppet(subjects("puppet")) as puppet:
+        at = puppet.island(8)
+        puppet.write(at, 8)
+        puppet.mmap(4 << 28, flags=MAP_PRIVATE | MAP_ANON | MAP_NORESERVE)  # 4 TiB
+        with track(pid=puppet.pid, backend="soft-dirty") as tracker:
+            tracker.epoch()
+            puppet.write(at + PAGE, 2)
+            epoch = tracker.epoch()
+            assert _inside(epoch, at, 8) == {1: 2}
+            unscanned = any("not watched (no PAGEMAP_SCAN)" in note for note in epoch.notes)
+            assert epoch.complete != unscanned

@@ -32,7 +32,7 @@ from pagelens.linux.pagescan import Category
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
 from pagelens.vm.pages import PageState
-from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE, format_size
 
 _WANTED = (
     Category.PRESENT
@@ -85,6 +85,7 @@ class SoftDirty:
         self._shared = spans.EMPTY
         self._frames = self._frames_before = moved.NONE
         self._mergeable = spans.EMPTY
+        self._left_out = spans.EMPTY
 
     def arm(self) -> None:
         """Clear the bits; everything written from here on is dirt."""
@@ -114,7 +115,8 @@ class SoftDirty:
 
     def read_step(self) -> tuple[_Pages, Spans]:
         """Maps, bits, and the vmas that carry the flag."""
-        self._layout.read(self._watched)
+        if self._layout.read(self._watched):
+            self._left_out = spans.EMPTY
         text = self._proc.read("smaps")
         flagged = spans.of(smaps.flagged(text, b"sd"))
         self._mergeable = spans.of(smaps.flagged(text, b"mg"))
@@ -167,6 +169,10 @@ class SoftDirty:
         look.unmapped_pages = gone.pages - still.pages
         look.details["content_pages"] = self._content.pages
         look.details["false_dirt"] = spans.common(marked, flagged).pages
+        if self._left_out:
+            size = format_size(self._left_out.pages << PAGE_SHIFT)
+            look.notes.append(f"the longest mappings, {size} in all, are not watched (no PAGEMAP_SCAN)")
+            look.complete = False
         if not self._hold:
             look.notes.append("not held still: a write between reading and clearing is lost")
             look.complete = False
@@ -210,6 +216,16 @@ class SoftDirty:
         # is marked in the next epoch.
         where = self._layout.watched
         self._frames_before = self._frames
+        if not self._scans and where.pages > pagemap.MOST:
+            # Without PAGEMAP_SCAN 8 bytes are written for each mapped page, while the target is held: the 18 TiB
+            # that AddressSanitizer reserves would take minutes. The longest are left out.
+            length = where.end - where.start
+            order = np.argsort(length, kind="stable")
+            kept = np.sort(order[np.cumsum(length[order]) <= np.uint64(pagemap.MOST << PAGE_SHIFT)])
+            part = Spans(where.start[kept], where.end[kept])
+            self._left_out = spans.minus(where, part)
+            self._layout.leave_out(self._left_out)
+            where = part
         if self._scans:
             found = pagescan.scan(self._fd, where.pairs(), anyof=_POPULATED, ret=_WANTED)
             pages = _Pages(found.start, found.end, found.categories)
