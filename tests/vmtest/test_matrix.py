@@ -122,30 +122,39 @@ def test_a_kernel_of_ones_own(tmp_path: Path) -> None:
         kernel(str(image))
 
 
-def test_what_is_recorded(tmp_path: Path) -> None:
-    """Facts of kernels with a version, whose own tests passed; the page is made of them."""
+def test_what_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Facts of kernels with a version, all of them and as expected; the page is made of them."""
     repository = Path(__file__).parents[2]
-    (tmp_path / "tools").mkdir()
-    (tmp_path / "tests/kernels").mkdir(parents=True)
-    (tmp_path / "docs").mkdir()
+    for directory in ("tools", "tests/kernels", "docs/kernels"):
+        (tmp_path / directory).mkdir(parents=True)
     shutil.copy(repository / "tools/kernels_table.py", tmp_path / "tools")
     shutil.copy(repository / "tests/kernels/expected.toml", tmp_path / "tests/kernels")
     plan = Plan(tmp_path, [], [], results=tmp_path / "results")
+
+    def facts(version: str, *names: str) -> str:
+        return json.dumps({"kernel": f"Debian {version}", "facts": dict.fromkeys(names, 1)})
+
+    one, other = "zero_page.faults_of_read", "zero_page.kpagecount"
+    wrong = "call: E AssertionError: zero_page.x: measured 2, expected 1 on kernel 6.12.0"
     outcomes = []
-    for name, outcome in (("6.1", "passed"), ("6.12", "failed"), ("7.2", "not run"), ("bzImage", "passed")):
-        directory = tmp_path / "results" / name
-        directory.mkdir(parents=True)
-        (directory / "facts.json").write_text(
-            json.dumps({"kernel": f"Debian {name}", "facts": {"zero_page.faults_of_read": 1}})
-        )
-        tests = [
-            {"test": "tests/kernels/test_zero_page.py::x", "outcome": outcome},
-            {"test": "tests/live/test_pages.py::x", "outcome": "failed"},
-        ]
-        outcomes.append(Outcome(name, f"{name}.0", _end(0), Counter(), [], tests))
+    for name, why, end in (
+        ("6.1", "call: E assert False", End.EXITED),  # of a test that measures nothing
+        ("6.12", wrong, End.EXITED),
+        ("6.18", "", End.EXITED),
+        ("7.2", "", End.HANG),
+        ("bzImage", "", End.EXITED),
+    ):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "facts.json").write_text(facts(name, one))
+        (tmp_path / f"docs/kernels/{name}.json").write_text(facts("of old", one, *[other] * (name == "6.18")))
+        tests = [{"test": "tests/kernels/test_x.py::x", "outcome": "failed" if why else "passed", "why": why}]
+        outcomes.append(Outcome(name, f"{name}.0", _end(0, end), Counter(), [], tests))
+    (tmp_path / "docs/kernels/bzImage.json").unlink()
     record(outcomes, plan)
-    assert [p.name for p in (tmp_path / "docs/kernels").iterdir()] == ["6.1.json"]
-    assert "| measured on | Debian 6.1 |" in (tmp_path / "docs/kernels.md").read_text()
-    plan.measure = True  # values of a new kernel, which nobody expects yet
-    record(outcomes, plan)
-    assert sorted(p.stem for p in (tmp_path / "docs/kernels").iterdir()) == ["6.1", "6.12", "7.2"]
+    assert capsys.readouterr().out.splitlines() == [
+        "6.12: not recorded: not as expected: tests/kernels/test_x.py::x",
+        f"6.18: not recorded: not measured this time: {other}",
+        "7.2: not recorded: the guest hung",
+        "bzImage: not recorded: a kernel of one's own has no column",
+    ]
+    assert "| measured on | Debian 6.1 | Debian of old |" in (tmp_path / "docs/kernels.md").read_text()

@@ -177,22 +177,37 @@ def judge(kernel: fetch.Kernel, verdict: Verdict, results: Path, allowed: list[s
 def record(outcomes: list[Outcome], plan: Plan) -> None:
     """Puts what was measured beside the documentation, and makes docs/kernels.md of it.
 
-    Of the kernels that have a name (a version), each with all of tests/kernels run and, unless values of a new kernel
-    are measured, as expected. What is not recorded is said.
+    Of the kernels that have a name (a version): unless a value is not what tests/kernels/expected.toml says (with
+    `measure` nothing is compared), or one that was there before was not measured. What is not recorded is said.
     """
+    places = plan.root / "docs/kernels"
+    places.mkdir(exist_ok=True)
     for outcome in outcomes:
-        facts = (plan.results or plan.root / "build/vmtest") / outcome.kernel / "facts.json"
-        own = [t for t in outcome.tests if t["test"].startswith("tests/kernels/")]
+        file = (plan.results or plan.root / "build/vmtest") / outcome.kernel / "facts.json"
+        place = places / f"{outcome.kernel}.json"
+        found = _facts(file)
+        # The words of support/facts.py.
+        wrong = [
+            t["test"] for t in outcome.tests if re.search(r": measured .*, expected .* on kernel", t["why"])
+        ]
+        lost = _facts(place).keys() - found.keys()
         if not re.fullmatch(r"\d+\.\d+", outcome.kernel):
-            print(f"{outcome.kernel}: not recorded: a kernel of one's own has no column")
-        elif not outcome.verdict.good or (
-            not plan.measure and any(t["outcome"] in ("failed", "not run") for t in own)
-        ):
-            print(f"{outcome.kernel}: not recorded: tests/kernels did not pass")
-        elif facts.exists():
-            (plan.root / "docs/kernels").mkdir(exist_ok=True)
-            shutil.copyfile(facts, plan.root / "docs/kernels" / f"{outcome.kernel}.json")
+            why = "a kernel of one's own has no column"
+        elif not outcome.verdict.good:
+            why = outcome.verdict.end.value
+        elif wrong:
+            why = f"not as expected: {', '.join(wrong)}"
+        elif lost or not found:
+            why = f"not measured this time: {', '.join(sorted(lost))}"
+        else:
+            shutil.copyfile(file, place)
+            continue
+        print(f"{outcome.kernel}: not recorded: {why}")
     subprocess.run([sys.executable, str(plan.root / "tools/kernels_table.py")], check=True)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text())["facts"]) if file.exists() else {}
 
 
 def summary(outcomes: list[Outcome], began: float) -> int:
