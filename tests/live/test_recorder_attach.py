@@ -128,6 +128,7 @@ int main(int argc, char **argv) {
 """
 
 
+@pytest.mark.timeout(400)
 def test_thread_churn_attach_and_detach_often(tmp_path: Path, spawn: Spawn) -> None:
     source = tmp_path / "t.c"
     source.write_text(THREADS)

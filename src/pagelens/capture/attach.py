@@ -37,10 +37,6 @@ class Attached:
     passes: int
 
 
-class _Stop(Exception):
-    pass
-
-
 def attach(
     path: Path,
     settings: Settings,
@@ -58,14 +54,29 @@ def attach(
     with Process.open(pid) as target:
         command = [f"attach {pid} ({target.stat().comm})"]
         session = Session(path, settings, command=command, force=force)
+        # Remembered from here on: Ctrl-C while tasks are still being found ends the recording, with its report.
+        asked: list[int] = []
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            asked.append(number)
+
+        old = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         try:
-            return _record(session, target, duration, tree)
+            tasks, passes = _record(session, target, duration, tree, asked)
+            summary = session.finish()
         except BaseException:
             session.abandon()
             raise
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+        return Attached(summary, session.notes, tasks, passes)
 
 
-def _record(session: Session, target: Process, duration: float | None, tree: bool) -> Attached:
+def _record(
+    session: Session, target: Process, duration: float | None, tree: bool, asked: list[int]
+) -> tuple[int, int]:
+    # (tasks found, passes). asked: signals that came meanwhile, which end it.
     recording = session.recording
     session.attached = True
     session.start()
@@ -87,31 +98,18 @@ def _record(session: Session, target: Process, duration: float | None, tree: boo
         raise TargetGoneError(f"process {target.pid} is gone (or is exiting)")
     if session.settings.snapshot != "none":
         session.take(target.pid, "attach")
-    old = {n: signal.signal(n, _stop) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        _wait(recording, duration)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    _wait(recording, duration, asked)
     if session.settings.snapshot != "none" and target.alive:
         session.take(target.pid, "detach")
     if isinstance(recording, PerfRecording) and not recording.events:
         session.notes.append("what it starts is not followed: neither BPF nor perf is allowed here")
-    summary = session.finish()
-    return Attached(summary, session.notes, tasks, passes)
+    return tasks, passes
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise _Stop
-
-
-def _wait(recording: BpfRecording | PerfRecording, duration: float | None) -> None:
+def _wait(recording: BpfRecording | PerfRecording, duration: float | None, asked: list[int]) -> None:
     until = None if duration is None else time.monotonic() + duration
-    try:
-        while recording.live_tasks() > 0:
-            left = 0.05 if until is None else min(0.05, until - time.monotonic())
-            if left <= 0:
-                return
-            time.sleep(left)
-    except _Stop:
-        return
+    while recording.live_tasks() > 0 and not asked:
+        left = 0.05 if until is None else min(0.05, until - time.monotonic())
+        if left <= 0:
+            return
+        time.sleep(left)
