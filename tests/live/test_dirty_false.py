@@ -196,7 +196,7 @@ def test_a_reservation_of_terabytes_does_not_keep_the_target_held(subjects: Subj
     with Puppet(subjects("puppet")) as puppet:
         at = puppet.island(8)
         puppet.write(at, 8)
-        puppet.mmap(4 << 28, flags=MAP_PRIVATE | MAP_ANON | MAP_NORESERVE)  # 4 TiB
+        puppet.island(4 << 28, flags=MAP_PRIVATE | MAP_ANON | MAP_NORESERVE)  # 4 TiB
         with track(pid=puppet.pid, backend="soft-dirty") as tracker:
             tracker.epoch()
             puppet.write(at + PAGE, 2)
