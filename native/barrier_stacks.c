@@ -57,18 +57,27 @@ static int free_signal(void)
 	return 0;
 }
 
-/* Whether the thread would take the signal now. */
-static int takes(int tid, int sig)
+/* A file of the thread in /proc, ended by a zero; 0 where it cannot be read. */
+static int text_of(int tid, const char *name, char *text, size_t size)
 {
-	char path[64], text[4096], *at;
-	snprintf(path, sizeof(path), "/proc/self/task/%d/status", tid);
+	char path[64];
+	snprintf(path, sizeof(path), "/proc/self/task/%d/%s", tid, name);
 	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+	ssize_t got = fd < 0 ? -1 : read(fd, text, size - 1);
 	if (fd >= 0)
 		close(fd);
 	if (got <= 0)
 		return 0;
 	text[got] = 0;
+	return 1;
+}
+
+/* Whether the thread would take the signal now. */
+static int takes(int tid, int sig)
+{
+	char text[4096], *at;
+	if (!text_of(tid, "status", text, sizeof(text)))
+		return 0;
 	if (!(at = strstr(text, "\nState:\t")) || strchr("ZXD", at[8]) || !(at = strstr(at, "\nSigBlk:\t")))
 		return 0;
 	return !(strtoull(at + 9, NULL, 16) >> (sig - 1) & 1);
@@ -76,16 +85,10 @@ static int takes(int tid, int sig)
 
 static uintptr_t stack_pointer(int tid)
 {
-	char path[64], text[512], *words[16];
+	char text[512], *words[16];
 	int n = 0;
-	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", tid);
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
-	ssize_t got = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
-	if (fd >= 0)
-		close(fd);
-	if (got <= 0)
+	if (!text_of(tid, "syscall", text, sizeof(text)))
 		return 0;
-	text[got] = 0;
 	for (char *save, *word = strtok_r(text, " \n", &save); word && n < 16; word = strtok_r(NULL, " \n", &save))
 		words[n++] = word;
 	return n > 2 ? strtoull(words[n - 2], NULL, 16) : 0;

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +17,8 @@ from support.nobody import as_nobody
 from support.recording import pagelens
 from support.states import (
     Maker,
-    MissingError,
     confined,
+    each_row,
     exiting,
     frozen,
     gone,
@@ -28,6 +26,7 @@ from support.states import (
     in_exec_at_times,
     kernel_thread,
     leader_gone,
+    open_place,
     other_namespace,
     other_user,
     own_userfaultfd,
@@ -77,22 +76,13 @@ TABLE: list[tuple[Maker, bool, tuple[int, ...], str]] = [
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory that every user may use."""
-    with tempfile.TemporaryDirectory(prefix="pagelens-test-") as name:
-        Path(name).chmod(0o777)
-        yield Path(name)
+    with open_place() as directory:
+        yield directory
 
 
 def test_state_exit_code_message(place: Path) -> None:
-    left_out = []
-    for make, root, codes, text in TABLE:
-        row = f"{make.__name__}, {'root' if root else 'nobody'}"
-        with contextlib.ExitStack() as stack:
-            try:
-                target = make(place, stack)
-            except MissingError as why:
-                left_out.append(f"{row}: {why}")
-                continue
+    with contextlib.closing(each_row(TABLE, place)) as rows:
+        for row, target, stack, (make, root, codes, text) in rows:
             argv = ["dirty", str(target.pid), "--interval", "0.1", "--count", "1", "--format", "json"]
             warm = running(place, stack)
             done = (
@@ -116,6 +106,3 @@ def test_state_exit_code_message(place: Path) -> None:
             with contextlib.suppress(OSError):  # a kernel thread, a zombie
                 links = [str(link.readlink()) for link in Path(f"/proc/{target.pid}/fd").iterdir()]
                 assert sum("userfaultfd" in name for name in links) == (make is own_userfaultfd), said
-    if left_out:
-        sys.stderr.write(f"rows left out: {'; '.join(left_out)}\n")
-    assert len(left_out) <= 4, left_out

@@ -10,10 +10,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pagelens.linux import ptrace
 from pagelens.vm.errors import TargetGoneError
@@ -33,6 +36,35 @@ class MissingError(Exception):
 
 
 Maker = Callable[[Path, contextlib.ExitStack], Target]
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def open_place() -> Iterator[Path]:
+    """A directory that every user may use."""
+    with tempfile.TemporaryDirectory(prefix="pagelens-test-") as name:
+        Path(name).chmod(0o777)
+        yield Path(name)
+
+
+def each_row(
+    table: Sequence[tuple[Maker, bool, T, str]], place: Path
+) -> Generator[tuple[str, Target, contextlib.ExitStack, tuple[Maker, bool, T, str]], None, None]:
+    """(its name, the target, what undoes it, the row) for each row of a table (state, as root?, exit code, text).
+    States that this machine cannot make are left out, named on stderr, and four at the most."""
+    left_out = []
+    for line in table:
+        row = f"{line[0].__name__}, {'root' if line[1] else 'nobody'}"
+        with contextlib.ExitStack() as stack:
+            try:
+                target = line[0](place, stack)
+            except MissingError as why:
+                left_out.append(f"{row}: {why}")
+                continue
+            yield row, target, stack, line
+    if left_out:
+        sys.stderr.write(f"rows left out: {'; '.join(left_out)}\n")
+    assert len(left_out) <= 4, left_out
 
 
 def start(stack: contextlib.ExitStack, *command: str | Path, **options: object) -> int:

@@ -25,7 +25,6 @@ import threading
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -44,6 +43,7 @@ from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import UserRegs
 from pagelens.linux.restart import restartable
 from pagelens.linux.userfault import Feature, Mode, Userfault
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
 from pagelens.vm.pages import PageState
 from pagelens.vm.units import PAGE_SIZE
@@ -101,7 +101,7 @@ class Back:
     fast: bool
 
 
-class Checkpoint:
+class Checkpoint(Closing):
     """A process as it was at `take`. Context manager; `close` ends the tracking.
 
     Any thread may call; calls wait for each other. When the process dies, also in the middle of a call, they
@@ -330,14 +330,6 @@ class Checkpoint:
         self._fds = []
         self._image = None
         self._proc.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _tracked(vma: Vma) -> bool:

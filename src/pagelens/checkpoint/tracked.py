@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.pagescan import Category, Regions
 from pagelens.linux.procfs import Process
+from pagelens.vm.closing import Closing
 from pagelens.vm.pages import PageRuns, PageState
 from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
 from pagelens.vm.vma import VmaList
@@ -68,7 +68,7 @@ class _Recording(Pagescan):
         return found
 
 
-class Watched:
+class Watched(Closing):
     """One process, watched between checkpoints. Context manager; closing it leaves nothing in the process.
 
     Raises CapabilityMissingError where it cannot be watched (Linux before 6.7, seccomp, …).
@@ -226,14 +226,6 @@ class Watched:
             os.close(self._pagemap)
             self._pagemap = -1
         self.proc.close()
-
-    def __enter__(self) -> Watched:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _rows(

@@ -16,8 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from pagelens.dirty.choose import make_backend
 from pagelens.dirty.epoch import Backend, Builder, Epoch, Look, Semantics, Why
 from pagelens.dirty.spans import Spans
 from pagelens.linux.procfs import Process
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import TargetGoneError, UsageError
 from pagelens.vm.units import AddrRange, page_down, page_up
 from pagelens.vm.vma import VmaList
@@ -42,7 +42,7 @@ def buffer_span(buffer: Any) -> tuple[int, int]:
     return int(view.__array_interface__["data"][0]), int(view.nbytes)
 
 
-class Tracker:
+class Tracker(Closing):
     """Made by `track`. Use as a context manager; `close` leaves nothing behind."""
 
     def __init__(
@@ -235,14 +235,6 @@ class Tracker:
                 self._closed = True
                 self._backend.close()
                 self._proc.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _as_new(builder: Builder) -> Builder:

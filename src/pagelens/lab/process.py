@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pagelens
 from pagelens.lab.student import MEMORY
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import DamagedInputError
 
 CPU_SECONDS = 2.0  # of one call
@@ -25,7 +25,7 @@ class Broken(Exception):
     """The code did not answer as a function should; the text is the sentence that says so."""
 
 
-class Student:
+class Student(Closing):
     """FILE's FUNCTION in a process of its own. DamagedInputError where the file cannot be loaded."""
 
     def __init__(self, path: Path, function: str, seconds: float = CPU_SECONDS) -> None:
@@ -114,11 +114,3 @@ class Student:
             if fd >= 0:
                 os.close(fd)
         self._calls = self._replies = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()

@@ -16,10 +16,10 @@ import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from pagelens.linux.native import lib_dir
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import CapabilityMissingError
 
 _LIBRARIES = ("libbpf.so.1", "libbpf.so")
@@ -114,7 +114,7 @@ class _Log:
 _log: _Log | None = None
 
 
-class BpfObject:
+class BpfObject(Closing):
     """One loaded object. Closing it detaches everything: links die with their descriptors, so a killed
     recorder leaves nothing in the kernel."""
 
@@ -247,14 +247,6 @@ class BpfObject:
         if self._object:
             self._lib.bpf_object__close(self._object)
             self._object = None
-
-    def __enter__(self) -> BpfObject:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def create_ring(size: int) -> int:

@@ -16,9 +16,9 @@ import contextlib
 import errno
 import os
 from dataclasses import dataclass
-from types import TracebackType
 from typing import NoReturn, Self
 
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import CapabilityMissingError, DamagedInputError, TargetGoneError, UsageError
 
 PF_EXITING = 0x4  # include/linux/sched.h: past the exit stop, the mm may be gone
@@ -87,7 +87,7 @@ class TaskStat:
             raise DamagedInputError(f"cannot read a stat line: {data[:80]!r}") from exc
 
 
-class Process:
+class Process(Closing):
     """A live process, held by its /proc directory. Use as a context manager.
 
     Raises TargetGoneError where the process is gone, a zombie or not the one that was meant; UsageError for a
@@ -254,14 +254,6 @@ class Process:
         if self._dirfd >= 0:
             os.close(self._dirfd)
             self._dirfd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_all(fd: int) -> bytes:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from pagelens.linux.native import library
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import CapabilityMissingError
 from pagelens.vm.vma import Vma
 
@@ -46,7 +45,7 @@ def maps_text(vmas: Iterable[Vma]) -> str:
     )
 
 
-class Unwinder:
+class Unwinder(Closing):
     """Unwinds samples of one address space.
 
     Raises CapabilityMissingError where libdw is not installed.
@@ -104,11 +103,3 @@ class Unwinder:
         if self._handle:
             self._lib.pl_unwind_close(self._handle)
             self._handle = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

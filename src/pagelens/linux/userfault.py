@@ -17,9 +17,9 @@ import fcntl
 import os
 import struct
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
 
 NR_USERFAULTFD = 323
@@ -108,7 +108,7 @@ class Message:
         return cls(event, a=first, b=second, c=third)
 
 
-class Userfault:
+class Userfault(Closing):
     """A userfaultfd. Use as a context manager; closing it unregisters every range."""
 
     def __init__(self, fd: int) -> None:
@@ -234,14 +234,6 @@ class Userfault:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def available() -> Feature:

@@ -13,14 +13,13 @@ import struct
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import pagelens
 from pagelens.linux.procfs import Process
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import Key
+from pagelens.vm.closing import Closing
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
 from pagelens.vm.vma import Vma, VmaList
 
@@ -74,7 +73,7 @@ def oracle_path() -> Path:
     return path
 
 
-class Children:
+class Children(Closing):
     """The processes of one program. `names` of processes and threads are those of the program."""
 
     def __init__(self) -> None:
@@ -235,14 +234,6 @@ class Children:
             for fd in pair:
                 os.close(fd)
         self._pipes.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _above(fd: int, least: int) -> int:
