@@ -46,6 +46,7 @@ static void *make(void *arg) {
 int main(void) {
   pthread_t t[MAKERS];
   base = mmap(0, (size_t)MAKERS * EACH * SPAN * 4096, 3, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  madvise(base, (size_t)MAKERS * EACH * SPAN * 4096, MADV_NOHUGEPAGE); /* a fault for each page */
   memset((void *)tid, 0, sizeof(tid));
   for (int i = 0; i < MAKERS; i++) pthread_create(&t[i], 0, make, (void *)(intptr_t)i);
   for (int i = 0; i < MAKERS; i++) pthread_join(t[i], 0);
