@@ -37,6 +37,7 @@ enum bpf_map_type {
 enum { BPF_F_NO_PREALLOC = 1 };
 
 #define PF_IO_WORKER 0x10
+#define PF_KTHREAD 0x200000
 #define TASK_DEAD 0x80
 #define TS_COMPAT 2
 
@@ -102,6 +103,8 @@ struct task_struct {
 	unsigned long maj_flt;
 	struct mm_struct *mm;
 	struct task_struct *group_leader;
+	struct task_struct *real_parent;
+	u64 start_time; /* ns, as bpf_ktime_get_ns() */
 	struct pid *thread_pid;
 	struct files_struct *files;
 	char comm[16];

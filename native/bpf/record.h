@@ -106,6 +106,7 @@ struct pl_totals {
 	unsigned long long clear_refs;          /* proc_clear_refs_operations, learnt from a write of our own */
 	unsigned long long learn;               /* tgid whose next write is to that file; 0: nobody's */
 	unsigned long long adopted;             /* tasks that `adopt` has marked */
+	unsigned long long begun;               /* ns: tasks that are younger began under our eyes */
 };
 
 /* Settings, written before the load; the verifier removes what is switched off. */

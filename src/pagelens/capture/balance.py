@@ -72,6 +72,18 @@ def losses(e: Ended) -> list[tuple[str, int, str]]:
         ("task", get("tasks_untracked", 0), "tasks that could not be marked: not recorded"),
         ("task", get("tasks_uncounted", 0), "tasks whose counters could not be read: not in the sum"),
         ("task", e.alive, "tasks that ran on when the recording ended: their counters are not in the sum"),
+        (
+            "skipped",
+            get("skipped_tasks", 0),
+            "starts and execs of tasks, of the whole machine, that the kernel did not show us;"
+            " a start of ours was seen when the task ran first, an exec was not",
+        ),
+        (
+            "skipped",
+            get("skipped_events", 0),
+            "calls and entries of faults, of the whole machine, that the kernel did not show us;"
+            " how many of them are ours is not known",
+        ),
         ("spool", e.damaged, "records that made no sense"),
     ]
     return [row for row in rows if row[1]]

@@ -224,6 +224,17 @@ class BpfObject(Closing):
         finally:
             self._lib.bpf_link__destroy(link)
 
+    def skipped(self) -> dict[str, int]:
+        """How often each loaded program did not run although its event came, because it was running on that CPU
+        already: preempted there, since tracepoints may be (7.0). Source: bpf_prog_show_fdinfo, 5.12."""
+        found = {}
+        for name in self.loaded:
+            fd = self._lib.bpf_program__fd(self.programs[name])
+            text = Path(f"/proc/self/fdinfo/{fd}").read_text() if fd >= 0 else ""
+            line = next((x for x in text.splitlines() if x.startswith("recursion_misses:")), ":0")
+            found[name] = int(line.partition(":")[2])
+        return found
+
     def _keep(self, name: str, link: int | None) -> None:
         if not link:
             raise _missing(f"the BPF program {name} cannot be attached", ctypes.get_errno())

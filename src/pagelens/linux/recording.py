@@ -22,6 +22,7 @@ from pagelens.linux.drain import Drain, DrainStats
 _LEAN = ("fault_minor", "fault_major", "call_enter", "call_exit", "task_new", "task_exec", "task_switch")
 _ALWAYS = (*_LEAN, "adopt", "collect")
 _ENTRIES = ("entry_user", "entry_kernel")
+_OF_TASKS = ("task_new", "task_exec")
 _DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
 DETAILS = ("lean", "normal", "full")
 _RINGS = 128 << 20  # bytes for the rings of all CPUs together: the drain may be kept from a CPU for a while
@@ -64,6 +65,7 @@ class Totals(ctypes.Structure):
             "clear_refs",
             "learn",
             "adopted",
+            "begun",
         )
     )
 
@@ -139,6 +141,7 @@ class BpfRecording:
             for number, condition in syscalls.WANTED.items():
                 bpf.map_update(wanted, ctypes.c_uint32(number), ctypes.c_uint8(condition))
             self._totals = obj.shared(".bss", Totals)
+            self._totals.begun = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
             self._drain = Drain(self._rings, options.ring_size, spool)
             for name in sorted(obj.loaded):
                 if obj.sections[name].startswith("tp_btf/"):
@@ -225,8 +228,15 @@ class BpfRecording:
         return int(self._totals.tasks_started - self._totals.tasks_gone)
 
     def totals(self) -> dict[str, int]:
-        """Sums over the tasks that are gone."""
-        return {name: int(getattr(self._totals, name)) for name, *_ in Totals._fields_}
+        """Sums over the tasks that are gone; and, of all tasks of the machine, the starts and execs (`skipped_tasks`)
+        and the calls and entries of faults (`skipped_events`) for which the kernel did not run our program."""
+        skipped = self._object.skipped()
+        tasks = sum(skipped.get(name, 0) for name in _OF_TASKS)
+        return {
+            **{name: int(getattr(self._totals, name)) for name, *_ in Totals._fields_},
+            "skipped_tasks": tasks,
+            "skipped_events": sum(skipped.values()) - tasks,
+        }
 
     def stats(self) -> DrainStats:
         """Figures of the drain."""
