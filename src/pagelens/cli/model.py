@@ -309,14 +309,24 @@ def _fuzz_text(result: Result, seed: int, how: str) -> str:
 
 
 def _progress(total: int) -> Any:
-    # A line on stderr, only where a person looks at it.
-    if not sys.stderr.isatty():
-        return None
+    # On stderr: what differs, as it is found, and how far it is; where a person looks at it, in one line.
+    person = sys.stderr.isatty()
+    shown = 0
+    every = 5000
+    counted = every
 
     def show(result: Result) -> None:
+        nonlocal shown, counted
         done = result.agreement.operations
-        end = "\n" if done >= total else ""
-        sys.stderr.write(f"\r{done:,} of {total:,} operations, {len(result.failed_seeds)} disagreements{end}")
+        for seed, disagreement in result.differing[shown:]:
+            sys.stderr.write(f"{chr(13) if person else ''}seed {seed}: {disagreement}\n")
+        shown = len(result.differing)
+        count = f"{done:,} of {total:,} operations, {shown} disagreements"
+        if person:
+            sys.stderr.write(f"\r{count}" + ("\n" if done >= total else ""))
+        elif done >= counted:
+            counted = done // every * every + every
+            sys.stderr.write(f"{count}\n")
         sys.stderr.flush()
 
     return show

@@ -31,10 +31,11 @@ CHECKPOINT_EVERY = 100
 
 @dataclass(slots=True)
 class Result:
-    """What a run found. failing: the (shrunk) program of the first disagreement. seed: that of the failing
-    program, else of the first. used: how often each operation was done, and succeeded. reached:
-    how often each rule of the profile mattered (proof.reach). unrepeated: seeds whose disagreement was gone when the
-    same program ran again, twice: the kernel itself did two things on one program, so no rule of its own decides."""
+    """What a run found. failing: the (shrunk) program of the first disagreement. differing: each failing seed with its
+    first disagreement. seed: that of the failing program, else of the first. used: how often each operation was done,
+    and succeeded. reached: how often each rule of the profile mattered (proof.reach). unrepeated: seeds whose
+    disagreement was gone when the same program ran again, twice: the kernel itself did two things on one program, so no
+    rule of its own decides."""
 
     seed: int
     agreement: Agreement = field(default_factory=Agreement)
@@ -44,8 +45,13 @@ class Result:
     used: Counter[str] = field(default_factory=Counter)
     reached: Counter[str] = field(default_factory=Counter)
     programs: int = 0
-    failed_seeds: list[int] = field(default_factory=list)
+    differing: list[tuple[int, Disagreement]] = field(default_factory=list)
     unrepeated: list[tuple[int, Disagreement]] = field(default_factory=list)
+
+    @property
+    def failed_seeds(self) -> list[int]:
+        """The seeds of the programs that differ, and went on to when they ran again."""
+        return [seed for seed, _ in self.differing]
 
     @property
     def scenario(self) -> str:
@@ -164,7 +170,7 @@ def fuzz(
         if found and not any(bench.run(program, Result(this)) for _ in range(2)):
             result.unrepeated.append((this, found[0]))
         elif found:
-            result.failed_seeds.append(this)
+            result.differing.append((this, found[0]))
             if not result.disagreements:
                 result.seed, result.disagreements, result.failing = this, found, program
                 if small:
