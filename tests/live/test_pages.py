@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
-from pagelens.linux import pagescan, snapshot
+from pagelens.linux import frames, pagescan, snapshot
 from pagelens.linux.probe import capability_status
 from pagelens.vm import AddrRange, PageState, Prot
+from support import raw
 from support.pace import EMULATED
 from support.puppet import (
     MAP_ANON,
@@ -214,3 +216,27 @@ def test_a_sparse_terabyte_without_pagemap_scan(puppet: Puppet, monkeypatch: pyt
     assert not snap.complete
     assert "pages of the longest mappings, 1024 GiB in all, not read (no PAGEMAP_SCAN)" in snap.notes
     assert list(states(puppet.pid, wide, 100)) == [0, 1, 2]
+
+
+@pytest.mark.requires("pfn", "kpageflags")
+@pytest.mark.usefixtures("ksm", "no_numa_balancing")
+def test_merged_pages_are_told_from_others(puppet: Puppet) -> None:
+    """KPF_KSM, which 6.12 sets for every anonymous page: taken away where it cannot be true."""
+    base = puppet.island(48)
+    puppet.write(base, 48, value=5)
+
+    def merged() -> list[int]:
+        start = np.array([base], np.uint64)
+        with open(f"/proc/{puppet.pid}/pagemap", "rb") as file:
+            pages = frames.having(file.fileno(), start, start + np.uint64(48 * PAGE), frames.KSM)
+        return [(page - base) // PAGE for page in pages.tolist()]
+
+    assert merged() == []
+    puppet.sys("madvise", base, 32 * PAGE, 12)  # MADV_MERGEABLE
+    for _ in range(600):
+        if len({entry & raw.PFN for entry in raw.pagemap(puppet.pid, base, 32)}) == 1:
+            break
+        time.sleep(0.05)
+    assert merged() == list(range(32))
+    puppet.write(base + 3 * PAGE, value=6)  # a copy, its own
+    assert merged() == [i for i in range(32) if i != 3]

@@ -4,12 +4,19 @@ Frame numbers are sorted, made unique and read by runs, so that a fragmented pro
 of frames and a THP one for its 512 pages. Sources: fs/proc/page.c (kpagecount_read, kpageflags_read).
 With CONFIG_NO_PAGE_MAPCOUNT (6.15 and later) kpagecount gives the average of a large folio, rounded up from
 0.
+
+KPF_KSM of 6.12 says nothing: fs/proc/page.c of that time (stable_page_flags) tests for one bit of two, and sets it for
+every anonymous page (seen in Debian's 6.12.117; neither in 6.1 nor in 7.2). Where a page of our own shows that, the
+bit is taken away from pages that are a process's own (PG_anon_exclusive, which a merged page never has), and from all
+while KSM shares nothing; it stays where it may be true.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+import mmap
 import os
 
 import numpy as np
@@ -25,6 +32,8 @@ _NONE = np.uint64((1 << 64) - 1)  # no entry: neither file ever has this value
 _PRESENT = 63  # bit of a pagemap entry
 DIRTY = 1 << 4  # KPF_DIRTY (include/uapi/linux/kernel-page-flags.h)
 KSM = 1 << 21  # KPF_KSM
+_EXCLUSIVE = 1 << 34  # KPF_MAPPEDTODISK: of an anonymous page PG_anon_exclusive (include/linux/page-flags.h)
+_ANON = 1 << 12  # KPF_ANON
 COMPOUND = 1 << 15 | 1 << 16  # KPF_COMPOUND_HEAD, KPF_COMPOUND_TAIL
 _GAP = 32  # frames: reading a few frames too many is cheaper than another pread
 
@@ -51,7 +60,39 @@ def lookup(name: str, pfn: U64) -> tuple[U64, npt.NDArray[np.bool_]]:
             values[0] = _NONE
     known = values != _NONE
     values[~known] = 0
+    if name == "kpageflags" and (values & np.uint64(KSM)).any():
+        values = _without_false_ksm(values)
     return values[back], known[back]
+
+
+def _without_false_ksm(flags: U64) -> U64:
+    if not _ksm_bit_lies():
+        return flags
+    own = np.uint64(_ANON | _EXCLUSIVE)
+    out: U64 = np.where(((flags & own) == own) | _ksm_is_idle(), flags & ~np.uint64(KSM), flags)
+    return out
+
+
+@functools.cache
+def _ksm_bit_lies() -> bool:
+    # Whether a page that nobody can have merged (its mapping was never given to KSM) has the bit.
+    with mmap.mmap(-1, mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        page[0] = 1
+        place = np.array([ctypes.addressof(ctypes.c_char.from_buffer(page))], np.uint64)
+        fd = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            frame = of_pages(fd, place, place + np.uint64(mmap.PAGESIZE))
+        finally:
+            os.close(fd)
+    return bool(frame[0]) and bool(int(_read("kpageflags", frame, np.ones(1, np.uint64))[0]) & KSM)
+
+
+def _ksm_is_idle() -> bool:
+    try:
+        with open("/sys/kernel/mm/ksm/pages_shared", "rb") as file:
+            return not int(file.read())
+    except OSError:
+        return False
 
 
 def _read(name: str, start: U64, count: U64) -> U64:

@@ -262,10 +262,16 @@ def _expand(r: _Remap, area: Area) -> int:
         pages = delta >> SHIFT
         if area.flags & VM_ACCOUNT and mm.charge(pages):
             return ENOMEM
-        grown = merge_new(
-            mm, end, end + delta, area.flags, area.pgoff_at(end), area.file,
-            anon=area.anon_vma, name=area.name, event=r.event,
-        )  # fmt: skip
+        grown: Area | None
+        if area.close_hook and mm.profile.merge_close_forbids_any:
+            # 6.1.9 and later 6.1: grown by itself (vma_adjust), because vma_merge would refuse it.
+            mm.areas.resize(area, area.start, end + delta, area.pgoff)
+            area.event, grown = r.event, area
+        else:
+            grown = merge_new(
+                mm, end, end + delta, area.flags, area.pgoff_at(end), area.file,
+                anon=area.anon_vma, name=area.name, event=r.event,
+            )  # fmt: skip
         if grown is None:
             if area.flags & VM_ACCOUNT:
                 mm.uncharge(pages)
