@@ -286,7 +286,7 @@ def _guard_remove(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
     if (not area.is_anon or not area.flags & VM_WRITE) and not mm.profile.guard_file:
         return EINVAL
     for _first, chunk, part in mm.tables.spans(start >> SHIFT, end >> SHIFT):
-        hit = chunk.pte[part] == np.uint64(GUARD)
+        hit = (chunk.pte[part] & np.uint64(GUARD)) != 0
         chunk.pte[part][hit] = 0
         chunk.event[part][hit] = event
     return 0

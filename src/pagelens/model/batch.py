@@ -70,7 +70,7 @@ def access_range(mm: Mm, addr: int, length: int, kind: str, result: AccessResult
 
 def first_guard(pte: U64) -> int:
     """Index of the first guard marker, -1 if there is none."""
-    hit = pte == np.uint64(GUARD)
+    hit = (pte & np.uint64(GUARD)) != 0
     index = int(hit.argmax())
     return index if hit[index] else -1
 

@@ -190,7 +190,7 @@ def _entries(soft_dirty: bool, zero_frame: int) -> U64:
     put(PM_EXCLUSIVE, P, ZERO | SPECIAL)
     put(zero_frame, ZERO)
     if soft_dirty:
-        put(PM_SOFT_DIRTY, P | SD)
+        put(PM_SOFT_DIRTY, SD)  # of guard markers too: they carry it as swap entries do
     # pte_to_pagemap_entry: whatever is there and not present reads as swapped, guard markers too.
     put(PM_SWAP, GUARD)
     return out
@@ -205,7 +205,7 @@ def _encode(mm: Mm, pte: U64) -> U64:
     several = mm.machine.frames.mapcount[frames.view(np.int64)] != 1
     out &= ~(several.astype(np.uint64) << np.uint64(56))
     out |= frames
-    guard = pte == np.uint64(GUARD)
+    guard = (pte & np.uint64(GUARD)) != 0
     if guard.any() and profile.pagemap_guard_bit:
         out[guard] |= np.uint64(PM_GUARD)
     return out

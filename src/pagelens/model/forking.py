@@ -89,6 +89,7 @@ def copy_range(child: Mm, parent: Mm, area: Area, event: int) -> None:
             pte &= np.uint64(~(W | AE) & (1 << 64) - 1)
         keep = (pte & np.uint64(P | GUARD)) != 0
         new = np.where(keep, pte, np.uint64(0))
+        new[(new & np.uint64(GUARD)) != 0] = np.uint64(GUARD)  # copy_pte_marker: a new one, not soft-dirty
         clear = A | (D if area.flags & VM_SHARED else 0)
         new &= np.uint64(~clear & (1 << 64) - 1)
         base = start & 32767

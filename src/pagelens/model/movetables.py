@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagelens.model.abi import PMD_SIZE, SD, SHIFT, P
+from pagelens.model.abi import PMD_SIZE, SD, SHIFT
 from pagelens.model.space import Mm
 
 _PMD_MASK = PMD_SIZE - 1
@@ -48,7 +48,7 @@ def _move_entries(mm: Mm, source: int, target: int, count: int, event: int, whol
         return
     moved = pte.copy()
     if not whole and mm.profile.soft_dirty:
-        moved[(moved & np.uint64(P)) != 0] |= np.uint64(SD)
+        moved[moved != 0] |= np.uint64(SD)  # move_soft_dirty_pte: guard markers too
     events = np.where(moved != 0, event, 0)
     chunk.event[base : base + count][pte != 0] = event
     pte[:] = 0

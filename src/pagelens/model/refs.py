@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagelens.model.abi import EINVAL, SD, SHIFT, SPECIAL, U64_MAX, VM_PFNMAP, VM_SOFTDIRTY, ZERO, A, P, W
+from pagelens.model.abi import (
+    EINVAL,
+    GUARD,
+    SD,
+    SHIFT,
+    SPECIAL,
+    U64_MAX,
+    VM_PFNMAP,
+    VM_SOFTDIRTY,
+    ZERO,
+    A,
+    P,
+    W,
+)
 from pagelens.model.space import Mm
 
 
@@ -28,7 +41,7 @@ def clear_refs(mm: Mm, kind: int, event: int) -> int:
             continue
         for _first, chunk, part in mm.tables.spans(area.start >> SHIFT, area.end >> SHIFT):
             pte = chunk.pte[part]
-            hit = ((pte & np.uint64(P)) != 0) & ((pte & skip) == 0)
+            hit = ((pte & np.uint64(P | GUARD if soft else P)) != 0) & ((pte & skip) == 0)
             if hit.any():
                 pte[hit] &= clear
                 chunk.event[part][hit] = event
