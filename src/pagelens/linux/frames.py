@@ -84,7 +84,7 @@ def _ksm_bit_lies() -> bool:
             frame = of_pages(fd, place, place + np.uint64(mmap.PAGESIZE))
         finally:
             os.close(fd)
-    return bool(frame[0]) and bool(int(_read("kpageflags", frame, np.ones(1, np.uint64))[0]) & KSM)
+        return bool(frame[0]) and bool(int(_read("kpageflags", frame, np.ones(1, np.uint64))[0]) & KSM)
 
 
 def _ksm_is_idle() -> bool:
