@@ -48,6 +48,7 @@ GROUPS = {
     "mprotect": "mprotect",
     "numa": "NUMA balancing",
     "swap": "Swap",
+    "ksm": "Same-page merging",
     "smaps": "smaps",
     "settings": "Settings as the kernel comes up",
     "doctor": "What `pagelens doctor` finds (guests: as root, swap off, ksm stopped)",

@@ -92,6 +92,8 @@ def test_ksm_merges_equal_pages(puppet: Puppet, ksm: None, fact: Fact) -> None:
     """Thirty-two equal pages come to share one frame; a write takes one out again."""
     base = puppet.island(32)
     puppet.write(base, 32, 5)
+    never = raw.frame("flags", raw.pagemap(puppet.pid, base, 1)[0] & raw.PFN) >> 21 & 1
+    fact("ksm.flag_of_a_page_that_was_never_merged", bool(never))
     puppet.sys("madvise", base, 32 * raw.PAGE, 12)  # MADV_MERGEABLE
     frames: set[int] = set()
     for _ in range(300):
