@@ -94,7 +94,7 @@ def test_keep_huge_leaves_huge_pages_whole(subjects: Subjects) -> None:
 
 class _NeverResets(Pagescan):
     def _collect(self, where: spans.Spans) -> Regions:
-        return self._scan(where)
+        return self._scanner.scan(where)
 
 
 class _ForgetsDiscarded(Pagescan):
@@ -139,9 +139,9 @@ class _MarksNoSharedMemory(Pagescan):
 class _ResetsOutsideTheLook(Pagescan):
     # Looks first and resets later, in two steps: what is written in between is lost.
     def _collect(self, where: spans.Spans) -> Regions:
-        found = self._scan(where)
+        found = self._scanner.scan(where)
         self.between()
-        self._scan(where, flags=ScanFlag.WP_MATCHING, ret=Category.WRITTEN)
+        self._scanner.scan(where, flags=ScanFlag.WP_MATCHING, ret=Category.WRITTEN)
         return found
 
     def between(self) -> None:

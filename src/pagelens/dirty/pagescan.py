@@ -34,9 +34,10 @@ from pagelens.dirty import spans
 from pagelens.dirty.epoch import Builder, Look, Semantics, Why
 from pagelens.dirty.layout import ANON, FILE, LOW, SHARED, Layout
 from pagelens.dirty.registration import Registration
+from pagelens.dirty.scanner import Scanner
 from pagelens.dirty.spans import Spans
-from pagelens.linux import frames, pagemap, pagescan
-from pagelens.linux.pagescan import Category, Regions, ScanFlag
+from pagelens.linux import frames, pagemap
+from pagelens.linux.pagescan import Category, Regions
 from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import Feature, Userfault
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
@@ -44,11 +45,6 @@ from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
 
 MARKER_LIMIT = 16 << 30  # bytes of one shared mapping: markers cost 1/512 of it in page tables
 _NOT_PLAIN = int(Category.PFNZERO | Category.HUGE)
-_POPULATED = Category.PRESENT | Category.SWAPPED
-_RETURN = (
-    Category.WPALLOWED | Category.WRITTEN | _POPULATED | Category.PFNZERO | Category.HUGE
-)  # fmt: skip
-_MOST = 1 << 15  # regions a call: 768 KiB
 
 
 class Pagescan:
@@ -88,8 +84,7 @@ class Pagescan:
         self._own = os.getpid()
         if handshake:
             uffd.handshake(Feature.WP_ASYNC | Feature.WP_UNPOPULATED)
-        # MADV_GUARD_INSTALL's markers look like swap, and are no contents.
-        self._guard = pagescan.supported() & Category.GUARD
+        self._scanner = Scanner(keep_huge=keep_huge)
         self._layout = Layout(proc, ranges, MARKER_LIMIT)
         self._book = Registration(proc, uffd, self._layout)
         self._registered = spans.EMPTY
@@ -97,13 +92,12 @@ class Pagescan:
         self._shared = spans.EMPTY  # pages of shared mappings that were present at the last look
         self._uncertain = spans.EMPTY
         self._only_anon = False
-        self._room = 256  # regions asked for in one call; grows with what is found
 
     # -- the interface -------------------------------------------------------------------------------------
 
     def arm(self) -> None:
         """Register everything that can be watched and protect what is populated."""
-        self._fd = self._proc.fd("pagemap")
+        self._fd = self._scanner.fd = self._proc.fd("pagemap")
         with contextlib.suppress(CapabilityMissingError):
             self._ksm = self._proc.fd("ksm_merging_pages")
         self._read_maps()
@@ -260,7 +254,7 @@ class Pagescan:
             self._book.mark_shared(empty)
 
     def _huge(self) -> Spans:
-        found = self._scan(self._places(), mask=Category.HUGE, ret=Category.HUGE)
+        found = self._scanner.scan(self._places(), mask=Category.HUGE, ret=Category.HUGE)
         return spans.common(spans.joined(found.start, found.end), self._layout.watched)
 
     def _complaints(self, look: Look) -> None:
@@ -300,57 +294,8 @@ class Pagescan:
             return self._layout.watched
         return spans.of([(LOW, TASK_SIZE)])
 
-    def _scan(
-        self,
-        where: Spans,
-        *,
-        mask: Category = Category.NONE,
-        inverted: Category = Category.NONE,
-        anyof: Category = _POPULATED,
-        ret: Category = _RETURN,
-        flags: ScanFlag = ScanFlag.NONE,
-    ) -> Regions:
-        found = pagescan.scan(
-            self._fd,
-            where.pairs(),
-            flags=flags,
-            mask=mask | self._guard,
-            inverted=inverted | self._guard,
-            anyof=anyof,
-            ret=ret,
-            vec_len=self._room,
-        )
-        if len(found) > self._room // 2:
-            self._room = min(_MOST, 2 * len(found))
-        return found
-
     def _collect(self, where: Spans) -> Regions:
-        # Get and protect in one step. FILE is asked for only where it matters: for it the kernel looks at
-        # each page's struct page (vm_normal_page), which costs ten times the walk.
-        of_file = self._layout.kinds[FILE]
-        if not of_file:
-            return self._collect_kind(where, _RETURN)
-        other = self._collect_kind(spans.minus(where, of_file), _RETURN)
-        mine = self._collect_kind(spans.common(where, of_file), _RETURN | Category.FILE)
-        start = np.concatenate((other.start, mine.start))
-        order = np.argsort(start, kind="stable")
-        end, categories = (
-            np.concatenate((other.end, mine.end)),
-            np.concatenate((other.categories, mine.categories)),
-        )
-        return Regions(start[order], end[order], categories[order])
-
-    def _collect_kind(self, where: Spans, ret: Category) -> Regions:
-        if not self._keep_huge:
-            return self._scan(where, flags=ScanFlag.WP_MATCHING, ret=ret)
-        small = self._scan(
-            where, mask=Category.HUGE, inverted=Category.HUGE, flags=ScanFlag.WP_MATCHING, ret=ret
-        )
-        huge = self._scan(where, mask=Category.HUGE, ret=ret)
-        start = np.concatenate((small.start, huge.start))
-        order = np.argsort(start, kind="stable")
-        categories = np.concatenate((small.categories, huge.categories & ~np.uint64(Category.WRITTEN)))
-        return Regions(start[order], np.concatenate((small.end, huge.end))[order], categories[order])
+        return self._scanner.collect(where, self._layout.kinds[FILE])
 
     def _collect_unknown(self, where: Spans) -> Regions:
         # Entries that were not armed by us, or not since they were. An entry may carry the uffd-wp bit of a
@@ -379,7 +324,7 @@ class Pagescan:
             (of_file, Category.WPALLOWED | Category.FILE),
         ):
             if part:
-                found = self._scan(part, mask=skip, inverted=skip, ret=Category.PRESENT)
+                found = self._scanner.scan(part, mask=skip, inverted=skip, ret=Category.PRESENT)
                 out = spans.union(out, spans.joined(found.start, found.end))
         return spans.minus(out, self._book.foreign)
 

@@ -18,22 +18,19 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from pagelens.linux import maps
+from pagelens.linux.gadgets import Gadgets, NoCodeError, find_gadgets
 from pagelens.linux.native import library
 from pagelens.linux.procfs import Process
 from pagelens.linux.userfault import NR_USERFAULTFD, USER_MODE_ONLY, Userfault, refused
 from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
-from pagelens.vm.vma import Prot, Vma, VmaList
+from pagelens.vm.vma import Prot, VmaList
 
 NR_CLOSE = 3
-_SYSCALL_RET = b"\x0f\x05\xc3"
-_RESTORERS = (b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05", b"\xb8\x0f\x00\x00\x00\x0f\x05")  # mov $15; syscall
-_POP_RAX_RET = b"\x58\xc3"
-_CHUNK = 1 << 19
 # Stages of native/inject.h, for the tests that kill the tracer at each of them.
 STAGES = ("seized", "stopped", "frame", "regs", "mask", "entry", "exit", "taken", "unmask", "back")
 
@@ -97,15 +94,6 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Gadgets:
-    """Addresses, in the target, of code that it already has."""
-
-    syscall_ret: int
-    sigreturn: int = 0
-    pop_rax: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Held:
     """What a remote call cost: thread used, nanoseconds that it was held, and whether a call that ends with
     EINTR at any stop was started again on its behalf."""
@@ -148,10 +136,6 @@ def _files_of(proc: Process) -> int:
             capability="ptrace",
             fix="boot Linux 6.9 or later, or use --backend soft-dirty",
         ) from None
-
-
-class _NoCodeError(CapabilityMissingError):
-    """The target has no code that it could run for us."""
 
 
 def take_userfaultfd(proc: Process, *, traced: bool = False, die_at: str = "") -> tuple[Userfault, Held]:
@@ -248,75 +232,6 @@ def _frozen(proc: Process) -> bool:
     return False
 
 
-def find_gadgets(proc: Process, vmas: VmaList) -> Gadgets:
-    """Code in the target's executable mappings that ends a system call with `ret`, and code that returns from
-    a signal. The C library first, then the loader, the program, the rest; the vDSO last."""
-    syscall_ret = sigreturn = pop_rax = 0
-    for vma in sorted((v for v in vmas if v.prot & Prot.EXEC and v.prot & Prot.READ), key=_preference):
-        for at, data in _text(proc.mm_tid, vma.start, vma.end):
-            if not syscall_ret and (found := data.find(_SYSCALL_RET)) >= 0:
-                syscall_ret = at + found
-            for pattern in () if sigreturn else _RESTORERS:
-                if (found := data.find(pattern)) >= 0:
-                    sigreturn = at + found
-                    break
-            if not pop_rax and (found := data.find(_POP_RAX_RET)) >= 0:
-                pop_rax = at + found
-            if syscall_ret and sigreturn:
-                return Gadgets(syscall_ret, sigreturn)
-    if syscall_ret and pop_rax:
-        return Gadgets(syscall_ret, 0, pop_rax)
-    raise _NoCodeError(
-        f"process {proc.pid} has no code to make a system call with and come back from safely"
-        " (no `syscall; ret` beside a signal return in its executable mappings)",
-        capability="ptrace",
-    )
-
-
-def _preference(vma: Vma) -> int:
-    name = vma.name
-    base = name.rsplit("/", 1)[-1]
-    if base.startswith(("libc.", "libc-", "ld-musl", "libpthread")):
-        return 0
-    if base.startswith("ld-"):
-        return 1
-    if name.startswith("/"):
-        return 2
-    return 4 if name == "[vdso]" else 3
-
-
-def _text(pid: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
-    # In chunks that overlap by more than a pattern's length.
-    while start < end:
-        size = min(_CHUNK, end - start)
-        yield start, read_memory(pid, start, size)
-        if start + size >= end:
-            return
-        start += size - 16
-
-
-def read_memory(pid: int, addr: int, size: int) -> bytes:
-    """`size` bytes of another process's memory (process_vm_readv); fewer where it ends or is not readable."""
-    buffer = ctypes.create_string_buffer(size)
-    local = _Iovec(ctypes.cast(buffer, ctypes.c_void_p), size)
-    remote = _Iovec(ctypes.c_void_p(addr), size)
-    got = _libc().process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    return buffer.raw[:got] if got > 0 else b""
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-
-def _libc() -> ctypes.CDLL:
-    lib = ctypes.CDLL(None, use_errno=True)
-    lib.process_vm_readv.restype = ctypes.c_ssize_t
-    lib.process_vm_readv.argtypes = (
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
-    )  # fmt: skip
-    return lib
-
-
 def _candidates(proc: Process) -> list[int]:
     # The leader first (it stands on [stack] in almost every program), then sleeping threads, then running.
     order: list[tuple[int, int]] = []
@@ -404,7 +319,7 @@ def _looked_up(
     # it is the last try.
     try:
         return find_gadgets(proc, vmas), *_stacks(vmas)
-    except _NoCodeError:
+    except NoCodeError:
         if last_try:
             raise
         return Gadgets(0), *_stacks(vmas)

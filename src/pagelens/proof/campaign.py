@@ -18,8 +18,9 @@ from pagelens.model.scenario import format_scenario
 from pagelens.proof.agreement import Agreement
 from pagelens.proof.checkpoint import Disagreement
 from pagelens.proof.compare import Comparison
+from pagelens.proof.fences import Fence
 from pagelens.proof.mix import Mix
-from pagelens.proof.oracle import Fence, Oracle
+from pagelens.proof.oracle import Oracle
 from pagelens.proof.randomprog import Generator
 from pagelens.proof.reach import counted
 from pagelens.proof.shrink import shrink

@@ -14,8 +14,6 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +24,7 @@ from pagelens.linux.procfs import TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
+from pagelens.proof import fences
 from pagelens.proof.calls import SPECIAL
 from pagelens.proof.checkpoint import FRAME
 from pagelens.proof.children import (
@@ -46,6 +45,7 @@ from pagelens.proof.children import (
     Children,
     OracleError,
 )  # fmt: skip
+from pagelens.proof.fences import Fence, figure
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
@@ -73,15 +73,6 @@ _NR = {
     "madvise": 28, "ftruncate": 77, "mlock": 149, "munlock": 150, "mlockall": 151, "munlockall": 152,
     "set_mempolicy": 238, "fallocate": 285, "memfd": 319, "mlock2": 325,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Fence:
-    """One thing that must not happen to the child. ok: verified. how: by which means, or what is wrong."""
-
-    name: str
-    ok: bool
-    how: str
 
 
 class Oracle(Children):
@@ -152,32 +143,19 @@ class Oracle(Children):
             # keeps up to 64 counts back, the region, a multiple of it, may be right, but the page of text is not.)
             rss_exact=f"RssShmem:\t{inside[1].pages * 4:8d} kB" in status
             and f"RssFile:\t{inside[0].pages * 4:8d} kB" in status,
-            max_map_count=_figure("/proc/sys/vm/max_map_count", 65530),
+            max_map_count=figure("/proc/sys/vm/max_map_count", 65530),
             memory_pages=os.sysconf("SC_PHYS_PAGES"),
-            dac_min_addr=_figure("/proc/sys/vm/mmap_min_addr", 0x1_0000),
-            overcommit=_figure("/proc/sys/vm/overcommit_memory", 0),
+            dac_min_addr=figure("/proc/sys/vm/mmap_min_addr", 0x1_0000),
+            overcommit=figure("/proc/sys/vm/overcommit_memory", 0),
         )
 
     def _verify(self, pid: int) -> tuple[Fence, ...]:
-        # Every item is read back from the kernel.
-        process = self._channels["main"].process
         self.names.regions.update(arena=ops.ARENA_BASE, heap=self.setting.brk)
-        persona = int(process.read("personality"), 16)
-        status = process.read("status").decode()
-        swaps = len(Path("/proc/swaps").read_text().splitlines()) - 1
-        ksm = _figure("/sys/kernel/mm/ksm/run", 0)
-        numa = _figure("/proc/sys/kernel/numa_balancing", 0)
-        pagers = _damon_pagers()
-        policy_ok = self.send("main", SYSCALL, _NR["set_mempolicy"], 4).result == 0
+        policy = self.send("main", SYSCALL, _NR["set_mempolicy"], 4).result
         pinned = self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}
         again = self.send("main", SETTLE, 0, self.setting.text, self.setting.text_pages)
         return (
-            Fence("aslr", bool(persona & 0x40000), f"personality {persona:#x}"),
-            Fence("thp", "THP_enabled:\t0" in status, "PR_SET_THP_DISABLE, read back from status"),
-            Fence("ksm", ksm == 0, f"/sys/kernel/mm/ksm/run is {ksm}"),
-            Fence("numa", numa == 0 or policy_ok, f"numa_balancing {numa}, policy MPOL_LOCAL"),
-            Fence("swap", swaps == 0, f"{swaps} swap areas"),
-            Fence("damon", not pagers, f"DAMON schemes that page out: {', '.join(pagers) or 'none'}"),
+            *fences.of_process(self._channels["main"].process, local=policy == 0),
             Fence("cpu", pinned, f"pinned to {self.cpu}"),
             Fence("harness", again.faults == 0, f"{again.faults} faults when nothing happens"),
         )
@@ -376,42 +354,6 @@ class Oracle(Children):
         super().close()
 
 
-def _damon_pagers() -> list[str]:
-    # DAMON schemes that run and unmap pages (damon_pa_pageout, reclaim_pages): the one thing that takes a page from the
-    # child although nobody asked for it. It is the machine's own affair; what is gone when a program runs again may be
-    # its doing. Readable by root only.
-    found = []
-    for state in Path("/sys/kernel/mm/damon/admin/kdamonds").glob("*/state"):
-        try:
-            if state.read_text().strip() != "on":
-                continue
-            actions = state.parent.glob("contexts/*/schemes/*/action")
-            found += [
-                f"kdamond {state.parent.name}"
-                for action in actions
-                if action.read_text().strip() == "pageout"
-            ]
-        except OSError:
-            continue
-    if _text("/sys/module/damon_reclaim/parameters/enabled") == "Y":
-        found.append("damon_reclaim")
-    return found
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text().strip()
-    except OSError:
-        return ""
-
-
 def _limit(number: int) -> int:
     soft = resource.getrlimit(number)[0]
     return 1 << 63 if soft == resource.RLIM_INFINITY else soft
-
-
-def _figure(path: str, default: int) -> int:
-    try:
-        return int(Path(path).read_text())
-    except (OSError, ValueError):
-        return default

@@ -13,7 +13,8 @@ from pagelens.model.scenario import Line, Scenario
 from pagelens.proof.agreement import Agreement
 from pagelens.proof.checkpoint import Disagreement
 from pagelens.proof.compare import Comparison
-from pagelens.proof.oracle import Fence, Oracle
+from pagelens.proof.fences import Fence
+from pagelens.proof.oracle import Oracle
 
 
 @dataclass(frozen=True, slots=True)
