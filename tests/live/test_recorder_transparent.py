@@ -173,7 +173,7 @@ def test_the_terminal_is_the_programs(tmp_path: Path) -> None:
                 seen += os.read(ours, 4096)
 
     try:
-        until(b"foreground")
+        until(b"foreground\r\n")
         os.write(ours, b"a line\n")
         until(b"ready")
         os.write(ours, b"\x03")
