@@ -168,7 +168,7 @@ def mmap_region(mm: Mm, file: File | None, addr: int, length: int, vm: int, pgof
         vm |= VM_ACCOUNT
     area = None
     if file is not None or not vm & VM_SHARED:
-        area = merge_new(mm, addr, end, vm, pgoff, file, event=event)
+        area = merge_new(mm, addr, end, vm, pgoff, file, by_mmap=True, event=event)
     if area is None:
         if file is None and vm & VM_SHARED:
             # shmem_zero_setup; shmem_acct_size charges shared memory once, for the object.

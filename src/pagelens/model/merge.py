@@ -80,6 +80,7 @@ def merge_new(
     name: str = "",
     left_only: bool = False,
     exclude: Area | None = None,
+    by_mmap: bool = False,
     event: int = 0,
 ) -> Area | None:
     """vma_merge_new_range: extend a neighbour over [start, end), or None. The range holds no area."""
@@ -106,8 +107,9 @@ def merge_new(
         and _anon_mergeable(mm, anon, following, None, copied)
     )
     if left and right and prev is not None and following is not None:
-        if mm.profile.mmap_merges_right_first:
-            # 6.1, __mmap_region: the next area is taken first, and the previous must then suit its anon_vma.
+        if by_mmap and mm.profile.mmap_merges_right_first:
+            # 6.1, __mmap_region (mremap goes by vma_merge): the next area is taken first, and the previous must then
+            # suit its anon_vma.
             left = _anon_mergeable(mm, following.anon_vma, prev, None, None)
         else:
             right = _compatible(prev, following) and not following.close_hook
