@@ -71,9 +71,11 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     guarded = _guarded(run, past, present & write & ~faults.failed)
     uffd = _handlers(facts, run, race, present, guarded)
 
-    # fork leaves out the entries of file and shared mappings: the child maps them for itself.
+    # fork leaves out the entries of areas that nobody has written to (vma_needs_copy): the child maps them for itself.
     uncopied = past.inherited & (past.before < 0) & ~present
-    prior[uncopied & ((prior == Prior.FILE) | (prior == Prior.SHARED))] = int(Prior.NONE)
+    prior[uncopied & np.isin(prior, [Prior.FILE, Prior.SHARED, Prior.ZERO, Prior.POPULATED])] = int(
+        Prior.NONE
+    )
     private = (area == Area.ANON) | (area == Area.FILE)
     forked, share, outcome = _forks(facts, run, past, private & present & write & ~faults.failed, prior)
     mark_time = state_column(run.lives, run.state, "mark_time", -1)

@@ -83,6 +83,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     del at, earlier, who, prev, mine, has
     # In earlier lives, through links. Failed faults and first faults of a life get here.
     table = _Table(run)
+    shared = (area != Area.ANON) & (area != Area.FILE)
     life = _lives(run)
     inherited = np.zeros(n, bool)
     dropped = np.zeros(n, bool)
@@ -92,7 +93,8 @@ def trace(facts: Facts, run: Replayed) -> History:
     drop = np.zeros(len(todo), bool)
     for _ in range(64):
         link = table.link[cur_life]
-        go = link != 0
+        # A child maps shared memory anew: what its parent had of it is not its own story.
+        go = (link != NO_LINK) & ((link != FORK_LINK) | ~shared[todo])
         todo, cur_key, cur_life, drop, link = todo[go], cur_key[go], cur_life[go], drop[go], link[go]
         if not len(todo):
             break
@@ -112,10 +114,23 @@ def trace(facts: Facts, run: Replayed) -> History:
 
     populated = state_column(run.lives, run.state, "populated", -1)
     by_call = np.flatnonzero((populated >= 0) & (prior == Prior.NONE) & (populated < faults.time))
-    writes = state_column(run.lives, run.state[by_call], "populated_write", 0) != 0
-    prior[by_call] = np.where((area[by_call] == Area.ANON) & ~writes, int(Prior.ZERO), int(Prior.POPULATED))
+    prior[by_call] = np.where(area[by_call] == Area.ANON, int(Prior.ZERO), int(Prior.POPULATED))
+    begun = np.append(table.time, -1)
+    _owned_by_calls(run, prior, own, begun[life])
+    touch = np.where((populated > touch) & (populated < faults.time), populated, touch)
     origin = np.take(np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), life)
     return History(prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1))
+
+
+def _owned_by_calls(run: Replayed, prior: I64, own: I64, begun: I64) -> None:
+    """What calls populated with write faults is one's own, whatever it was before. begun: ns at which the page's life
+    began; a page that an earlier life owned so is inherited."""
+    when = state_column(run.lives, run.state, "populated_own", -1)
+    rows = np.flatnonzero((when >= 0) & (when < run.faults.time))
+    rows = rows[np.isin(prior[rows], [Prior.NONE, Prior.ZERO, Prior.FILE, Prior.POPULATED])]
+    prior[rows] = int(Prior.ANON)
+    rows = np.flatnonzero((when >= begun) & (when > own) & (when < run.faults.time))
+    own[rows] = when[rows]
 
 
 def _rows(facts: Facts, run: Replayed, write: Bool) -> tuple[I64, I64, I64, I64]:
