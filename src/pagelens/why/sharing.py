@@ -157,7 +157,8 @@ def _still_shared(run: Replayed, lines: _Lines, writes: _Writes, a: int, b: int,
     left: I64 | int = below[-1][1] if below else time
     # In the ancestor: unwritten between the two departures (or since the one departure).
     clean &= unchanged(common, np.minimum(until, left), np.maximum(until, left))
-    ends: list[I64 | int] = [time, *(born for _, born in below)][: len(below)]  # when each was left, or now
+    ends: list[I64 | int] = [time]
+    ends = (ends + [born for _, born in below])[: len(below)]  # when each was left, or now
     for (mm, born), end in zip(reversed(below), reversed(ends), strict=True):
         key, got = lines.down(mm, key)
         clean &= got & unchanged(mm, born, end)
