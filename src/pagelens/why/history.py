@@ -33,6 +33,7 @@ class History:
     prior: Prior. before: row of the fault before this one on the page (-1 none), touch: ns of the last row
     in this life (-1), own: ns of the last write in this life (-1). inherited, dropped: bool, by links.
     origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
+    unsure: prior rests on a fault whose access was not recorded.
     """
 
     prior: I64
@@ -44,6 +45,7 @@ class History:
     origin: I64
     life: I64
     times: I64
+    unsure: Bool
 
     def begun(self, rows: I64) -> I64:
         """ns at which the life of each of `rows` began, -1 where there is none."""
@@ -57,6 +59,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
     write = (faults.error < 0) | ((faults.error & 2) != 0)
     key, time, kind, fault = _rows(facts, run, write)
+    blind = np.append(faults.error < 0, False)  # by `fault`: -1 is a snapshot's
     del write
     index = np.arange(len(key), dtype=np.int32)
     new = np.ones(len(key), bool)
@@ -67,6 +70,7 @@ def trace(facts: Facts, run: Replayed) -> History:
 
     # In the same life: the row just before.
     prior = np.full(n, int(Prior.NONE), np.int8)
+    unsure = np.zeros(n, bool)
     before = np.full(n, -1, np.int32)
     touch = np.full(n, -1, np.int64)
     own = np.full(n, -1, np.int64)
@@ -79,6 +83,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     mine = last_own[prev] >= group[prev]
     own[who[mine]] = time[last_own[prev[mine]]]
     prior[who] = _state(kind[prev], mine, area[who])
+    unsure[who[mine]] = blind[fault[last_own[prev[mine]]]]
 
     del at, earlier, who, prev, mine, has
     # In earlier lives, through links. Failed faults and first faults of a life get here.
@@ -108,6 +113,7 @@ def trace(facts: Facts, run: Replayed) -> History:
         found = hit >= 0
         f = found & ~drop
         prior[todo[f]] = _state(kind[hit[f]], last_own[hit[f]] >= group[hit[f]], area[todo[f]])
+        unsure[todo[f]] = blind[fault[np.maximum(last_own[hit[f]], 0)]]
         dropped[todo[found & drop]] = True
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
@@ -119,7 +125,9 @@ def trace(facts: Facts, run: Replayed) -> History:
     _owned_by_calls(run, prior, own, begun[life])
     touch = np.where((populated > touch) & (populated < faults.time), populated, touch)
     origin = np.take(np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), life)
-    return History(prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1))
+    return History(
+        prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1), unsure
+    )
 
 
 def _owned_by_calls(run: Replayed, prior: I64, own: I64, begun: I64) -> None:
