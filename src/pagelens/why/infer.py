@@ -54,7 +54,7 @@ def infer(facts: Facts, run: Replayed) -> Bool:
     error[twice & (anon | private_file) & own & ~first] = WRITE_PRESENT
     # Shared memory is mapped by whatever access comes first; the verdict is the same for both.
     error[once & ~anon & ~private_file & (area != Area.UNMAPPED) & (area != Area.UNSEEN)] = READ_ABSENT
-    error[_forked(run, rows, first, np.flatnonzero(new)[group])] = -1
+    error[_forked(run, rows, np.flatnonzero(new)[group])] = -1
     told = error >= 0
     codes = np.asarray(faults.error).copy()
     codes[rows[told]] = error[told]
@@ -63,7 +63,7 @@ def infer(facts: Facts, run: Replayed) -> Bool:
     return filled
 
 
-def _forked(run: Replayed, rows: I64, first: Bool, leader: I64) -> Bool:
+def _forked(run: Replayed, rows: I64, leader: I64) -> Bool:
     # A fork makes a second fault, or a child's first, either a copy or something new: left open. So is a first one of
     # what had been mapped before the fork: the kernel may have touched it unseen.
     faults, lives = run.faults, run.lives
