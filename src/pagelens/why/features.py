@@ -318,7 +318,7 @@ def _forked_before(facts: Facts, run: Replayed, past: History, rows: I64, forked
     out: list[I64] = []
     for mm in older:
         snapshot = facts.first.get(mm)
-        since = snapshot.time_ns if snapshot else -1
+        since = snapshot.known_ns if snapshot else -1
         mine = rows[
             (run.faults.mm[rows] == mm) & (forked[rows] == Forked.NONE) & (prior[rows] != Prior.POPULATED)
         ]

@@ -247,5 +247,5 @@ def _snapshot_rows(facts: Facts, run: Replayed) -> list[tuple[int, int, I64, I64
         kind = np.select(bits, [SNAP_SWAP, SNAP_FILE, SNAP_ZERO], SNAP_ANON)
         there = inside & ((state & np.uint32(PageState.PRESENT | PageState.SWAPPED)) != 0)
         keys = (base[at] + ((addr - start[at]) >> PAGE_SHIFT))[there]
-        out.append((mm, facts.first[mm].time_ns, keys, kind[there].astype(np.int8)))
+        out.append((mm, facts.first[mm].known_ns, keys, kind[there].astype(np.int8)))
     return out
