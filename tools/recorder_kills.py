@@ -2,9 +2,11 @@
 
   python tools/recorder_kills.py [TRIALS] [SEED]     (default 50; prints one line and the seed; exit code 1 on harm)
 
-Each trial records a program that faults, forks, starts threads and hashes what it wrote, in a random mode (snapshots
-or none, lean or normal, run or attach), kills pagelens at a random moment, and compares the program's output with
-that of a run alone. What is left of the capture must be recoverable.
+Each trial records a program that faults, forks, starts threads and hashes what it wrote, in a random mode (see MODES:
+run or attach, as root, as root without BPF and tracefs, as nobody, in a sandbox without perf, by stops of every call;
+snapshots or none; lean, normal or full), kills pagelens at a random moment, and compares the program's output with that
+of a run alone. No thread may be traced afterwards, none stopped, no process left. What is left of the capture must be
+recoverable.
 """
 
 from __future__ import annotations
@@ -12,15 +14,38 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 SRC = Path(__file__).parent.parent / "src"
 ENV = {**os.environ, "PYTHONPATH": str(SRC)}
 PAGELENS = [sys.executable, "-m", "pagelens.cli.main"]
+NOBODY = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+# Root's way down: with neither CAP_BPF nor CAP_PERFMON nor what stands for both, tracefs is of no use either.
+NO_BPF = ["setpriv", "--bounding-set", "-bpf,-perfmon,-sys_admin", "--inh-caps", "-bpf,-perfmon,-sys_admin"]
+# Mode: (under what, what is asked of pagelens, with what options). DOCKER: a container's seccomp filter, without perf.
+MODES: dict[str, tuple[str, str, list[str]]] = {
+    "run": ("", "run", []),
+    "run, perf": ("", "run", ["--method", "perf"]),
+    "run, calls by ptrace": ("", "run", ["--calls", "ptrace"]),
+    "run without BPF": ("no-bpf", "run", []),
+    "run as nobody": ("nobody", "run", []),
+    "run as nobody, calls by ptrace": ("nobody", "run", ["--calls", "ptrace"]),
+    "run in a sandbox": ("docker", "run", []),
+    "run in a sandbox, calls by ptrace": ("docker", "run", ["--calls", "ptrace"]),
+    "attach": ("", "attach", []),
+    "attach --tree": ("", "attach", ["--tree"]),
+    "attach, perf": ("", "attach", ["--method", "perf"]),
+    "attach without BPF": ("no-bpf", "attach", ["--tree"]),
+    "attach as nobody": ("nobody", "attach", ["--tree"]),
+}
+# Of the system where there is one: nobody may not be able to read this environment's.
+PYTHON = "/usr/bin/python3" if os.access("/usr/bin/python3", os.X_OK) else sys.executable
 PROGRAM = """
 import hashlib, os, sys, threading
 open(sys.argv[2], "w").write(str(os.getpid()) + "\\n")
@@ -45,53 +70,84 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         time.sleep(0.003)
 
 
-def gone(pid: int) -> bool:
-    """Whether the process is gone or a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return True
+def members(mark: str) -> dict[int, str]:
+    """Processes of the trial by pid, with what harm there is to see: the mark is in their command line."""
+    out = {}
+    for path in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if not path.name.isdigit() or mark.encode() not in (path / "cmdline").read_bytes():
+                continue
+            harm = ""
+            out[int(path.name)] = ""
+            for task in (path / "task").iterdir():
+                with contextlib.suppress(OSError):  # threads come and go
+                    status = (task / "status").read_text()
+                    harm += "traced " if "TracerPid:\t0" not in status else ""
+                    harm += "stopped " if re.search(r"^State:\t[tT]", status, re.MULTILINE) else ""
+            out[int(path.name)] = harm
+    return out
 
 
-def trial(work: Path, number: int, rng: random.Random, expected: str) -> str:
-    """ "" or what went wrong."""
-    out, pidfile, capture = (work / f"{name}{number}" for name in ("out", "pid", "c.plens"))
-    command = [sys.executable, "-c", PROGRAM, str(out), str(pidfile)]
-    options = ["-c", str(capture), "--snapshot", rng.choice(["none", "full"]), "--detail"]
-    options.append(rng.choice(["lean", "normal", "full"]))
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": ENV}
-    attached = rng.random() < 0.3
-    if not attached and rng.random() < 0.3:  # without BPF; half of these with every system call stopped
-        options[options.index("--snapshot") + 1] = "full"
-        options += rng.choice([["--method", "perf"], ["--calls", "ptrace"]])
+def after_the_kill(mark: str, held: bool) -> str:
+    """What is wrong with what goes on: "" where nobody is traced or stopped. held: ptrace was in use, and its kernel
+    work of letting go may take a moment."""
+    deadline = time.monotonic() + (2 if held else 0)
+    while True:
+        harm = [f"{pid} {how}" for pid, how in members(mark).items() if how]
+        if not harm or time.monotonic() >= deadline:
+            return " ".join(harm)
+        time.sleep(0.01)
+
+
+def trial(work: Path, number: int, rng: random.Random, expected: str, confined: Path) -> tuple[str, str]:
+    """(mode, "" or what went wrong)."""
+    place = work / str(number)
+    place.mkdir()
+    place.chmod(0o777)
+    out, pidfile, capture = (place / name for name in ("out", "pid", "c.plens"))
+    mode = list(MODES)[number % len(MODES)]
+    by, verb, options = MODES[mode]
+    under = {"": [], "nobody": NOBODY, "no-bpf": NO_BPF, "docker": [str(confined), "docker"]}[by]
+    command = [PYTHON, "-c", PROGRAM, str(out), str(pidfile)]
+    snapshot = rng.choice(["maps", "full"] if "--calls" in options else ["none", "maps", "full"])
+    options = ["-c", str(capture), "--snapshot", snapshot, *options]
+    options += ["--detail", rng.choice(["lean", "normal", "full"])]
+    env = ENV if by != "nobody" else {**ENV, "HOME": str(place)}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": env, "cwd": place}
     started = None
-    if attached:
-        started = subprocess.Popen(command, **quiet)  # type: ignore[call-overload]
-        recorder = subprocess.Popen([*PAGELENS, "attach", str(started.pid), *options], **quiet)  # type: ignore[call-overload]
+    if verb == "attach":
+        started = subprocess.Popen([*(NOBODY if by == "nobody" else []), *command], **quiet)  # type: ignore[call-overload]
+        wait_for(lambda: pidfile.exists() and pidfile.read_text().endswith("\n"))
+        argv = [*under, *PAGELENS, "attach", str(started.pid), *options]
+        recorder = subprocess.Popen(argv, **quiet)  # type: ignore[call-overload]
         time.sleep(rng.random() * 2)
     else:
-        recorder = subprocess.Popen([*PAGELENS, "run", *options, "--", *command], **quiet)  # type: ignore[call-overload]
-        wait_for(lambda: pidfile.exists() and pidfile.read_text().endswith("\n"))
+        recorder = subprocess.Popen([*under, *PAGELENS, "run", *options, "--", *command], **quiet)  # type: ignore[call-overload]
+        wait_for(
+            lambda: (pidfile.exists() and pidfile.read_text().endswith("\n")) or recorder.poll() is not None
+        )
         time.sleep(rng.random())
+    early = recorder.poll()
     recorder.kill()
     recorder.wait()
-    pid = int(pidfile.read_text()) if pidfile.exists() and pidfile.read_text() else 0
-    if pid:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            if "TracerPid:\t0" not in Path(f"/proc/{pid}/status").read_text() and not gone(pid):
-                return "still traced"
-        wait_for(lambda: gone(pid))
+    mode += f" --snapshot {snapshot}"
+    if early not in (None, 0, 3, 4):
+        return mode, f"pagelens had ended with {early}"
+    if harm := after_the_kill(str(place), held=verb == "run"):
+        return mode, harm
+    wait_for(lambda: not members(str(place)))
     if started:
         started.wait(60)
-    mode = f"{'attach' if attached else 'run'} {' '.join(options[2:])}"
     if not out.exists() or out.read_text() != expected:
-        return f"{mode}: output differs"
-    if capture.exists():
+        return mode, "output differs" if out.exists() else "no output"
+    if left := members(str(place)):
+        return mode, f"left: {left}"
+    if (capture / "meta.json").exists():
         recover = [*PAGELENS, "recover", str(capture)]
         done = subprocess.run(recover, capture_output=True, text=True, env=ENV, check=False)
-        if done.returncode and (capture / "meta.json").exists():
-            return f"{mode}: recover: {done.stderr.strip()}"
-    return ""
+        if done.returncode:
+            return mode, f"recover: {done.stderr.strip()}"
+    return mode, ""
 
 
 def main() -> int:
@@ -101,13 +157,21 @@ def main() -> int:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="pagelens-kills-") as name:
         work = Path(name)
-        alone = work / "alone"
-        subprocess.run([sys.executable, "-c", PROGRAM, str(alone), str(work / "p")], check=True)
-        harm = [h for n in range(trials) if (h := trial(work, n, rng, alone.read_text()))]
-    for line in harm:
-        print(line)
-    print(f"{trials} kills, seed {seed}: {len(harm)} harmed")
-    return 1 if harm else 0
+        work.chmod(0o755)
+        alone, confined = work / "alone", work / "confined"
+        source = Path(__file__).parent.parent / "tests/support/subjects/confined.c"
+        subprocess.run(["gcc", "-O1", "-o", confined, source], check=True)
+        subprocess.run([PYTHON, "-c", PROGRAM, str(alone), str(work / "p")], check=True)
+        modes: Counter[str] = Counter()
+        harmed = 0
+        for n in range(trials):
+            mode, harm = trial(work, n, rng, alone.read_text(), confined)
+            modes[mode.partition(" --snapshot")[0]] += 1
+            if harm:
+                harmed += 1
+                print(f"{mode}: {harm}", flush=True)
+    print(f"{trials} kills, seed {seed}: {harmed} harmed; {', '.join(f'{m} {c}' for m, c in modes.items())}")
+    return 1 if harmed else 0
 
 
 if __name__ == "__main__":

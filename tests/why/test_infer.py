@@ -69,3 +69,43 @@ def test_a_fork_between_leaves_it_open() -> None:
     result = classify_facts(facts([0, 0], {0: OWN}, fork_at=1500))
     assert [result.of(i).confidence for i in range(2)] != ["likely", "likely"]
     assert result.of(1).cause != "zero-page-write"
+
+
+def test_memory_that_nobody_saw_being_mapped_has_candidates() -> None:
+    # perf shows no mremap: the page lies where neither snapshot nor call mapped anything, and the fault was completed.
+    given = facts([0, 100], {0: OWN})
+    result = classify_facts(given)
+    by_addr = {int(a): result.of(i) for i, a in enumerate(result.run.faults.addr.tolist())}
+    verdict = by_addr[BASE + 100 * 4096]
+    assert verdict.cause == "ambiguous"
+    assert {"first-write", "first-read", "file-page-cached", "file-cow", "shared-page"} <= set(
+        verdict.candidates
+    )
+    assert result.shares()[0] == 0
+
+
+def test_a_second_fault_in_a_child_may_be_its_copy() -> None:
+    # The child of a fork writes what its parent had: copy-on-write must be among the candidates, a race must not.
+    given = facts([0, 0], {}, fork_at=1500)
+    faults = given.faults
+    mm = faults.mm.copy()
+    mm[1] = 2
+    columns = {name: getattr(faults, name) for name in faults.__dataclass_fields__}
+    result = classify_facts(
+        Facts(Faults(**(columns | {"mm": mm})), (), given.tasks, given.first, {}, {"calls": False})
+    )
+    row = result.run.faults.mm.tolist().index(2)
+    assert result.of(row).cause == "ambiguous"
+    assert set(result.of(row).candidates) == {"fork-cow-child", "zero-page-write", "after-dontneed"}
+
+
+def test_another_thread_just_before_leaves_a_race_possible() -> None:
+    given = facts([0, 0], {})
+    faults = given.faults
+    columns = {name: getattr(faults, name) for name in faults.__dataclass_fields__}
+    other = Faults(**(columns | {"tid": np.array([5, 6])}))
+    both = [
+        classify_facts(Facts(f, (), (), given.first, {}, {"calls": False})).of(1) for f in (faults, other)
+    ]
+    assert set(both[0].candidates) == {"zero-page-write", "after-dontneed"}
+    assert "spurious" in both[1].candidates

@@ -57,7 +57,7 @@ class Capture(CaptureDirectory):
         return table if columns is None else table.select(list(columns))
 
     def snapshot_rows(self) -> list[dict[str, Any]]:
-        """`snapshots` as dicts: snapshot, mm, pid, time_ns, moment, method, complete, notes, status."""
+        """`snapshots` as dicts: snapshot, mm, pid, time_ns, moment, method, complete, notes, status, until_ns."""
         rows: list[dict[str, Any]] = self.table("snapshots").to_pylist()
         return rows
 
@@ -89,6 +89,7 @@ class Capture(CaptureDirectory):
             method=row["method"],
             complete=row["complete"],
             notes=tuple((row["notes"] or "").splitlines()),
+            until_ns=-1 if row.get("until_ns") is None else row["until_ns"],
         )
 
 

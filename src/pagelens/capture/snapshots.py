@@ -53,6 +53,7 @@ def _one(shot: Shot) -> dict[str, Any]:
         "complete": snap.complete,
         "notes": "\n".join(snap.notes) or None,
         "status": json.dumps(account.status if account else {}),
+        "until_ns": snap.until_ns if snap.until_ns >= 0 else None,
     }
     tables = {"snapshots": pa.Table.from_pylist([head], schema=schema("snapshots"))}
     vmas = [

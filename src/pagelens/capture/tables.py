@@ -84,6 +84,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
             "never",
             "JSON: memory fields of /proc/PID/status and stat, bytes or counts",
         ),
+        Column("until_ns", "int64", "ns", "not known", "when reading ended"),
     ),
     "vmas": (
         _SNAPSHOT,

@@ -23,6 +23,7 @@ from pagelens.linux.perf_tasks import (
     faults_visible,
     group_counters,
     kernel_faults_visible,
+    most_ring,
 )
 from pagelens.linux.procfs import TaskStat, process_of
 from pagelens.linux.recording import Options
@@ -56,8 +57,8 @@ class PerfRecording:
         self._live = self._live_min = self._live_maj = 0
         self._base = (0, 0)
         self.drain = Drain([], 4096, spool)
-        # Without privilege the kernel limits what is mapped; with it, a few MiB a CPU are enough for a busy drain.
-        most = 8 << 20 if self.kernel else DEFAULT_RING
+        # Without privilege the kernel limits what is mapped.
+        most = most_ring() if self.kernel else DEFAULT_RING
         options.ring_size = options.ring_size or most
         try:
             self._perf = PerfTasks(

@@ -32,6 +32,7 @@ _STACKS = 2
 _CALLS = 4
 _FORK, _EXIT, _COMM, _COMM_EXEC = 7, 4, 3, 1 << 13  # PERF_RECORD_*, PERF_RECORD_MISC_COMM_EXEC
 _SYSCALL, _LATENCY, _FILE = 2, 8, 128  # PL_SYSCALL, PL_F_LATENCY, PL_F_FILE
+LARGE_RING = 8 << 20  # enough for a busy drain
 DEFAULT_RING = 128 * PAGE_SIZE  # what kernel.perf_event_mlock_kb lets an ordinary user map
 
 
@@ -111,9 +112,15 @@ def faults_visible() -> bool:
     return _works(kernel=False)
 
 
-def _works(*, kernel: bool) -> bool:
+def most_ring() -> int:
+    """Bytes of a ring that may be mapped here. Beyond kernel.perf_event_mlock_kb perf_mmap asks for CAP_IPC_LOCK, which
+    a container with CAP_PERFMON has not. Tried."""
+    return LARGE_RING if _works(kernel=False, ring_bytes=LARGE_RING) else DEFAULT_RING
+
+
+def _works(*, kernel: bool, ring_bytes: int = PAGE_SIZE) -> bool:
     try:
-        with PerfTasks(None, kernel=kernel, ring_bytes=PAGE_SIZE) as perf:
+        with PerfTasks(None, kernel=kernel, ring_bytes=ring_bytes) as perf:
             perf.add(os.getpid(), os.getpid(), on_exec=True)
     except CapabilityMissingError:
         return False

@@ -11,7 +11,9 @@ error with the fix; tests ask `@pytest.mark.requires("…")`.
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 from dataclasses import dataclass
 
 from pagelens.linux import trials, trials_trace
@@ -92,6 +94,19 @@ _SANDBOXED: dict[str, tuple[str, str]] = {
         ("userfaultfd", "uffd-kernel-faults", "uffd-wp", "uffd-wp-async", "uffd-minor"),
         ("userfaultfd", "--security-opt seccomp=unconfined"),
     ),
+    "mseal": ("mseal", "--security-opt seccomp=unconfined"),
+    "mlock": ("mlock", "--security-opt seccomp=unconfined"),
+}
+# What a root without all rights lacks (a container's, a unit's with a bounding set): being root is no advice to it.
+_LACKING = {
+    "other-users": "SYS_PTRACE",
+    "pfn": "SYS_ADMIN",
+    "kpagecount": "SYS_ADMIN",
+    "kpageflags": "SYS_ADMIN",
+    "kpagecgroup": "SYS_ADMIN",
+    "tracefs": "SYS_ADMIN",
+    "bpf": "BPF --cap-add PERFMON",
+    "kcore": "SYS_RAWIO",
 }
 
 
@@ -107,9 +122,13 @@ def _filtered() -> bool:
 def _fix(name: str, outcome: Outcome) -> str:
     if outcome.works:
         return ""
-    if name in _SANDBOXED and "not permitted" in outcome.detail and _filtered():
+    refused = "not permitted" in outcome.detail or "not implemented" in outcome.detail  # what filters say
+    if name in _SANDBOXED and refused and _filtered():
         call, option = _SANDBOXED[name]
         return f"the sandbox's seccomp filter must allow {call}: docker run {option}, SystemCallFilter={call} in a unit"
+    if outcome.fix.startswith(trials.AS_ROOT) and os.geteuid() == 0 and name in _LACKING:
+        names = [f"CAP_{word}" for word in _LACKING[name].split() if not word.startswith("-")]
+        return f"docker run --cap-add {_LACKING[name]}, CapabilityBoundingSet={' '.join(names)} in a unit"
     return outcome.fix
 
 
@@ -120,7 +139,8 @@ def status(name: str) -> Capability:
     try:
         outcome = trial()
     except OSError as exc:
-        outcome = Outcome(False, exc.strerror or str(exc), trials.AS_ROOT)
+        fix = trials.NO_FIX if exc.errno == errno.ENOSYS else trials.AS_ROOT
+        outcome = Outcome(False, exc.strerror or str(exc), fix)
     except CapabilityMissingError as exc:
         outcome = Outcome(False, str(exc).partition("; fix:")[0], exc.fix)
     return Capability(name, outcome.works, outcome.detail, unlocks, _fix(name, outcome))

@@ -81,6 +81,7 @@ def _take(proc: Process, pages: bool, accounting: bool, frames: bool, within: Ad
         method="proc " + "+".join(method),
         complete=whole and not ran,
         notes=tuple(notes),
+        until_ns=time.monotonic_ns(),
     )
 
 

@@ -13,7 +13,8 @@ from pagelens.vm.vma import VmaList
 class Snapshot:
     """One address space.
 
-    pid: process id (0 in the model if it has none). time_ns: CLOCK_MONOTONIC when reading began.
+    pid: process id (0 in the model if it has none). time_ns: CLOCK_MONOTONIC when reading began,
+    until_ns when it ended (-1: not known).
     pages, accounting: None when not asked for. method: how it was read ("proc maps+pagemap, target stopped",
     "model linux-6.12"). complete: False when something could not be read or the target ran meanwhile, then
     `notes` says what.
@@ -27,3 +28,10 @@ class Snapshot:
     method: str = ""
     complete: bool = True
     notes: tuple[str, ...] = field(default_factory=tuple)
+    until_ns: int = -1
+
+    @property
+    def known_ns(self) -> int:
+        """ns at which all of its pages had been seen: where the target ran meanwhile, a page may have come
+        while it was read."""
+        return self.time_ns if self.complete else max(self.time_ns, self.until_ns)

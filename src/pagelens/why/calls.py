@@ -164,7 +164,7 @@ class Effects:
             grows=bool(flags & MAP_GROWSDOWN),
             huge=self.thp == "always" and not nohuge and area is Area.ANON,
             populated=time if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 7 else -1,
-            populated_write=bool(prot & 2) and not shared,
+            populated_own=time if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 2 and not shared else -1,
             locked=LOCKED if flags & MAP_LOCKED else 0,
             made=call.seq,
             name=call.detail,
@@ -226,7 +226,7 @@ class Effects:
             model = model._replace(shift=model.shift + old - new) if model.file else model
             keep = min(old_len, new_len)
             space.remove(old + keep, old + old_len, call.seq, call.start, call.end)
-            for seg in space.remove(old, old + keep, call.seq, call.start, call.end):
+            for seg in space.remove(old, old + keep, call.seq, call.start, call.end, moved=True):
                 # Each area by itself (remap_move): what lies at gaps of the target stays.
                 at, end = seg.start - old + new, seg.end - old + new
                 space.remove(at, end, call.seq, call.start, call.end)
@@ -381,14 +381,13 @@ def _registered(flags: frozenset[str]) -> int:
 
 
 def _populate(state: State, time: int, write: bool) -> State:
-    return state._replace(
-        populated=time, populated_write=write or (state.populated >= 0 and state.populated_write)
-    )
+    own = write and state.area in (Area.ANON, Area.FILE)
+    return state._replace(populated=time, populated_own=time if own else state.populated_own)
 
 
 def _empty(state: State) -> State:
     # The same mapping without what was in it.
-    return state._replace(populated=-1, populated_write=False, mark=Mark.NONE, mark_time=-1, wp_time=-1)
+    return state._replace(populated=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
 
 
 def _lock(state: State, time: int, on_fault: bool = False, populate: bool = True) -> State:

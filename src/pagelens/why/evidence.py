@@ -98,6 +98,7 @@ class Race(enum.IntEnum):
     NONE = 0
     THREAD = 1  # another thread's fault on the same page completed within this one
     CALL = 2  # another thread's memory system call on this range overlapped it
+    MAYBE = 4  # no latencies: another thread's fault on the same page was just before it
     HANDLER = 3  # a userfaultfd ioctl overlapped it
 
 
@@ -166,6 +167,8 @@ class Evidence:
     flushed: bool  # shared file: synced, or long enough ago that writeback may have cleaned it
     was_mapped: bool  # unmapped now, but something was mapped there earlier
     by_exec: bool  # taken in execve, before the new program ran
+    unsure: bool  # what is known of the page before rests on a fault whose access was not recorded
+    uncalled: bool  # calls were not recorded, nor what the kernel touched for them
     inferred: bool  # the error code was not recorded; the last snapshot tells the access
     cut: Cut
 

@@ -43,6 +43,7 @@ _COPIES = {0xAA03, 0xAA05}  # COPY, MOVE: destination, source, length
 PF_PK = 0x20  # error code: a protection key forbade it
 _SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
 EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
+NEARBY = 100_000  # ns: a fault that takes longer has slept
 UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
 
 
@@ -51,6 +52,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     faults = run.faults
     n = len(faults)
     known = faults.error >= 0
+    blind = ~known  # inferred ones are not
     error = np.where(known, faults.error, 0)
     known &= ~inferred
     present, write, fetch = (error & 1) != 0, (error & 2) != 0, (error & 16) != 0
@@ -68,14 +70,19 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     raced_read &= (past.touch[again] > begun) & (prior[again] == Prior.ZERO)
     present[again[raced_read]] = True
     _call_race(facts, run, race)
+    _perhaps_race(run, past, race)
     guarded = _guarded(run, past, present & write & ~faults.failed)
     uffd = _handlers(facts, run, race, present, guarded)
 
-    # fork leaves out the entries of file and shared mappings: the child maps them for itself.
-    uncopied = past.inherited & (past.before < 0) & ~present
-    prior[uncopied & ((prior == Prior.FILE) | (prior == Prior.SHARED))] = int(Prior.NONE)
+    # fork leaves out the entries of areas that nobody has written to (vma_needs_copy): the child maps them for itself.
+    uncopied = past.inherited & (past.before < 0) & ~present & ~blind
+    prior[uncopied & np.isin(prior, [Prior.FILE, Prior.SHARED, Prior.ZERO, Prior.POPULATED])] = int(
+        Prior.NONE
+    )
     private = (area == Area.ANON) | (area == Area.FILE)
-    forked, share, outcome = _forks(facts, run, past, private & present & write & ~faults.failed, prior)
+    uncalled = not facts.settings.get("calls", True)
+    shares = (present & write) | (blind & (uncalled | (prior != Prior.NONE)))
+    forked, share, outcome = _forks(facts, run, past, private & shares & ~faults.failed, prior)
     mark_time = state_column(run.lives, run.state, "mark_time", -1)
     mark = state_column(run.lives, run.state, "mark", 0)
     # A page that came back read-only is so on account of what had taken it away before.
@@ -117,6 +124,8 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "flushed": state_column(run.lives, run.state, "sync_time", -1) > past.touch,
         "was_mapped": (run.flags & WAS_MAPPED) != 0,
         "inferred": inferred,
+        "unsure": past.unsure & blind,
+        "uncalled": uncalled,
         "by_exec": in_execve(faults) & ~faults.user,
         "cut": _cut(facts, past),
     }
@@ -146,6 +155,16 @@ def _thread_race(run: Replayed, past: History, race: I64, rows: I64, begun: I64,
     hit &= faults.mm[prev] == faults.mm[rows]
     hit &= write[prev] | ~write[rows]
     race[rows[hit]] = int(Race.THREAD)
+
+
+def _perhaps_race(run: Replayed, past: History, race: I64) -> None:
+    # Without latencies it cannot be told whether another thread's fault just before this one came in between.
+    faults = run.faults
+    rows = np.flatnonzero((past.before >= 0) & (faults.latency < 0) & ~faults.failed & (race == Race.NONE))
+    prev = past.before[rows]
+    close = (faults.tid[prev] != faults.tid[rows]) & (faults.mm[prev] == faults.mm[rows])
+    close &= faults.time[rows] - faults.time[prev] < NEARBY
+    race[rows[close]] = int(Race.MAYBE)
 
 
 def _overlaps(run: Replayed, call: Call) -> I64:
@@ -299,7 +318,7 @@ def _forked_before(facts: Facts, run: Replayed, past: History, rows: I64, forked
     out: list[I64] = []
     for mm in older:
         snapshot = facts.first.get(mm)
-        since = snapshot.time_ns if snapshot else -1
+        since = snapshot.known_ns if snapshot else -1
         mine = rows[
             (run.faults.mm[rows] == mm) & (forked[rows] == Forked.NONE) & (prior[rows] != Prior.POPULATED)
         ]

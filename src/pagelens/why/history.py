@@ -33,6 +33,7 @@ class History:
     prior: Prior. before: row of the fault before this one on the page (-1 none), touch: ns of the last row
     in this life (-1), own: ns of the last write in this life (-1). inherited, dropped: bool, by links.
     origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
+    unsure: prior rests on a fault whose access was not recorded.
     """
 
     prior: I64
@@ -44,6 +45,7 @@ class History:
     origin: I64
     life: I64
     times: I64
+    unsure: Bool
 
     def begun(self, rows: I64) -> I64:
         """ns at which the life of each of `rows` began, -1 where there is none."""
@@ -57,6 +59,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
     write = (faults.error < 0) | ((faults.error & 2) != 0)
     key, time, kind, fault = _rows(facts, run, write)
+    blind = np.append(faults.error < 0, False)  # by `fault`: -1 is a snapshot's
     del write
     index = np.arange(len(key), dtype=np.int32)
     new = np.ones(len(key), bool)
@@ -67,6 +70,7 @@ def trace(facts: Facts, run: Replayed) -> History:
 
     # In the same life: the row just before.
     prior = np.full(n, int(Prior.NONE), np.int8)
+    unsure = np.zeros(n, bool)
     before = np.full(n, -1, np.int32)
     touch = np.full(n, -1, np.int64)
     own = np.full(n, -1, np.int64)
@@ -79,10 +83,12 @@ def trace(facts: Facts, run: Replayed) -> History:
     mine = last_own[prev] >= group[prev]
     own[who[mine]] = time[last_own[prev[mine]]]
     prior[who] = _state(kind[prev], mine, area[who])
+    unsure[who[mine]] = blind[fault[last_own[prev[mine]]]]
 
     del at, earlier, who, prev, mine, has
     # In earlier lives, through links. Failed faults and first faults of a life get here.
     table = _Table(run)
+    shared = (area != Area.ANON) & (area != Area.FILE)
     life = _lives(run)
     inherited = np.zeros(n, bool)
     dropped = np.zeros(n, bool)
@@ -92,7 +98,8 @@ def trace(facts: Facts, run: Replayed) -> History:
     drop = np.zeros(len(todo), bool)
     for _ in range(64):
         link = table.link[cur_life]
-        go = link != 0
+        # A child maps shared memory anew: what its parent had of it is not its own story.
+        go = (link != NO_LINK) & ((link != FORK_LINK) | ~shared[todo])
         todo, cur_key, cur_life, drop, link = todo[go], cur_key[go], cur_life[go], drop[go], link[go]
         if not len(todo):
             break
@@ -106,16 +113,32 @@ def trace(facts: Facts, run: Replayed) -> History:
         found = hit >= 0
         f = found & ~drop
         prior[todo[f]] = _state(kind[hit[f]], last_own[hit[f]] >= group[hit[f]], area[todo[f]])
+        unsure[todo[f]] = blind[fault[np.maximum(last_own[hit[f]], 0)]]
         dropped[todo[found & drop]] = True
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
 
     populated = state_column(run.lives, run.state, "populated", -1)
     by_call = np.flatnonzero((populated >= 0) & (prior == Prior.NONE) & (populated < faults.time))
-    writes = state_column(run.lives, run.state[by_call], "populated_write", 0) != 0
-    prior[by_call] = np.where((area[by_call] == Area.ANON) & ~writes, int(Prior.ZERO), int(Prior.POPULATED))
+    prior[by_call] = np.where(area[by_call] == Area.ANON, int(Prior.ZERO), int(Prior.POPULATED))
+    begun = np.append(table.time, -1)
+    _owned_by_calls(run, prior, own, begun[life])
+    touch = np.where((populated > touch) & (populated < faults.time), populated, touch)
     origin = np.take(np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), life)
-    return History(prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1))
+    return History(
+        prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1), unsure
+    )
+
+
+def _owned_by_calls(run: Replayed, prior: I64, own: I64, begun: I64) -> None:
+    """What calls populated with write faults is one's own, whatever it was before. begun: ns at which the page's life
+    began; a page that an earlier life owned so is inherited."""
+    when = state_column(run.lives, run.state, "populated_own", -1)
+    rows = np.flatnonzero((when >= 0) & (when < run.faults.time))
+    rows = rows[np.isin(prior[rows], [Prior.NONE, Prior.ZERO, Prior.FILE, Prior.POPULATED])]
+    prior[rows] = int(Prior.ANON)
+    rows = np.flatnonzero((when >= begun) & (when > own) & (when < run.faults.time))
+    own[rows] = when[rows]
 
 
 def _rows(facts: Facts, run: Replayed, write: Bool) -> tuple[I64, I64, I64, I64]:
@@ -224,5 +247,5 @@ def _snapshot_rows(facts: Facts, run: Replayed) -> list[tuple[int, int, I64, I64
         kind = np.select(bits, [SNAP_SWAP, SNAP_FILE, SNAP_ZERO], SNAP_ANON)
         there = inside & ((state & np.uint32(PageState.PRESENT | PageState.SWAPPED)) != 0)
         keys = (base[at] + ((addr - start[at]) >> PAGE_SHIFT))[there]
-        out.append((mm, facts.first[mm].time_ns, keys, kind[there].astype(np.int8)))
+        out.append((mm, facts.first[mm].known_ns, keys, kind[there].astype(np.int8)))
     return out

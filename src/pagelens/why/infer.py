@@ -53,8 +53,8 @@ def infer(facts: Facts, run: Replayed) -> Bool:
     error[twice & (anon | private_file) & own & first] = READ_ABSENT
     error[twice & (anon | private_file) & own & ~first] = WRITE_PRESENT
     # Shared memory is mapped by whatever access comes first; the verdict is the same for both.
-    error[once & ~anon & ~private_file & (area != Area.UNMAPPED)] = READ_ABSENT
-    error[_forked(run, rows, first, np.flatnonzero(new)[group])] = -1
+    error[once & ~anon & ~private_file & (area != Area.UNMAPPED) & (area != Area.UNSEEN)] = READ_ABSENT
+    error[_forked(run, rows, np.flatnonzero(new)[group])] = -1
     told = error >= 0
     codes = np.asarray(faults.error).copy()
     codes[rows[told]] = error[told]
@@ -63,15 +63,17 @@ def infer(facts: Facts, run: Replayed) -> Bool:
     return filled
 
 
-def _forked(run: Replayed, rows: I64, first: Bool, leader: I64) -> Bool:
-    # A fork makes a second fault, or a child's first, either a copy or something new: left open.
+def _forked(run: Replayed, rows: I64, leader: I64) -> Bool:
+    # A fork makes a second fault, or a child's first, either a copy or something new: left open. So is a first one of
+    # what had been mapped before the fork: the kernel may have touched it unseen.
     faults, lives = run.faults, run.lives
     life = np.searchsorted(np.array(lives.key, np.int64), run.key[rows], side="right") - 1
     out = np.array(lives.origin or [0], np.int64)[np.maximum(life, 0)] == Origin.FORK
-    start, end = faults.time[rows[leader]], faults.time[rows]
+    begun = np.array(lives.time or [-1], np.int64)[np.maximum(life, 0)]
+    start, end = np.minimum(begun, faults.time[rows[leader]]), faults.time[rows]
     for mm, times in run.family.forks.items():
         when = np.sort(np.array(times, np.int64))
-        mine = (faults.mm[rows] == mm) & ~first
+        mine = faults.mm[rows] == mm
         apart = np.searchsorted(when, end[mine]) > np.searchsorted(when, start[mine])
         pages = run.key[rows[mine]][apart]
         out |= (faults.mm[rows] == mm) & np.isin(run.key[rows], pages)

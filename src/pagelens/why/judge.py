@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pagelens.why.causes import ACCESS, RULES, Finding, Rule
-from pagelens.why.evidence import Cut, Evidence
+from pagelens.why.evidence import Area, Cut, Evidence, Forked, Huge, Prior, Race
 from pagelens.why.verdict import AMBIGUOUS, CERTAIN, LIKELY, UNKNOWN, Verdict
 
 
@@ -75,13 +75,46 @@ def _holding(e: Evidence, rules: Sequence[Rule]) -> dict[str, tuple[Rule, Findin
     return out
 
 
+# What takes an act of the kernel that nobody sees: it explains what nothing else does.
+_RARE = frozenset({"spurious", "unmapped-by-kernel"})
+_TOUCHED = {
+    Area.ANON: (Prior.ZERO, Prior.ANON),
+    Area.FILE: (Prior.FILE, Prior.ANON),
+    Area.SHARED_FILE: (Prior.FILE,),
+    Area.SHMEM: (Prior.SHARED,),
+}
+
+
 def _without_error_code(e: Evidence, rules: Sequence[Rule]) -> dict[str, tuple[Rule, Finding]]:
-    # --detail lean: every access that it may have been is tried.
+    # perf without privilege, --detail lean: all that it may have been is tried.
     out: dict[str, tuple[Rule, Finding]] = {}
-    for present in (False, True):
-        for write in (False, True):
-            out |= _holding(replace(e, known=True, present=present, write=write), rules)
-    return out
+    for variant in _variants(e):
+        out |= _holding(variant, rules)
+    if e.race is Race.MAYBE:
+        return out
+    return {slug: held for slug, held in out.items() if slug not in _RARE} or out
+
+
+def _variants(e: Evidence) -> Iterator[Evidence]:
+    # Each access to each kind of memory that the evidence admits, with what may have been there before.
+    unseen = e.area is Area.UNSEEN and not e.failed
+    if e.uncalled and not e.failed and e.prior is not Prior.NONE:  # MADV_DONTNEED would not have been seen
+        yield replace(e, known=True, prior=Prior.NONE, dropped=True)
+    for area in _TOUCHED if unseen else (e.area,):
+        if (unseen and e.prior is not Prior.NONE) or (
+            e.unsure and area in _TOUCHED and e.prior is Prior.ANON
+        ):
+            before = _TOUCHED[area]
+        else:
+            before = (e.prior,)
+        for prior in before:
+            for present in (False, True):
+                # Nothing but a fault or fault-around makes a page present, as far as this goes.
+                alone = area is Area.ANON and prior is Prior.NONE and e.forked is Forked.NONE
+                if present and alone and e.huge is Huge.NO and not e.failed:
+                    continue
+                for write in (False, True):
+                    yield replace(e, known=True, area=area, prior=prior, present=present, write=write)
 
 
 def describe(e: Evidence) -> str:

@@ -227,6 +227,7 @@ def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapsho
             pages.get(number),
             method=row["method"],
             complete=row["complete"],
+            until_ns=-1 if row.get("until_ns") is None else row["until_ns"],
         )
     return first, last
 

@@ -303,7 +303,8 @@ class Replay:
                     self.flags[i] |= WAS_MAPPED
                     self.removed[i] = seq
                 return
-        if not space.seen:
+        # Completed, so something was mapped; where calls were not recorded (perf shows no mremap), nobody says what.
+        if not space.seen or (not failed and not self.facts.settings.get("calls", True)):
             self.state[i] = self._unseen
         self.key[i] = UNSEEN_KEY + (space.mm << 36) + (addr >> PAGE_SHIFT)
 

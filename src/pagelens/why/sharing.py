@@ -1,9 +1,10 @@
 """Sharing: which other address spaces still mapped a page when somebody wrote it after a fork.
 
 Two relatives share a page if it was not written on the way from their last common ancestor to either of
-them, and neither dropped it. Writes are faults, so this is decided by counting faults on one page in a span
-of time, for all rows of a pair of address spaces at once. A relative that was about to exit is `UNCLEAR`:
-its exit is recorded after its memory went.
+them, and neither dropped it. A page is known by its key (see `space`), as either may have moved it since. Writes are
+faults, so this is decided by counting faults on one page in a span of time, for all rows of a pair of address spaces
+at once; what a call populated with write faults counts as written. A relative that was about to exit is `UNCLEAR`: its
+exit is recorded after its memory went.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Sharers
 from pagelens.why.replay import Replayed
+from pagelens.why.space import FORK_LINK, UNSEEN_KEY
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
@@ -29,6 +30,7 @@ def sharers(run: Replayed, rows: I64, last_seen: dict[int, int], when: I64) -> I
     """Sharers of each fault in `rows` (indices). last_seen: mm -> ns of its last own event. when: ns of each
     fault, as it stands to forks."""
     writes = _Writes(run)
+    lines = _Lines(run)
     faults = run.faults
     out = np.full(len(rows), int(Sharers.GONE), np.int64)
     family = run.family
@@ -38,7 +40,7 @@ def sharers(run: Replayed, rows: I64, last_seen: dict[int, int], when: I64) -> I
     for mm in np.unique(mms).tolist():
         mine = np.flatnonzero(mms == mm)
         time = when[mine]
-        page = (faults.addr[rows[mine]] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        key = run.key[rows[mine]]
         group = relatives[mm]
         # Of thousands of short-lived children only those that lived at the time of a fault are looked at.
         at_once = (group.birth <= time.max()) & (group.end >= time.min()) & (group.mm != mm)
@@ -48,7 +50,7 @@ def sharers(run: Replayed, rows: I64, last_seen: dict[int, int], when: I64) -> I
             pick = np.flatnonzero(alive)
             if not len(pick):
                 continue
-            shared = _still_shared(run, writes, mm, other, page[pick], time[pick])
+            shared = _still_shared(run, lines, writes, mm, other, key[pick], time[pick])
             unsure = (time[pick] > end - EXIT_SLACK) & (time[pick] > last_seen.get(other, -1))
             at = mine[pick]
             sure = at[shared & ~unsure]
@@ -59,18 +61,19 @@ def sharers(run: Replayed, rows: I64, last_seen: dict[int, int], when: I64) -> I
 
 
 class _Writes:
-    # Completed write faults by (mm, page, time), as one sorted integer column for each mm.
+    # Completed write faults by (mm, key, time), as one sorted integer column for each mm.
     def __init__(self, run: Replayed) -> None:
         self.faults = run.faults
         faults = run.faults
         self.times = np.sort(faults.time)
         self.wrote = ~faults.failed & ((faults.error < 0) | ((faults.error & 2) != 0))
-        self._by_mm: dict[int, I64] = {}
+        self._by_mm: dict[int, tuple[I64, I64]] = {}
+        self._key = run.key
         self._spaces = run.spaces
         self._drops: dict[int, I64] = {}
 
     def drops(self, mm: int) -> I64:
-        """int64[n, 3]: start, end, ns of all that took pages away from mm."""
+        """int64[n, 3]: first key, key behind the last, ns of all that took pages away from mm."""
         table = self._drops.get(mm)
         if table is None:
             space = self._spaces.get(mm)
@@ -78,44 +81,87 @@ class _Writes:
             table = self._drops[mm] = np.array(rows, np.int64).reshape(-1, 3)
         return table
 
-    def _column(self, mm: int) -> I64:
-        column = self._by_mm.get(mm)
-        if column is None:
+    def _column(self, mm: int) -> tuple[I64, I64]:
+        # (the keys that were written, number among them and rank of the time in one integer)
+        found = self._by_mm.get(mm)
+        if found is None:
             lo, hi = np.searchsorted(self.faults.mm, [mm, mm + 1])  # faults are sorted by mm
             rows = int(lo) + np.flatnonzero(self.wrote[lo:hi])
-            page = (self.faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+            keys, number = np.unique(self._key[rows], return_inverse=True)
             rank = np.searchsorted(self.times, self.faults.time[rows])
-            column = self._by_mm[mm] = np.sort((page << 27) | rank)
-        return column
+            found = self._by_mm[mm] = (keys, np.sort((number << 32) | rank))
+        return found
 
-    def count(self, mm: int, page: I64, after: I64 | int, until: I64 | int) -> I64:
+    def count(self, mm: int, key: I64, after: I64 | int, until: I64 | int) -> I64:
         """Writes by mm on each page with after < time < until."""
-        column = self._column(mm)
+        keys, column = self._column(mm)
         lo = np.searchsorted(self.times, after, side="right")
         hi = np.searchsorted(self.times, until, side="left")
-        first = np.searchsorted(column, (page << 27) | lo)
-        last = np.searchsorted(column, (page << 27) | hi)
-        return np.asarray(np.maximum(last - first, 0), dtype=np.int64)
+        number = np.searchsorted(keys, key)
+        known = np.isin(key, keys)
+        first = np.searchsorted(column, (number << 32) | lo)
+        last = np.searchsorted(column, (number << 32) | hi)
+        return np.asarray(np.where(known, np.maximum(last - first, 0), 0), dtype=np.int64)
 
 
-def _still_shared(run: Replayed, writes: _Writes, a: int, b: int, page: I64, time: I64) -> Bool:
+class _Lines:
+    # Keys from a child to its parent and back: what fork had given which key.
+    def __init__(self, run: Replayed) -> None:
+        lives = run.lives
+        self._key = np.array(lives.key or [0], np.int64)
+        self._parent = np.array(lives.parent or [-1], np.int64)
+        self._forked = np.array(lives.link or [0], np.int64) == FORK_LINK
+        self._pages = np.diff(self._key, append=lives.end)
+        self._mm = np.array(lives.mm or [-1], np.int64)
+        self._down: dict[int, tuple[I64, I64, I64]] = {}
+
+    def up(self, key: I64) -> tuple[I64, Bool]:
+        """(key in the parent, whether the page came by fork and is still that one)."""
+        life = np.searchsorted(self._key, key, side="right") - 1
+        known = (life >= 0) & (key < UNSEEN_KEY)
+        life = np.where(known, life, 0)
+        return self._parent[life] + key - self._key[life], known & self._forked[life]
+
+    def down(self, mm: int, key: I64) -> tuple[I64, Bool]:
+        """(key in the child mm at its birth, whether it got the page), of keys in its parent."""
+        table = self._down.get(mm)
+        if table is None:
+            at = np.flatnonzero(self._forked & (self._mm == mm))
+            at = at[np.argsort(self._parent[at])]
+            table = self._down[mm] = (self._parent[at], self._pages[at], self._key[at])
+        start, pages, first = table
+        if not len(start):
+            return key, np.zeros(len(key), bool)
+        at = np.maximum(np.searchsorted(start, key, side="right") - 1, 0)
+        return first[at] + key - start[at], (key >= start[at]) & (key < start[at] + pages[at])
+
+
+def _still_shared(run: Replayed, lines: _Lines, writes: _Writes, a: int, b: int, key: I64, time: I64) -> Bool:
     up_a, up_b = _ancestry(run, a), _ancestry(run, b)
     common = next(mm for mm, _ in up_a if any(mm == other for other, _ in up_b))
-    clean = np.ones(len(page), bool)
-    left: list[I64 | int] = []
-    for chain in (up_a, up_b):
-        until: I64 | int = time
-        for mm, born in chain:
-            if mm == common:
-                left.append(until)
-                break
-            clean &= writes.count(mm, page, born, until) == 0
-            clean &= ~_dropped(writes, mm, page, born, until)
-            until = born
+    clean = np.ones(len(key), bool)
+    until: I64 | int = time
+
+    def unchanged(mm: int, after: I64 | int, before: I64 | int) -> Bool:
+        quiet = writes.count(mm, key, after, before) == 0
+        return np.asarray(quiet & ~_dropped(writes, mm, key, after, before), dtype=bool)
+
+    for mm, born in up_a:
+        if mm == common:
+            break
+        clean &= unchanged(mm, born, until)
+        key, came = lines.up(key)
+        clean &= came
+        until = born
+    below = up_b[: next(i for i, (mm, _) in enumerate(up_b) if mm == common)]
+    left: I64 | int = below[-1][1] if below else time
     # In the ancestor: unwritten between the two departures (or since the one departure).
-    first, second = np.minimum(left[0], left[1]), np.maximum(left[0], left[1])
-    clean &= writes.count(common, page, first, second) == 0
-    clean &= ~_dropped(writes, common, page, first, second)
+    clean &= unchanged(common, np.minimum(until, left), np.maximum(until, left))
+    ends: list[I64 | int] = [time]
+    ends = (ends + [born for _, born in below])[: len(below)]  # when each was left, or now
+    for (mm, born), end in zip(reversed(below), reversed(ends), strict=True):
+        key, got = lines.down(mm, key)
+        clean &= got & unchanged(mm, born, end)
     return clean
 
 
@@ -129,17 +175,17 @@ def _ancestry(run: Replayed, mm: int) -> list[tuple[int, int]]:
         mm = parent[0]
 
 
-def _dropped(writes: _Writes, mm: int, page: I64, after: I64 | int, until: I64 | int) -> Bool:
-    out = np.zeros(len(page), bool)
+def _dropped(writes: _Writes, mm: int, key: I64, after: I64 | int, until: I64 | int) -> Bool:
+    out = np.zeros(len(key), bool)
     table = writes.drops(mm)
-    if not len(table) or not len(page):
+    if not len(table) or not len(key):
         return out
     near = table[(table[:, 2] > np.min(after)) & (table[:, 2] < np.max(until))]
-    order = np.argsort(page)
-    ordered = page[order]
-    lo = np.searchsorted(ordered, near[:, 0] >> PAGE_SHIFT)
-    hi = np.searchsorted(ordered, near[:, 1] >> PAGE_SHIFT)
-    after, until = np.broadcast_to(after, page.shape), np.broadcast_to(until, page.shape)
+    order = np.argsort(key)
+    ordered = key[order]
+    lo = np.searchsorted(ordered, near[:, 0])
+    hi = np.searchsorted(ordered, near[:, 1])
+    after, until = np.broadcast_to(after, key.shape), np.broadcast_to(until, key.shape)
     for i in np.flatnonzero(lo < hi).tolist():
         rows, when = order[lo[i] : hi[i]], near[i, 2]
         out[rows] |= (when > after[rows]) & (when < until[rows])

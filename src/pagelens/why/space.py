@@ -39,7 +39,7 @@ class State(NamedTuple):
     uffd: int = 0  # UFFD_* bits: how the range is registered with userfaultfd
     guard: bool = False
     populated: int = -1
-    populated_write: bool = False
+    populated_own: int = -1  # populated with write faults: every page one's own since then
     mark: Mark = Mark.NONE
     mark_time: int = -1
     prot_time: int = -1
@@ -65,6 +65,10 @@ class Seg:
         self.start, self.end, self.key, self.state = start, end, key, state
 
 
+def _keys(seg: Seg) -> tuple[int, int]:
+    return seg.key, seg.key + ((seg.end - seg.start) >> PAGE_SHIFT)
+
+
 class Lives:
     """All states (interned) and all lives of ranges, of all address spaces. Keys ascend in order of birth."""
 
@@ -80,6 +84,11 @@ class Lives:
         self.parent: list[int] = []  # key of the first page in the life before, -1 without
         self.populated: list[bool] = []  # the life before had been populated by a call
         self._next = 0
+
+    @property
+    def end(self) -> int:
+        """The key behind the last."""
+        return self._next
 
     def intern(self, state: State) -> int:
         """The number of a state."""
@@ -124,7 +133,7 @@ class Space:
         self.starts: list[int] = []
         self.segs: list[Seg] = []
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
-        self.drops: list[tuple[int, int, int]] = []  # (start, end, ns) of everything that took pages away
+        self.drops: list[tuple[int, int, int]] = []  # (first key, key behind the last, ns): shared no more
         self.mergeable = False  # PR_SET_MEMORY_MERGE
         self.future: int = 0  # mlockall(MCL_FUTURE): LOCKED or ONFAULT
         self._columns: tuple[I64, I64, I64, I64] | None = None
@@ -156,15 +165,18 @@ class Space:
         self.cut(end)
         return bisect.bisect_left(self.starts, start), bisect.bisect_left(self.starts, end)
 
-    def remove(self, start: int, end: int, seq: int, since: int, until: int) -> list[Seg]:
-        """Unmap; returns what was there, and remembers it."""
+    def remove(
+        self, start: int, end: int, seq: int, since: int, until: int, moved: bool = False
+    ) -> list[Seg]:
+        """Unmap; returns what was there, and remembers it. moved: it will be inserted elsewhere."""
         lo, hi = self.span(start, end)
         gone = self.segs[lo:hi]
         if gone:
             del self.segs[lo:hi]
             del self.starts[lo:hi]
             self.past += [(since, until, seq, seg) for seg in gone]
-            self.drops.append((start, end, since))
+            if not moved:
+                self.drops += [(*_keys(seg), since) for seg in gone]
             self._columns = None
         return gone
 
@@ -187,7 +199,8 @@ class Space:
             state = state._replace(locked=self.future)
         if fresh and self.future == LOCKED and state.prot and state.populated < 0:
             private = state.area in (Area.ANON, Area.FILE)
-            state = state._replace(populated=time, populated_write=bool(state.prot & 2) and private)
+            owned = time if state.prot & 2 and private else -1
+            state = state._replace(populated=time, populated_own=owned)
         if fresh and self.mergeable:
             state = state._replace(mergeable=True)
         key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
@@ -197,21 +210,27 @@ class Space:
         """Change the state of all that is mapped in [start, end)."""
         lo, hi = self.span(start, end)
         for seg in self.segs[lo:hi]:
-            seg.state = self.lives.intern(how(self.lives.states[seg.state]))
+            old = self.lives.states[seg.state]
+            new = how(old)
+            if (
+                new.populated_own != old.populated_own
+            ):  # copies of what a fork had shared: nobody else's any more
+                self.drops.append((*_keys(seg), new.populated_own))
+            seg.state = self.lives.intern(new)
         self._columns = None
 
     def drop(self, start: int, end: int, time: int, seq: int, origin: Origin = Origin.DONTNEED) -> None:
         """The pages go, the mapping stays: MADV_DONTNEED and its like."""
-        self.drops.append((start, end, time))
         lo, hi = self.span(start, end)
         for seg in self.segs[lo:hi]:
+            self.drops.append((*_keys(seg), time))
             state = self.lives.states[seg.state]
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             seg.key = self.lives.begin(
                 pages, self.mm, origin, time, seq, DROP_LINK, seg.key, state.populated >= 0
             )
             seg.state = self.lives.intern(
-                state._replace(populated=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
+                state._replace(populated=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
             )
         self._columns = None
 
@@ -226,8 +245,8 @@ class Space:
             link, parent = (NO_LINK, -1) if state.wipeonfork else (FORK_LINK, seg.key)
             # dup_userfaultfd: without EVENT_FORK the child is not registered
             state = state._replace(uffd=0, wp_time=-1, locked=0)
-            if state.wipeonfork:
-                state = state._replace(populated=-1, mark=Mark.NONE)
+            if state.wipeonfork or state.area not in (Area.ANON, Area.FILE):  # shared memory is mapped anew
+                state = state._replace(populated=-1, populated_own=-1, mark=Mark.NONE)
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             key = self.lives.begin(pages, mm, Origin.FORK, time, seq, link, parent)
             child.segs.append(Seg(seg.start, seg.end, key, self.lives.intern(state)))
@@ -245,9 +264,7 @@ class Space:
             return None
         start = addr & ~(PAGE_SIZE - 1)
         key = self.lives.begin((above.start - start) >> PAGE_SHIFT, self.mm, Origin.GROWTH, time, seq)
-        state = state._replace(
-            populated=-1, populated_write=False
-        )  # growth brings the page of the fault alone
+        state = state._replace(populated=-1, populated_own=-1)  # growth brings the page of the fault alone
         seg = Seg(start, above.start, key, self.lives.intern(state))
         self.insert(seg)
         return seg

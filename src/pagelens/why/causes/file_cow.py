@@ -10,7 +10,9 @@ from pagelens.why.evidence import Area, Evidence, Prior
 
 def _holds(e: Evidence) -> Finding | None:
     clean = e.prior in (Prior.NONE, Prior.FILE, Prior.POPULATED)
-    if not (ordinary(e) and e.area is Area.FILE and e.write and clean and not e.dropped and not e.mark):
+    if not (ordinary(e) and e.area is Area.FILE and e.write and clean):
+        return None
+    if not e.present and (e.dropped or e.mark):
         return None
     if e.present:
         return Finding("write to a present read-only page of a private file mapping: it had been read first")

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from pagelens.why.causes._rule import Finding, Rule, ordinary
-from pagelens.why.evidence import Area, Evidence, Huge, Prior
+from pagelens.why.evidence import Area, Evidence, Forked, Huge, Prior
+from pagelens.why.verdict import LIKELY
 
 
 def _holds(e: Evidence) -> Finding | None:
-    zero = e.prior is Prior.ZERO or (e.huge is Huge.READ and e.prior is Prior.NONE)
-    if not (ordinary(e) and e.area in (Area.ANON, Area.FILE) and e.write and e.present and zero):
+    if not (ordinary(e) and e.area in (Area.ANON, Area.FILE) and e.write and e.present):
+        return None
+    unshared = e.dropped or e.forked is Forked.NONE
+    if e.area is Area.ANON and e.prior is Prior.NONE and e.huge is Huge.NO and unshared:
+        # get_user_pages for reading (vmsplice, process_vm_readv, a debugger) maps the zero page without a fault event.
+        return Finding(
+            "write to a present read-only page that no fault had mapped: a call's read had", LIKELY
+        )
+    if not (e.prior is Prior.ZERO or (e.huge is Huge.READ and e.prior is Prior.NONE)):
         return None
     return Finding("write to a present read-only page that had only been read: the zero page stood there")
 
