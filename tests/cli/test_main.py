@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -46,3 +47,18 @@ def test_every_command_has_help_and_refuses_nonsense(name: str, capsys: pytest.C
         cli.main([name, "--no-such-option"])
     assert stop.value.code in (2, 125)
     assert "pagelens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [["--help"], ["map", str(os.getpid())], ["doctor"]])
+def test_output_to_a_full_disk(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pagelens.cli.main", *args],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        5, "pagelens: cannot write the output: No space left on device\n"
+    )  # fmt: skip

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -50,7 +51,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 EPILOG = """\
 exit codes: 0 done; 1 a check found something; 2 usage; 3 a capability is missing; 4 the target is gone;
-5 input damaged or incomplete; 70 a bug in pagelens. `run` ends as the program ends."""
+5 input damaged or output incomplete; 70 a bug in pagelens. `run` ends as the program ends."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # of a write
 
 
 class Command(Protocol):
@@ -147,13 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"pagelens: {error}\n")
         return error.exit_code
     except BrokenPipeError:
-        # The reader of our pipe has left (`| head`): not an error. Keep Python from complaining at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _drop_output(0)  # the reader of our pipe has left (`| head`): not an error
     except KeyboardInterrupt:
         return 130
     except OSError as error:
-        if error.errno is None:
+        if error.errno is None or (error.errno in _FULL and not error.filename):
             raise
         sys.stderr.write(f"pagelens: {error.strerror}: {error.filename or name}\n")
         return 5 if error.filename else 70
@@ -169,12 +171,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Console script."""
-    code = main()
     try:
+        code = main()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = _drop_output(0)
+    except OSError as error:  # a full disk behind `> FILE`: what was written there is not whole
+        code = _drop_output(5)
+        sys.stderr.write(f"pagelens: cannot write the output: {error.strerror}\n")
     sys.exit(code)
+
+
+def _drop_output(code: int) -> int:
+    # Keeps Python from complaining at exit about what it could not write.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
 
 
 if __name__ == "__main__":

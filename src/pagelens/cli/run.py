@@ -73,7 +73,7 @@ class Command:
             sys.stderr.write(f"pagelens: {error}\n")
             return 125
         except OSError as error:
-            sys.stderr.write(f"pagelens: {error.strerror}: {error.filename or command[0]}\n")
+            sys.stderr.write(f"pagelens: {error.strerror}: {error.filename or 'the capture'}\n")
             return 125
 
 
