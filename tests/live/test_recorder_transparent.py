@@ -6,6 +6,7 @@ import json
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,10 +236,14 @@ def test_killing_pagelens_harms_nobody(tmp_path: Path, subjects: Subjects) -> No
 
 
 @needs_bpf
-def test_full_disk_stops_the_recording_not_the_program(tmp_path: Path, subjects: Subjects) -> None:
+@pytest.mark.parametrize("size", ["300k", "3m"])
+def test_full_disk_stops_the_recording_not_the_program(tmp_path: Path, subjects: Subjects, size: str) -> None:
+    """What fits is kept; what is lost is known afterwards too, and not forgotten by `recover`."""
     small = tmp_path / "small"
     small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", small], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", small], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("missing capability: mount")
     try:
@@ -251,7 +256,7 @@ def test_full_disk_stops_the_recording_not_the_program(tmp_path: Path, subjects:
             str(summary),
             "--",
             str(subjects("toucher")),
-            "30000",
+            "100000",
         )
         assert done.returncode == 0
         assert done.stdout.startswith("0x")
@@ -260,6 +265,17 @@ def test_full_disk_stops_the_recording_not_the_program(tmp_path: Path, subjects:
         assert found["faults"]["lost"] > 0
         assert found["faults"]["unexplained"] == 0
         assert "Traceback" not in done.stderr
+        assert found["faults"]["recorded"] > 1000
+        later = pagelens("summary", str(small / "c.plens"), "--format", "json")
+        assert json.loads(later.stdout)["faults"] == found["faults"], later.stderr
+        elsewhere = tmp_path / "copy.plens"
+        shutil.copytree(small / "c.plens", elsewhere)
+        again = pagelens("recover", str(elsewhere))
+        assert again.returncode == 0, again.stderr
+        faults = json.loads(pagelens("summary", str(elsewhere), "--format", "json").stdout)["faults"]
+        assert faults["recorded"] + faults["lost"] == found["faults"]["recorded"] + found["faults"]["lost"]
+        assert faults["recorded"] >= found["faults"]["recorded"]
+        assert faults["counted_minor"] == found["faults"]["counted_minor"] and faults["unexplained"] == 0
     finally:
         subprocess.run(["umount", small], check=True)
 

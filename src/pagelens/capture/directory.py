@@ -15,6 +15,7 @@ from pagelens.vm.errors import DamagedInputError, UsageError
 SCHEMA_VERSION = 1
 META = "meta.json"
 SPOOL = "spool"
+RESERVE = ".reserve"  # room on the disk for the end of the recording
 SUFFIXES = ("faults", "calls", "switches", "stacks", "text", "raw")  # of the files of a spool segment
 
 

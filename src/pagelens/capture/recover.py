@@ -24,6 +24,7 @@ def recover(path: Path) -> dict[str, Any]:
     writer = CaptureWriter.reopen(path, capture.meta)
     seq = capture.table("events", ["seq"]).column("seq").to_numpy()
     writer.next_seq = int(seq.max()) + 1 if len(seq) else 0
+    known = capture.meta.get("summary") if capture.meta.get("status") != "recording" else None
     rows = truncated = 0
     for segment in left:
         done = writer.add_segment(segment)
@@ -46,5 +47,14 @@ def recover(path: Path) -> dict[str, Any]:
         for aside in table.glob(".part-*.new") if table.is_dir() else ():
             aside.unlink()
     writer.finish(status="recovered")
-    writer.write_meta(summary=summarize(Capture(path)))
+    summary = summarize(Capture(path)) if known is None else _found_again(known, writer.recorded)
+    writer.write_meta(summary=summary)
     return {"segments": len(left), "rows": rows, "truncated_bytes": truncated}
+
+
+def _found_again(summary: dict[str, Any], recorded: int) -> dict[str, Any]:
+    """The figures of a recording that ended by itself (on a full disk), with `recorded` of its lost faults found."""
+    faults = {**summary["faults"]}
+    faults["recorded"] += recorded
+    faults["lost"] = max(0, faults["lost"] - recorded)
+    return {**summary, "faults": faults, "status": "recovered"}

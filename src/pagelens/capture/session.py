@@ -78,7 +78,12 @@ class _Spooler(threading.Thread):
         if self.error is not None:
             return
         try:
-            self._writer.add_segment(segment)
+            try:
+                self._writer.add_segment(segment)
+            except OSError as error:
+                if error.errno != errno.ENOSPC or not self._writer.release(all_of_it=False):
+                    raise
+                self._writer.add_segment(segment)
             # One part for all that wait: a tree of many short processes has many snapshots.
             shots = [self.pending.pop(0) for _ in range(len(self.pending))]
             for table, rows in snapshots.to_tables(shots).items():
@@ -226,6 +231,14 @@ class Session:
         summary = balance(ended)
         if rows or still:
             self.notes.append(f"{len(rows) or still:,} tasks run on; they were recorded until now")
+        last: dict[str, Any] = {
+            "status": summary["status"],
+            "summary": summary,
+            "ended_ns": time.monotonic_ns(),
+            "rows": writer.next_seq,
+            "high_water": int(stats.high_water),
+        }
+        writer.release(all_of_it=True)
         try:
             if rows:
                 writer.write("tasks", rows, part=_ALIVE_PART)
@@ -233,15 +246,12 @@ class Session:
                 writer.lose(what, count, note)
             with contextlib.suppress(PagelensError):  # names only: never a reason to lose the recording
                 jitmaps.keep(writer.path)
-            writer.finish(
-                status=summary["status"],
-                summary=summary,
-                ended_ns=time.monotonic_ns(),
-                rows=writer.next_seq,
-                high_water=int(stats.high_water),
-            )
+            writer.finish(**last)
         except OSError:
-            pass  # the disk is full: meta.json still says "recording", and `recover` does the rest
+            with contextlib.suppress(
+                OSError
+            ):  # else meta.json still says "recording", and `recover` does the rest
+                writer.write_meta(**last)
         recording.close()
         return summary
 

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from pagelens.capture import convert
-from pagelens.capture.directory import META, SCHEMA_VERSION, SPOOL
+from pagelens.capture.directory import META, RESERVE, SCHEMA_VERSION, SPOOL
 from pagelens.capture.tables import schema
 from pagelens.vm.errors import UsageError
+
+_RESERVE = 4 << 20  # bytes: some 100,000 faults, converted
 
 
 class CaptureWriter:
@@ -49,11 +51,34 @@ class CaptureWriter:
         try:
             self.spool.mkdir(parents=True)
             self.write_meta()
+            self._reserve()
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
             raise UsageError(
                 f"the capture cannot be written to {path}: {error.strerror}; -c DIR names another place"
             ) from None
+
+    def _reserve(self) -> None:
+        # Room on the disk for the end: where it is full, what was recorded still has to be converted, and what was lost
+        # to be written down.
+        room = os.statvfs(self.path)
+        size = min(_RESERVE, room.f_bavail * room.f_frsize // 4)
+        with contextlib.suppress(OSError), open(self.path / RESERVE, "wb") as file:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+
+    def release(self, *, all_of_it: bool) -> bool:
+        """Give the reserve back, or all but its last quarter, to a disk that is full. False: there is none."""
+        place = self.path / RESERVE
+        try:
+            size = place.stat().st_size
+            if all_of_it:
+                place.unlink()
+            else:
+                os.truncate(place, size // 4)
+        except OSError:
+            return False
+        return size > 0
 
     @classmethod
     def reopen(cls, path: Path, meta: dict[str, Any]) -> CaptureWriter:
@@ -128,6 +153,7 @@ class CaptureWriter:
 
     def finish(self, **changes: Any) -> None:
         """Unwind the raw stacks, remove the empty spool and write the last meta.json."""
+        self.release(all_of_it=True)
         from pagelens.capture.unwinding import resolve
 
         stacks, cut = resolve(self)
