@@ -405,7 +405,7 @@ def test_a_chain_keeps_what_it_says(scribe: Scribe, tmp_path: Path) -> None:
 
 
 def test_the_oracle_catches_a_read_that_is_not_of_one_instant(scribe: Scribe) -> None:
-    from pagelens.linux.gadgets import read_memory
+    from pagelens.linux.memory import read_memory
 
     caught = 0
     until = time.monotonic() + 60  # a busy machine may hold the writers back for a while

@@ -18,7 +18,7 @@ from pagelens.checkpoint.look import diff, open_side
 from pagelens.checkpoint.rollback import rollback
 from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.verify import verify
-from pagelens.linux.gadgets import read_memory
+from pagelens.linux.memory import read_memory
 from pagelens.vm.errors import CapabilityMissingError, UsageError
 from support import raw
 from support.puppet import MAP_ANON, MAP_HUGETLB, MAP_PRIVATE, MAP_SHARED, NR, PAGE, RW, Puppet

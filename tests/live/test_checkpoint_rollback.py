@@ -23,8 +23,8 @@ from pagelens.checkpoint.look import diff, open_side
 from pagelens.checkpoint.rollback import rollback
 from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.verify import verify
-from pagelens.linux.gadgets import read_memory
 from pagelens.linux.hold import Held
+from pagelens.linux.memory import read_memory
 from pagelens.vm.errors import DamagedInputError, TargetGoneError, UsageError
 from support.puppet import MADV, MAP_ANON, MAP_PRIVATE, MAP_SHARED, PAGE, PROT_NONE, PROT_READ, RW, Puppet
 from support.scribe import Scribe, process_state

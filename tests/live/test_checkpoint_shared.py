@@ -16,7 +16,7 @@ from pagelens.checkpoint.fast import Checkpoint
 from pagelens.checkpoint.look import diff, open_side
 from pagelens.checkpoint.rollback import rollback
 from pagelens.checkpoint.stored import Stored
-from pagelens.linux.gadgets import read_memory
+from pagelens.linux.memory import read_memory
 from pagelens.vm.errors import UsageError
 from support.puppet import MAP_PRIVATE, MAP_SHARED, PAGE, PROT_READ, RW, Puppet
 from support.scribe import process_state

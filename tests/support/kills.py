@@ -26,8 +26,8 @@ from pagelens.checkpoint.incremental import Chain
 from pagelens.checkpoint.state import prepare
 from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.verify import verify
-from pagelens.linux.gadgets import read_memory
 from pagelens.linux.hold import Held
+from pagelens.linux.memory import read_memory
 from pagelens.vm.errors import PagelensError
 from support.scribe import Scribe, process_state
 from support.subjects import Subjects

@@ -248,9 +248,8 @@ class Session:
                 jitmaps.keep(writer.path)
             writer.finish(**last)
         except OSError:
-            with contextlib.suppress(
-                OSError
-            ):  # else meta.json still says "recording", and `recover` does the rest
+            # Else meta.json still says "recording", and `recover` does the rest.
+            with contextlib.suppress(OSError):
                 writer.write_meta(**last)
         recording.close()
         return summary

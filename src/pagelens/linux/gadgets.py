@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pagelens.linux.memory import read_memory
 from pagelens.linux.procfs import Process
 from pagelens.vm.errors import CapabilityMissingError
 from pagelens.vm.vma import Prot, Vma, VmaList
@@ -74,25 +74,3 @@ def _text(pid: int, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         if start + size >= end:
             return
         start += size - 16
-
-
-def read_memory(pid: int, addr: int, size: int) -> bytes:
-    """`size` bytes of another process's memory (process_vm_readv); fewer where it ends or is not readable."""
-    buffer = ctypes.create_string_buffer(size)
-    local = _Iovec(ctypes.cast(buffer, ctypes.c_void_p), size)
-    remote = _Iovec(ctypes.c_void_p(addr), size)
-    got = _libc().process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    return buffer.raw[:got] if got > 0 else b""
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t))
-
-
-def _libc() -> ctypes.CDLL:
-    lib = ctypes.CDLL(None, use_errno=True)
-    lib.process_vm_readv.restype = ctypes.c_ssize_t
-    lib.process_vm_readv.argtypes = (
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p, ctypes.c_ulong, ctypes.c_ulong,
-    )  # fmt: skip
-    return lib

@@ -28,9 +28,7 @@ def read_into(pid: int, addr: int, out: npt.NDArray[np.uint8]) -> int:
     """Fill `out` from `addr`; returns the bytes read, fewer where a page is not readable or not mapped.
 
     Raises TargetGoneError where the process is gone, CapabilityMissingError without ptrace rights."""
-    local = _Iovec(out.ctypes.data, out.nbytes)
-    remote = _Iovec(addr, out.nbytes)
-    got = int(_libc().process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
+    got = _readv(pid, addr, out.ctypes.data, out.nbytes)
     if got >= 0:
         return got
     number = ctypes.get_errno()
@@ -45,6 +43,13 @@ def read_into(pid: int, addr: int, out: npt.NDArray[np.uint8]) -> int:
     if number in (errno.EFAULT, errno.EIO):
         return 0
     raise OSError(number, os.strerror(number))
+
+
+def read_memory(pid: int, addr: int, size: int) -> bytes:
+    """`size` bytes of another process's memory; fewer where it ends or is not readable, none where it is gone."""
+    buffer = ctypes.create_string_buffer(size)
+    got = _readv(pid, addr, ctypes.addressof(buffer), size)
+    return buffer.raw[:got] if got > 0 else b""
 
 
 def hash_pages(
@@ -73,6 +78,12 @@ def hash_pages(
             done += step
             start += step * PAGE_SIZE
     return hashes, readable
+
+
+def _readv(pid: int, addr: int, into: int, size: int) -> int:
+    # process_vm_readv of one range: bytes read, or -1 with ctypes.get_errno().
+    local, remote = _Iovec(into, size), _Iovec(addr, size)
+    return int(_libc().process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0))
 
 
 def _libc() -> ctypes.CDLL:
