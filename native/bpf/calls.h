@@ -2,11 +2,31 @@
 #ifndef PL_CALLS
 #define PL_CALLS
 
+#include "reach.h"
+
 enum { W_ALWAYS = 1, W_PRCTL, W_PRLIMIT, W_IOCTL };
 
 #define PAGEMAP_SCAN 0x6610     /* type and number */
-#define NR_WRITE 1
-#define NR_PROCESS_VM_WRITEV 311
+
+/* exit and exit_group return to nobody: they are kept as they begin. */
+static __always_inline void ending_call(void *ctx, struct task_struct *t, struct pl_task *s, struct pt_regs *regs)
+{
+	struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	u32 frames;
+
+	if (!x) {
+		ADD(lost_records, 1);
+		return;
+	}
+	fill(&x->call.h, s, PL_SYSCALL, 0);
+	x->call.h.time_ns = s->enter_time;
+	x->call.h.ip = regs->ip;
+	x->call.result = 0;
+	__builtin_memcpy(x->call.args, s->args, sizeof(s->args));
+	x->call.dev = x->call.ino = 0;
+	frames = call_stack(ctx, s, x);
+	emit_tail(x, frames, 0);
+}
 
 SEC("tp_btf/sys_enter")
 int BPF_PROG(call_enter, struct pt_regs *regs, long nr)
@@ -40,6 +60,8 @@ int BPF_PROG(call_enter, struct pt_regs *regs, long nr)
 	s->args[4] = regs->r8;
 	s->args[5] = regs->r9;
 	s->enter_time = bpf_ktime_get_ns();
+	if ((nr == NR_EXIT || nr == NR_EXIT_GROUP) && !s->compat)
+		ending_call(ctx, t, s, regs);
 	return 0;
 }
 
@@ -67,121 +89,6 @@ static __always_inline int wanted_call(struct pl_task *s)
 	}
 }
 
-/* The file behind a descriptor; 0 when there is none. */
-static __always_inline struct file *file_of(struct task_struct *t, u64 fd)
-{
-	struct fdtable *fdt = t->files ? t->files->fdt : NULL;
-	struct file *f = NULL;
-
-	if (!fdt || fd >= fdt->max_fds)
-		return NULL;
-	bpf_probe_read_kernel(&f, sizeof(f), fdt->fd + (u32)fd);
-	return f;
-}
-
-/* Writes to clear_refs, by anyone: they change what the tree's page tables say. The file is known by its operations,
- * whose address we learn from a write of our own (it is not in kallsyms everywhere). */
-static __always_inline int is_clear_refs(struct task_struct *t, u64 fd)
-{
-	struct file *f;
-	u64 op;
-
-	if (!totals.clear_refs && !totals.learn)
-		return 0;
-	f = file_of(t, fd);
-	if (!f)
-		return 0;
-	op = (u64)BPF_CORE_READ(f, f_op);
-	if (totals.learn && totals.learn == (u32)t->tgid) {
-		totals.clear_refs = op;
-		totals.learn = 0;
-		return 0;
-	}
-	return op == totals.clear_refs;
-}
-
-/* The number that a text begins with, at most 10 digits. */
-static __always_inline u32 decimal(const char *text)
-{
-	u32 n = 0;
-
-	for (int i = 0; i < 10; i++) {
-		if (text[i] < '0' || text[i] > '9')
-			break;
-		n = n * 10 + (text[i] - '0');
-	}
-	return n;
-}
-
-/* The address space of the tree that task `tid` has, as the caller numbers it; 0: not of the tree. A caller in another
- * pid namespace means somebody else by the same number: PL_NO_MM, it may act on the tree. */
-static __always_inline u32 acts_on(struct task_struct *t, u32 tid)
-{
-	u32 *mm;
-
-	if (!t->thread_pid || t->thread_pid->level != totals.pid_level)
-		return PL_NO_MM;
-	mm = bpf_map_lookup_elem(&members, &tid);
-	return mm ? *mm : 0;
-}
-
-/* Calls of others that act on the tree, and clear_refs by anyone: `mm` is the space that they act on, the text of a write
- * the directory of its file, which is the target's pid. */
-static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *regs, long ret)
-{
-	struct pl_rec_call *r;
-	struct file *f;
-	void *ring;
-	char name[16] = {};
-	long nr = regs->orig_ax;
-	u64 byte = 0;
-	u32 mm;
-
-	if (nr == NR_WRITE) {
-		if (!is_clear_refs(t, regs->di) || ret <= 0)
-			return 0;
-		f = file_of(t, regs->di);
-		bpf_probe_read_kernel_str(name, sizeof(name), BPF_CORE_READ(f, f_path.dentry, d_parent, d_name.name));
-		mm = acts_on(t, decimal(name));
-	} else if (nr != NR_PROCESS_VM_WRITEV || ret <= 0) {
-		return 0;
-	} else {
-		mm = acts_on(t, regs->di);
-	}
-	if (!mm)
-		return 0;
-	ring = my_ring(bpf_get_smp_processor_id());
-	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r) + 16, 0) : NULL;
-	if (!r) {
-		ADD(lost_records, 1);
-		return 0;
-	}
-	__builtin_memset(r, 0, sizeof(*r) + 16);
-	r->h.kind = PL_SYSCALL;
-	r->h.nr = nr;
-	r->h.cpu = bpf_get_smp_processor_id();
-	r->h.pid = ns_tgid(t);
-	r->h.tid = ns_pid(t);
-	r->h.mm = mm;
-	r->h.time_ns = bpf_ktime_get_ns();
-	r->h.ip = regs->ip;
-	r->result = ret;
-	r->args[0] = regs->di;
-	r->args[1] = regs->si;
-	r->args[2] = regs->dx;
-	r->args[3] = regs->r10;
-	r->args[4] = regs->r8;
-	r->args[5] = regs->r9;
-	if (nr == NR_WRITE) {
-		bpf_probe_read_user(&byte, 1, (void *)regs->si);
-		r->args[1] = byte;      /* what was written: 1 to 5 */
-		r->h.ntext = 16;
-		__builtin_memcpy((char *)r + sizeof(*r), name, 16);
-	}
-	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	return 0;
-}
-
 SEC("tp_btf/sys_exit")
 int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 {
@@ -190,8 +97,8 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 	struct scratch *x;
 	struct file *f;
 	u64 gup, now;
-	u32 frames = 0, text = 0;
-	int nr;
+	u32 frames, text = 0, on = 0;
+	int nr, acts = ACTS_NOT;
 
 	if (!s)
 		return foreign_call(t, regs, ret);
@@ -211,13 +118,17 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 		return 0;
 	}
 	s->gup += gup;
-	if (nr == NR_WRITE && is_clear_refs(t, s->args[0]))
-		foreign_call(t, regs, ret);
+	f = NULL;
+	if (writes(nr) && ret > 0 && !s->compat) {
+		f = file_of(t, regs->di);
+		acts = by_file(t, f);
+		on = acts ? acts_on(t, owner_of(f)) : 0;
+	}
 	if (!s->enter_time) {           /* a new task's return from its parent's clone */
 		s->nr = PL_NO_CALL;
 		if (!gup)
 			return 0;
-	} else if (!wanted_call(s) && !gup) {
+	} else if (!wanted_call(s) && !gup && !on) {
 		s->nr = PL_NO_CALL;
 		return 0;
 	}
@@ -249,21 +160,25 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 			__builtin_memcpy(&x->call.args[3], words, sizeof(words));
 		s->walking = 0;
 	}
-	if (cfg.stacks) {
-		long n;
-
-		s->walking = 1;
-		n = bpf_get_stack(ctx, x->tail, PL_MAX_FRAMES * 8, BPF_F_USER_STACK);
-		s->walking = 0;
-		if (n > 0 && n <= PL_MAX_FRAMES * 8)
-			frames = n >> 3;
-		x->call.h.nframes = frames;
-	}
-	f = NULL;
-	if (nr == 9 && !(s->args[3] & 0x20) && ret >= 0)        /* mmap without MAP_ANONYMOUS */
+	frames = call_stack(ctx, s, x);
+	if (on) {
+		x->call.h.mm = on;
+		if (acts == ACTS_REFS) {
+			s->walking = 1;
+			x->call.args[1] = digit_of(nr, s->args[1]);
+			s->walking = 0;
+			text = put_text(x, frames, BPF_CORE_READ(f, f_path.dentry, d_parent, d_name.name));
+			f = NULL;
+		} else {
+			x->call.args[3] = written_at(f, nr, s->args[3], ret);
+		}
+	} else if (nr == 9 && !(s->args[3] & 0x20) && ret >= 0) {       /* mmap without MAP_ANONYMOUS */
 		f = file_of(t, s->args[4]);
-	else if (nr == 18 || nr == 296 || nr == 328 || nr == 74 || nr == 75 || nr == 77 || nr == 285)
+	} else if (nr == 18 || nr == 296 || nr == 328 || nr == 74 || nr == 75 || nr == 77 || nr == 285) {
 		f = file_of(t, s->args[0]);     /* pwrite64, pwritev, pwritev2, fsync, fdatasync, ftruncate, fallocate */
+	} else {
+		f = NULL;
+	}
 	if (f) {
 		struct inode *inode = BPF_CORE_READ(f, f_inode);
 

@@ -71,15 +71,19 @@ struct path {
 };
 struct super_block {
 	u32 s_dev;
+	unsigned long s_magic;
 };
 struct inode {
 	struct super_block *i_sb;
 	unsigned long i_ino;
+	void *i_private;
 };
 struct file {
 	struct inode *f_inode;
 	struct path f_path;
 	const void *f_op;
+	void *private_data;
+	s64 f_pos;
 };
 struct fdtable {
 	unsigned int max_fds;

@@ -104,10 +104,14 @@ struct pl_totals {
 	unsigned long long pid_level;           /* depth of the recorder's pid namespace: that of the first task */
 	unsigned long long stopped;             /* set by user space: no new members */
 	unsigned long long clear_refs;          /* proc_clear_refs_operations, learnt from a write of our own */
-	unsigned long long learn;               /* tgid whose next write is to that file; 0: nobody's */
+	unsigned long long mem;                 /* proc_mem_operations, likewise */
+	unsigned long long learner;             /* tgid of ours */
+	unsigned long long learn;               /* which file its next write is to (LEARN_); 0: none */
 	unsigned long long adopted;             /* tasks that `adopt` has marked */
 	unsigned long long begun;               /* ns: tasks that are younger began under our eyes */
 };
+
+enum { LEARN_REFS = 1, LEARN_MEM };
 
 /* Settings, written before the load; the verifier removes what is switched off. */
 struct pl_settings {

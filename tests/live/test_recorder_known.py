@@ -137,7 +137,7 @@ MEMORY_CALLS = (
     "mmap munmap mprotect pkey_mprotect mremap madvise process_madvise brk mlock mlock2 mlockall munlock"
     " munlockall msync mbind memfd_create ftruncate fallocate shmat shmdt userfaultfd prctl prlimit64 io_setup"
     " io_uring_setup io_uring_register vfork clone clone3 execve pwrite64 fsync process_vm_writev"
-    " write"
+    " write exit_group"
 )
 
 

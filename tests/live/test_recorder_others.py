@@ -57,6 +57,9 @@ def test_clear_refs_by_the_program_and_by_others(tmp_path: Path) -> None:
     assert (mine["args"][1], mine["pid"], mine["result"]) == (ord("1"), int(pid), 1)
     assert (other["args"][1], other["detail"]) == (ord("4"), pid)
     assert other["pid"] != int(pid)
+    # The program's own is a call like any other; of the other one only the end is seen.
+    assert mine["latency_ns"] > 0 and mine["stack_id"] is not None
+    assert other["latency_ns"] is None and other["stack_id"] is None
     # Both act on the program's memory, whoever called.
     assert mine["mm"] == other["mm"] == run.rows(f"kind = 'task' and name = 'exit' and tid = {pid}")[0]["mm"]
 
@@ -101,6 +104,85 @@ def test_writes_of_others_into_the_tree_and_only_those(tmp_path: Path) -> None:
     assert (call["args"][0], call["result"], call["pid"]) == (tid, 5, other.pid)
     assert call["mm"] == run.rows(f"kind = 'task' and name = 'exit' and tid = {tid}")[0]["mm"]
     assert not run.rows(f"pid = {other.pid} and name = 'write'")
+
+
+REACHER = """
+import ctypes, os, sys
+pid, address = int(sys.argv[1]), int(sys.argv[2])
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+class Iovec(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+def call(number, *args):
+    assert libc.syscall(ctypes.c_long(number), *args) >= 0, (number, os.strerror(ctypes.get_errno()))
+def reach(pid, address):
+    page = address & ~4095
+    vector = Iovec(page, 4096)
+    call(440, os.pidfd_open(pid), ctypes.byref(vector), ctypes.c_long(1), ctypes.c_long(20), ctypes.c_long(0))
+    pages, status = (ctypes.c_void_p * 1)(page), (ctypes.c_int * 1)()
+    call(279, pid, ctypes.c_long(1), pages, None, status, ctypes.c_long(0))
+    fd = os.open(f"/proc/{pid}/mem", os.O_WRONLY)
+    os.pwrite(fd, b"abc", address)
+    os.lseek(fd, address + 3, os.SEEK_SET)
+    os.write(fd, b"de")
+own = ctypes.create_string_buffer(8)
+reach(os.getpid(), ctypes.addressof(own))
+reach(pid, address)
+"""
+
+
+def test_calls_of_others_that_reach_the_tree(tmp_path: Path) -> None:
+    program = (
+        "import ctypes, os, sys, time\n"
+        "mine = ctypes.create_string_buffer(8)\n"
+        "open(sys.argv[1] + '.new', 'w').write(f'{os.getpid()} {ctypes.addressof(mine)}')\n"
+        "os.rename(sys.argv[1] + '.new', sys.argv[1])\n"
+        "while mine.raw[:5] != b'abcde': time.sleep(0.01)\n"
+        "fd = os.open('/proc/self/mem', os.O_WRONLY)\n"
+        "os.pwrite(fd, b'x', ctypes.addressof(mine))\n"
+    )
+    ready = tmp_path / "ready"
+    command = f'while [ ! -s {ready} ]; do sleep 0.02; done; exec {sys.executable} -c "$0" $(cat {ready})'
+    with subprocess.Popen(["sh", "-c", command, REACHER]) as other:
+        run = record(tmp_path, [sys.executable, "-c", program, ready])
+        assert other.wait() == 0
+    assert_complete(run)
+    pid, address = map(int, ready.read_text().split())
+    rows = [r for r in run.rows("kind = 'syscall'") if r["pid"] == other.pid]
+    assert [r["name"] for r in rows] == ["process_madvise", "move_pages", "pwrite64", "write"]
+    madvise, move, first, second = rows
+    assert (madvise["result"], madvise["args"][3]) == (4096, 20)
+    assert (move["args"][0], move["result"]) == (pid, 0)
+    assert (first["result"], first["args"][3], first["detail"]) == (3, address, "mem")
+    assert (second["result"], second["args"][3], second["detail"]) == (2, address + 3, "mem")
+    (own,) = run.rows(f"name = 'pwrite64' and detail = 'mem' and pid = {pid}")
+    assert own["args"][3] == address and own["stack_id"] is not None
+    assert {r["mm"] for r in (*rows, own)} == {
+        run.rows(f"kind = 'task' and name = 'exit' and tid = {pid}")[0]["mm"]
+    }
+
+
+def test_exit_calls_are_there_with_their_stacks(tmp_path: Path) -> None:
+    program = (
+        "import os, sys, threading\n"
+        "thread = threading.Thread(target=len, args=('',))\n"
+        "thread.start(); thread.join()\n"
+        "child = os.fork()\n"
+        "if not child: os._exit(3)\n"
+        "os.wait()\n"
+        "sys.exit(7)\n"
+    )
+    run = record(tmp_path, [sys.executable, "-c", program])
+    assert_complete(run)
+    rows = run.rows("kind = 'syscall' and name in ('exit', 'exit_group')")
+    assert sorted((r["name"], r["args"][0]) for r in rows) == [
+        ("exit", 0),
+        ("exit_group", 3),
+        ("exit_group", 7),
+    ]
+    assert all(r["result"] is None and r["latency_ns"] is None and r["stack_id"] is not None for r in rows)
+    ends = {r["tid"]: r["time_ns"] for r in run.rows("kind = 'task' and name = 'exit'")}
+    assert all(r["time_ns"] < ends[r["tid"]] for r in rows)
 
 
 def test_collapse_is_seen(tmp_path: Path) -> None:

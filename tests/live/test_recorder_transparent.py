@@ -61,7 +61,7 @@ def test_bad_interpreter(tmp_path: Path) -> None:
     script.chmod(0o755)
     run = record(tmp_path, [script])
     assert run.returncode == 127
-    assert run.stderr == f"pagelens: {script}: No such file or directory\n"
+    assert run.stderr == f"pagelens: {script}: its interpreter /no/such/interpreter is missing\n"
     assert not run.path.exists()
 
 

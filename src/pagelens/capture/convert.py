@@ -25,6 +25,8 @@ from pagelens.vm.names import SYSCALL_ARGS, SYSCALLS
 
 Rows = npt.NDArray[Any]
 
+_ENDINGS = tuple(number for number, name in SYSCALLS.items() if name in ("exit", "exit_group"))
+
 
 @dataclass
 class Converted:
@@ -180,7 +182,7 @@ def _events(faults: Rows, calls: Rows, switches: Rows, details: list[str | None]
         "args": _args(calls, kind, n_fault, order),
         "result": column(
             scattered("result", "i8"),
-            ~(is_syscall | is_exit),
+            ~(is_syscall | is_exit) | (is_syscall & np.isin(nr, _ENDINGS)),
             pa.int64(),
         ),
         "gup": column(extra.astype("i8"), ~(is_syscall | is_exit), pa.int64()),
@@ -262,8 +264,10 @@ def _args(calls: Rows, kind: Rows, n_fault: int, order: Rows) -> Any:
     # A system call has as many arguments as it takes; the other registers mean nothing.
     syscall = np.flatnonzero(kind == Kind.SYSCALL)
     by_row[syscall] = _arity()[np.clip(calls["nr"][syscall - n_fault], 0, 1023)]
-    # But a userfaultfd ioctl's structure follows its three (recorder.bpf.c, call_exit).
+    # But a userfaultfd ioctl's structure follows its three (call_exit, native/bpf/calls.h), and the address three of a
+    # write or writev to /proc/PID/mem.
     rows = calls[syscall - n_fault]
+    by_row[syscall[np.isin(rows["nr"], (1, 20)) & ((rows["flags"] & Flag.FILE) != 0)]] = 4
     by_row[syscall[(rows["nr"] == 16) & ((rows["args"][:, 1] >> np.uint64(8)) & np.uint64(0xFF) == 0xAA)]] = 6
     lengths = by_row[order]
     offsets = np.zeros(len(order) + 1, "i4")

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pagelens.cli.output import add_output_arguments, format_ns, write_text
+from pagelens.cli.output import add_output_arguments, write_text
+from pagelens.cli.table import format_ns
 from pagelens.vm.errors import UsageError
 from pagelens.vm.units import AddrRange, format_size
 
@@ -135,7 +136,8 @@ def report(args: argparse.Namespace, done: Any) -> None:
         write_text(args, json.dumps(fields) + "\n")
         return
     if args.format != "table":
-        from pagelens.cli.output import Col, emit
+        from pagelens.cli.output import emit
+        from pagelens.cli.table import Col
 
         kinds = {str: "str", int: "int", bool: "bool", list: "list"}
         emit(args, [Col(name, kind=kinds[type(value)]) for name, value in fields.items()], [fields])

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pagelens.cli.output import Col, emit
+from pagelens.cli.output import emit
+from pagelens.cli.table import Col
 from pagelens.vm.errors import UsageError
 from pagelens.vm.regions import Region
 from pagelens.vm.snapshot import Snapshot
@@ -17,15 +18,15 @@ from pagelens.vm.units import PAGE_SIZE
 DIFF = (
     Col("start", kind="addr"),
     Col("end", kind="addr"),
-    Col("perms"),
-    Col("kind"),
+    Col("perms", spare=3),
+    Col("kind", spare=4),
     Col("name"),
     Col("pages", "pages differ", "int"),
     Col("bytes", "bytes differ", "int"),
     Col("only_first", kind="int"),
     Col("only_second", kind="int"),
-    Col("symbols", kind="list"),
-    Col("runs", "at", "list"),
+    Col("symbols", kind="list", spare=1),
+    Col("runs", "at", "list", spare=2),
 )
 _MOST_SYMBOLS = 8
 

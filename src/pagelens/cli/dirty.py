@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pagelens.cli.output import Col, add_output_arguments, emit, render_table, use_color, write_file
+from pagelens.cli.output import add_output_arguments, emit, terminal_width, use_color, write_file
+from pagelens.cli.table import Col, render_table
 from pagelens.vm.errors import TargetGoneError, UsageError
 from pagelens.vm.units import PAGE_SIZE, AddrRange, format_size, parse_size
 
@@ -311,7 +312,8 @@ class _Session:
             f"working set: {pages:,} pages ({format_size(pages * PAGE_SIZE)}) written in"
             f" {span:.3g} s over {len(self.epochs)} epochs; looking took {cost * 1e3:.3g} ms"
         )
-        shown = render_table(_REGIONS, rows, title="Hottest regions", color=use_color(self.args))
+        color, width = use_color(self.args), terminal_width(self.args)
+        shown = render_table(_REGIONS, rows, title="Hottest regions", color=color, width=width)
         complete = all(e.complete for e in self.epochs)
         notes = list(dict.fromkeys(n for e in self.epochs for n in e.notes))[:8]
         method = f"method: {self.epochs[-1].backend}; complete: {'yes' if complete else 'no'}"
@@ -322,7 +324,7 @@ _REGIONS = [
     Col("pid", kind="str"),
     Col("start", kind="addr"),
     Col("end", kind="addr"),
-    Col("perms"),
+    Col("perms", spare=1),
     Col("pages", kind="int"),
     Col("dirty", "dirty pages", kind="int"),
     Col("share", "of it", kind="share"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import platform
 
-from pagelens.cli.output import Col, add_output_arguments, emit
+from pagelens.cli.output import add_output_arguments, emit
+from pagelens.cli.table import Col
 from pagelens.linux import probe
 from pagelens.vm.errors import UsageError
 

@@ -5,30 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pagelens.cli.output import Col, add_output_arguments, emit
+from pagelens.cli.output import add_output_arguments, emit
+from pagelens.cli.table import Col
 from pagelens.vm.errors import UsageError
 
 FIGURES = (
     Col("faults", kind="int"),
-    Col("share", kind="share"),
-    Col("pages", kind="int"),
-    Col("minor", kind="int"),
-    Col("major", kind="int"),
-    Col("user", kind="int"),
-    Col("kernel", kind="int"),
+    Col("share", kind="share", spare=1),
+    Col("pages", kind="int", spare=3),
+    Col("minor", kind="int", spare=5),
+    Col("major", kind="int", spare=2),
+    Col("user", kind="int", spare=4),
+    Col("kernel", kind="int", spare=4),
     Col("time_ns", "time", "ns"),
 )
 EXTRA = {
-    "function": (Col("module"),),
-    "line": (Col("line"), Col("module")),
+    "function": (Col("module", spare=1),),
+    "line": (Col("line"), Col("module", spare=5)),
     "stack": (),
     "python": (Col("file"),),
     "vma": (
-        Col("kind"),
-        Col("mm", kind="int"),
+        Col("kind", spare=1),
+        Col("mm", kind="int", spare=5),
         Col("start", kind="addr"),
         Col("end", kind="addr"),
-        Col("mapped_by"),
+        Col("mapped_by", spare=2),
     ),
     "region": (Col("kind"),),
     "thread": (),

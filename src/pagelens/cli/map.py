@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pagelens.cli import checkpoint_view, target
-from pagelens.cli.output import Col, add_output_arguments, emit
+from pagelens.cli.output import add_output_arguments, emit
+from pagelens.cli.table import Col
 from pagelens.vm.errors import UsageError
 from pagelens.vm.regions import Region
 from pagelens.vm.snapshot import Snapshot
@@ -21,23 +22,23 @@ COLUMNS = (
     Col("perms"),
     Col("size", kind="bytes"),
     Col("rss", kind="bytes"),
-    Col("dirty", kind="bytes"),
-    Col("swap", kind="bytes"),
-    Col("kind"),
+    Col("dirty", kind="bytes", spare=2),
+    Col("swap", kind="bytes", spare=3),
+    Col("kind", spare=1),
     Col("name"),
 )
 MORE = (
-    Col("vma", kind="int"),
-    Col("evidence"),
-    Col("file"),
-    Col("offset", kind="addr"),
+    Col("vma", kind="int", spare=4),
+    Col("evidence", spare=4),
+    Col("file", spare=5),
+    Col("offset", kind="addr", spare=5),
     Col("flags", kind="list"),
 )
 CHANGES = (
     Col("at", kind="ns"),
     Col("event", kind="int"),
-    Col("mm", kind="int"),
-    Col("tid", kind="int"),
+    Col("mm", kind="int", spare=1),
+    Col("tid", kind="int", spare=1),
     Col("call"),
     Col("effect"),
     Col("gone", kind="list"),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagelens.cli.output import emit_object, write_file
 from pagelens.vm.errors import DamagedInputError, UsageError
+from pagelens.vm.units import counted
 
 if TYPE_CHECKING:
     from pagelens.model.runner import ModelWorld
@@ -235,7 +236,7 @@ def _verify(args: argparse.Namespace) -> int:
     lines += [f"fence {f.name} is open: {f.how}" for f in verdict.fences if not f.ok]
     skipped = f", {len(verdict.skipped)} not for this kernel" if verdict.skipped else ""
     lines += [
-        f"{verdict.agreement.operations} operations, {len(verdict.disagreements)} disagreements;"
+        f"{verdict.agreement.operations} operations, {counted(len(verdict.disagreements), 'disagreement')};"
         f" {verdict.checked} expectations checked on both{skipped}, {len(verdict.unmet)} not met",
         verdict.agreement.text(),
     ]
@@ -295,7 +296,7 @@ def _fuzz_text(result: Result, seed: int, how: str) -> str:
         f"kernel {platform.release()} against model {how}, seed {seed} of generator {GENERATOR}:"
         f" {done.operations:,} operations in {result.programs:,} programs,"
         f" {100 * done.succeeded // max(done.operations, 1)} % succeeded,"
-        f" {len(result.failed_seeds)} disagreements",
+        f" {counted(len(result.failed_seeds), 'disagreement')}",
         done.text(),
         "rules reached: " + ", ".join(f"{rule} {result.reached[rule]:,}" for rule in reached),
     ]

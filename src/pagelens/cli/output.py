@@ -12,26 +12,17 @@ import csv
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pagelens.cli.table import Col, render_table
 from pagelens.vm.errors import UsageError
-from pagelens.vm.units import format_size
 
 FORMATS = ("table", "json", "csv", "parquet")
-
-
-@dataclass(frozen=True, slots=True)
-class Col:
-    """One column of a view. kind: str, int, float, addr, bytes, share, ns, bool, list."""
-
-    name: str
-    title: str = ""
-    kind: str = "str"
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +59,8 @@ def emit(
     elif args.format == "csv":
         write_text(args, _csv(columns, rows))
     else:
-        write_text(args, render_table(columns, rows, title=title, notes=notes, color=use_color(args)))
+        color, width = use_color(args), terminal_width(args)
+        write_text(args, render_table(columns, rows, title=title, notes=notes, color=color, width=width))
         return
     for note in notes:
         sys.stderr.write(f"pagelens: {note}\n")
@@ -87,6 +79,13 @@ def emit_object(args: argparse.Namespace, value: Mapping[str, Any], text: str) -
 def use_color(args: argparse.Namespace) -> bool:
     """Colours only on a terminal, and never against NO_COLOR."""
     return not getattr(args, "output", None) and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+
+
+def terminal_width(args: argparse.Namespace) -> int | None:
+    """Characters of the terminal that standard output is; None where it is none."""
+    if getattr(args, "output", None) or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def write_text(args: argparse.Namespace, text: str) -> None:
@@ -119,84 +118,6 @@ def write_file(path: Path, data: bytes, force: bool) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def cell(kind: str, value: Any) -> str:
-    """A value as a person reads it in a table."""
-    if value is None:
-        return "-"
-    match kind:
-        case "addr":
-            return f"{int(value):012x}"
-        case "bytes":
-            return format_size(int(value))
-        case "share":
-            return f"{100 * float(value):.1f} %"
-        case "ns":
-            return format_ns(float(value))
-        case "int":
-            return f"{int(value):,}"
-        case "float":
-            return f"{float(value):.3g}"
-        case "bool":
-            return "yes" if value else "no"
-        case "list":
-            return " ".join(str(v) for v in value)
-    return str(value)
-
-
-def format_ns(ns: float) -> str:
-    """A duration for people."""
-    for unit, scale in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if abs(ns) >= scale:
-            return f"{ns / scale:.3g} {unit}"
-    return f"{ns:.0f} ns"
-
-
-_RIGHT = {"int", "bytes", "share", "ns", "float"}
-
-
-def render_table(
-    columns: Sequence[Col],
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    title: str = "",
-    notes: Sequence[str] = (),
-    color: bool = False,
-) -> str:
-    """A table as text, as wide as the terminal (or as needed in a pipe: nothing is cut there)."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for column in columns:
-        right = column.kind in _RIGHT
-        table.add_column(
-            column.title or column.name,
-            justify="right" if right else "left",
-            overflow="fold",
-            no_wrap=right or column.kind == "addr",
-        )
-    for row in rows:
-        table.add_row(*(Text(cell(c.kind, row.get(c.name))) for c in columns))
-    stream = io.StringIO()
-    width = None if color else _pipe_width(columns, rows)
-    console = Console(file=stream, force_terminal=color, no_color=not color, width=width, highlight=False)
-    console.print(table)
-    for note in notes:
-        console.print(Text(note))
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
-
-
-def _pipe_width(columns: Sequence[Col], rows: Sequence[Mapping[str, Any]]) -> int:
-    widths = [
-        max([len(c.title or c.name), *(len(cell(c.kind, row.get(c.name))) for row in rows)]) for c in columns
-    ]
-    return max(100, sum(widths) + 3 * len(widths) + 2)
 
 
 def _plain(columns: Sequence[Col], row: Mapping[str, Any]) -> dict[str, Any]:

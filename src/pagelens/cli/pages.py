@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from pagelens.cli import checkpoint_view, target
-from pagelens.cli.output import Col, add_output_arguments, emit
+from pagelens.cli.output import add_output_arguments, emit
+from pagelens.cli.table import Col
 from pagelens.inspect import uncounted
 from pagelens.linux import regions, snapshot
 from pagelens.linux.procfs import Process
@@ -28,7 +29,7 @@ RUNS = (
     Col("state", kind="list"),
 )
 FRAMES = (Col("pfn", kind="int"), Col("mapcount", kind="int"), Col("flags", kind="list"), Col("why"))
-WHERE = (Col("kind"), Col("name"))
+WHERE = (Col("kind", spare=1), Col("name"))
 COUNTS = (
     Col("start", kind="addr"),
     Col("end", kind="addr"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pagelens.cli.output import Col, add_output_arguments, emit
+from pagelens.cli.output import add_output_arguments, emit
+from pagelens.cli.table import Col
 from pagelens.vm.errors import UsageError
 
 

@@ -6,7 +6,8 @@ import argparse
 import os
 from pathlib import Path
 
-from pagelens.cli.output import add_output_arguments, emit_object, format_ns
+from pagelens.cli.output import add_output_arguments, emit_object
+from pagelens.cli.table import format_ns
 from pagelens.vm.errors import UsageError
 
 

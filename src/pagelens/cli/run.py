@@ -112,8 +112,10 @@ def _record(args: argparse.Namespace, path: str, command: list[str]) -> int:
     if result.exec_errno:
         import shutil
 
+        from pagelens.linux.launch import why_exec_failed
+
         shutil.rmtree(capture, ignore_errors=True)
-        sys.stderr.write(f"pagelens: {command[0]}: {os.strerror(result.exec_errno)}\n")
+        sys.stderr.write(f"pagelens: {command[0]}: {why_exec_failed(path, result.exec_errno)}\n")
         return 127 if result.exec_errno == 2 else 126
     print_summary(args, capture, result.summary, result.notes)
     return _end_like(result.status)

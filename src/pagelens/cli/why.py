@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from pagelens.cli.output import Col, add_output_arguments, emit, write_text
+from pagelens.cli.output import add_output_arguments, emit, write_text
+from pagelens.cli.table import Col
 
 
 class Command:
@@ -84,13 +85,13 @@ def answer_out(args: argparse.Namespace, answer: dict[str, Any], missing: list[s
     else:
         columns += [
             Col("faults", kind="int"),
-            Col("pages", kind="int"),
-            Col("share", kind="share"),
+            Col("pages", kind="int", spare=3),
+            Col("share", kind="share", spare=2),
             Col("time_ns", "time", "ns"),
             Col("title", "meaning"),
         ]
     if args.format != "table":
-        columns += [Col("remedy"), Col("doc")]
+        columns += [Col("remedy"), Col("doc", spare=1)]
     head = " ".join(f"{k} {v}" for k, v in subject.items() if k not in ("capture", "notes"))
     emit(args, columns, rows, title=head, notes=[*subject.get("notes", []), *notes(answer), *missing])
 

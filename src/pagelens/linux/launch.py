@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import queue
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -31,8 +32,24 @@ class ExecFailedError(PagelensError):
     """The program did not start: exit code 127 (not found) or 126 (not executable), as a shell does."""
 
     def __init__(self, name: str, number: int) -> None:
-        super().__init__(f"cannot run {name}: {os.strerror(number)}")
+        super().__init__(f"cannot run {name}: {why_exec_failed(shutil.which(name) or name, number)}")
         self.exit_code = 127 if number == errno.ENOENT else 126
+
+
+def why_exec_failed(path: str, number: int) -> str:
+    """Why execve of `path` failed. ENOENT for a file that is there means its interpreter (execve(2)): the one that a
+    script's first line names, or the dynamic linker of an ELF file."""
+    if number != errno.ENOENT or not os.path.exists(path):
+        return os.strerror(number)
+    try:
+        with open(path, "rb") as file:
+            line = file.readline(256)
+    except OSError:
+        return os.strerror(number)
+    named = line[2:].split()
+    if line.startswith(b"#!") and named:
+        return f"its interpreter {os.fsdecode(named[0])} is missing"
+    return "its interpreter (the dynamic linker) is missing"
 
 
 class Launched:

@@ -63,6 +63,8 @@ class Totals(ctypes.Structure):
             "pid_level",
             "stopped",
             "clear_refs",
+            "mem",
+            "learner",
             "learn",
             "adopted",
             "begun",
@@ -152,7 +154,7 @@ class BpfRecording:
                     ("fault_major", perf.PAGE_FAULTS_MAJ),
                 ):
                     obj.attach_perf(name, perf.open_fault_event(config, cpu))
-            self._learn_clear_refs()
+            self._learn_files()
             self._drain.start()
         except BaseException:
             self.close()
@@ -199,19 +201,19 @@ class BpfRecording:
             time.sleep(0.001)
         return found
 
-    def _learn_clear_refs(self) -> None:
-        # A refused write to our own clear_refs shows the programs which file that is.
-        try:
-            fd = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
-        except OSError:
-            return  # CONFIG_PROC_PAGE_MONITOR is off: nobody can clear
-        try:
-            self._totals.learn = os.getpid()
+    def _learn_files(self) -> None:
+        # Writes of our own that change nothing (a refused one, an empty one) show the programs which files those are.
+        self._totals.learner = os.getpid()
+        for which, (name, data) in enumerate((("clear_refs", b"0"), ("mem", b"")), 1):
+            # CONFIG_PROC_PAGE_MONITOR off: nobody can clear; /proc/PID/mem may be closed to writes.
             with contextlib.suppress(OSError):
-                os.write(fd, b"0")
-        finally:
-            self._totals.learn = 0
-            os.close(fd)
+                fd = os.open(f"/proc/self/{name}", os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    self._totals.learn = which  # LEARN_REFS, LEARN_MEM
+                    os.write(fd, data)
+                finally:
+                    self._totals.learn = 0
+                    os.close(fd)
 
     def mm_of(self, pid: int) -> int | None:
         """Number of the address space that a recorded process uses now; None if it is not recorded."""

@@ -9,7 +9,9 @@ turned where only the other value agrees. The same programs are the scenarios th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import platform
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pagelens.model.op import Op, Outcome
@@ -226,15 +228,29 @@ def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
     programs = {rule: probe_program(rule) for rule in PROBES}
     names = sorted(name for name in PROFILES if name.startswith("linux-"))
     profiles = [_configured(PROFILES[name], soft_dirty) for name in names]
-    scores = [0] * len(names)
-    wrong: list[list[str]] = [[] for _ in names]
-    for rule, program in programs.items():
-        for i, found in enumerate(compare_many(program, profiles, cpu)):
-            if found:
-                scores[i] += 1
-                wrong[i].append(rule)
-    best = scores.index(min(scores))
-    return Probed(*_turn(profiles[best], names[best], tuple(wrong[best]), cpu))
+    wrong: list[set[str]] = [set() for _ in names]
+
+    def look(rules: Iterable[str]) -> int:
+        for rule in rules:
+            for i, found in enumerate(compare_many(programs[rule], profiles, cpu)):
+                (wrong[i].add if found else wrong[i].discard)(rule)
+        # Of profiles that are equally right the one of the nearest release.
+        return min(range(len(names)), key=lambda i: (len(wrong[i]), distance(names[i], platform.release())))
+
+    best = look(programs)
+    if wrong[best]:  # an unknown kernel, or a look that something disturbed
+        best = look(sorted(wrong[best]))
+    return Probed(*_turn(profiles[best], names[best], tuple(sorted(wrong[best])), cpu))
+
+
+def distance(name: str, release: str) -> int:
+    """Between `linux-6.12` and a release like `6.12.117+deb13-cloud-amd64`, in releases (a new major number: twenty)."""
+
+    def number(text: str) -> int:
+        found = re.search(r"(\d+)\.(\d+)", text)
+        return int(found[1]) * 20 + int(found[2]) if found else 0
+
+    return abs(number(name) - number(release))
 
 
 def _named(name: str) -> Profile:

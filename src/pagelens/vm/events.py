@@ -54,7 +54,7 @@ EVENTS: tuple[Column, ...] = (
         "",
         "faults, switches",
         "arguments of the system call or task event; a userfaultfd ioctl's 3 to 5: first words of its "
-        "structure",
+        "structure; a write's to clear_refs 1: the digit; a write's to mem 3: the address",
     ),
     Column(
         "result", "int64", "", "faults; call never returned", "return value, -errno on failure; exit code"

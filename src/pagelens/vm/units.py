@@ -19,6 +19,15 @@ _HEX = re.compile(r"^0[xX][0-9a-fA-F]+$")
 _SCALE = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "page"), counted(1200, "page")
+    ('1 page', '1,200 pages')
+    """
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def page_down(addr: int) -> int:
     """Round an address down to its page."""
     return addr & ~(PAGE_SIZE - 1)

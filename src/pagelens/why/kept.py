@@ -51,6 +51,8 @@ def summary_lines(fields: dict[str, Any], most: int = 8) -> list[str]:
         )
     gone = next((row["share"] for row in causes if row["cause"] == "sharers-gone"), 0.0)
     open_ = min(gone, fields["ambiguous_share"])
+    if not causes:
+        return ["no faults to explain"]
     lines.append(f"unknown {fields['unknown_share']:.3%}, ambiguous {fields['ambiguous_share'] - open_:.3%}")
     if open_:
         lines[-1] += f"; {open_:.1%} where only the outcome is open (sharers-gone: reused or copied)"

@@ -19,6 +19,7 @@ from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse
 from pagelens.report.cases.lab import Answer, Lab
 from pagelens.vm.errors import CapabilityMissingError
+from pagelens.vm.units import counted
 
 SCENARIO = """\
 # The paging lab: the small questions
@@ -92,7 +93,7 @@ def _scenario(answer: Answer) -> None:
     answer.say(
         "proof",
         f"{verdict.agreement.operations} operations on kernel {verdict.kernel} and in the model"
-        f" ({profile.name}): {wrong} disagreements",
+        f" ({profile.name}): {counted(wrong, 'disagreement')}",
     )
     answer.figures["operations"] = verdict.agreement.operations
     answer.figures["disagreements"] = wrong

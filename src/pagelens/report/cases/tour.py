@@ -20,6 +20,7 @@ from pagelens.report import cases
 from pagelens.report.cases.lab import Lab, completeness
 from pagelens.report.cases.text import text_lines
 from pagelens.vm.errors import CapabilityMissingError, PagelensError
+from pagelens.vm.units import counted
 
 BUDGET = 60.0  # seconds in all; questions that would go beyond it are named, not run
 PROGRAM = """#include <stdio.h>
@@ -125,5 +126,5 @@ def _proof(say: Say, seconds: float) -> None:
     count = len(differ) if isinstance(differ, list) else differ
     say(
         f"proof  model ({found['profile']}) against this kernel: {found['operations']:,} operations, "
-        f"{count} disagreements"
+        f"{counted(count, 'disagreement')}"
     )
