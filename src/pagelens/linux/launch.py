@@ -20,6 +20,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pagelens.linux import ptrace
 from pagelens.vm.errors import PagelensError, TargetGoneError
@@ -39,10 +40,10 @@ class ExecFailedError(PagelensError):
 def why_exec_failed(path: str, number: int) -> str:
     """Why execve of `path` failed. ENOENT for a file that is there means its interpreter (execve(2)): the one that a
     script's first line names, or the dynamic linker of an ELF file."""
-    if number != errno.ENOENT or not os.path.exists(path):
+    if number != errno.ENOENT or not Path(path).exists():
         return os.strerror(number)
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             line = file.readline(256)
     except OSError:
         return os.strerror(number)

@@ -244,7 +244,7 @@ def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
 
 
 def distance(name: str, release: str) -> int:
-    """Between `linux-6.12` and a release like `6.12.117+deb13-cloud-amd64`, in releases (a new major number: twenty)."""
+    """Between `linux-6.12` and a release like `6.12.117+deb13-cloud-amd64`, in releases (a new major: twenty)."""
 
     def number(text: str) -> int:
         found = re.search(r"(\d+)\.(\d+)", text)
