@@ -277,6 +277,7 @@ def _fuzz(args: argparse.Namespace) -> int:
         "seed": result.seed if result.failing else seed,
         "operations": result.agreement.operations,
         "disagreements": len(result.failed_seeds),
+        "differences": [f"seed {s}: {d}" for s, d in result.differing],
         "scenario": result.scenario or None,
         "unrepeated": len(result.unrepeated),
         "succeeded": result.agreement.succeeded,
@@ -314,10 +315,10 @@ def _progress(total: int) -> Any:
     person = sys.stderr.isatty()
     shown = 0
     every = 5000
-    counted = every
+    due = every
 
     def show(result: Result) -> None:
-        nonlocal shown, counted
+        nonlocal shown, due
         done = result.agreement.operations
         for seed, disagreement in result.differing[shown:]:
             sys.stderr.write(f"{chr(13) if person else ''}seed {seed}: {disagreement}\n")
@@ -325,8 +326,8 @@ def _progress(total: int) -> Any:
         count = f"{done:,} of {total:,} operations, {shown} disagreements"
         if person:
             sys.stderr.write(f"\r{count}" + ("\n" if done >= total else ""))
-        elif done >= counted:
-            counted = done // every * every + every
+        elif done >= due:
+            due = done // every * every + every
             sys.stderr.write(f"{count}\n")
         sys.stderr.flush()
 

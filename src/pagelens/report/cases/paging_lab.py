@@ -95,6 +95,8 @@ def _scenario(answer: Answer) -> None:
         f"{verdict.agreement.operations} operations on kernel {verdict.kernel} and in the model"
         f" ({profile.name}): {counted(wrong, 'disagreement')}",
     )
+    for difference in (*verdict.disagreements, *verdict.unmet)[:3]:
+        answer.say("differs", str(difference))
     answer.figures["operations"] = verdict.agreement.operations
     answer.figures["disagreements"] = wrong
 

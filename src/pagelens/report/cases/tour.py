@@ -122,9 +122,9 @@ def _proof(say: Say, seconds: float) -> None:
     except (subprocess.TimeoutExpired, ValueError):
         say("proof  model against this kernel: not finished here; try: pagelens model fuzz")
         return
-    differ = found["disagreements"]
-    count = len(differ) if isinstance(differ, list) else differ
     say(
         f"proof  model ({found['profile']}) against this kernel: {found['operations']:,} operations, "
-        f"{counted(count, 'disagreement')}"
+        f"{counted(found['disagreements'], 'disagreement')}"
     )
+    for difference in found["differences"][:3]:
+        say(f"    differs  {difference}")
