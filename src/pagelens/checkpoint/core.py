@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pagelens.checkpoint import xsave
 from pagelens.checkpoint.files import Files
 from pagelens.checkpoint.image import Kind, ProcessState, ThreadState
 from pagelens.checkpoint.stored import Stored
@@ -167,7 +168,7 @@ def _notes(process: ProcessState) -> Iterator[bytes]:
             yield _note(NT_AUXV, process.auxv)
             yield _note(NT_FILE, _nt_file(process))
         yield _note(NT_FPREGSET, thread.fpregs)
-        yield _note(NT_X86_XSTATE, thread.xstate, b"LINUX")
+        yield _note(NT_X86_XSTATE, xsave.for_gdb(thread.xstate), b"LINUX")
 
 
 def _prstatus(process: ProcessState, thread: ThreadState) -> bytes:
