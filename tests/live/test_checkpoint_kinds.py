@@ -50,6 +50,8 @@ def test_vector_registers_go_back_with_the_memory(subjects: Subjects, tmp_path: 
 
     try:
         pid, _ = map(int, child.stdout.readline().split())
+        while rounds() < 1:  # its threads have all begun
+            time.sleep(0.01)
         for number in range(4):
             dump(pid, tmp_path / f"c{number}")
             saved = Stored.open(tmp_path / f"c{number}")

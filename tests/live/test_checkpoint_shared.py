@@ -33,10 +33,10 @@ def puppet(subjects: Subjects) -> Iterator[Puppet]:
 @pytest.fixture(params=["shared memory", "a file"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     folder = "/dev/shm" if request.param == "shared memory" else tmp_path
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
+    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
         file.write(b"\x05" * (4 * PAGE))
-        file.flush()
-        yield Path(file.name)
+    yield Path(file.name)  # closed: who has it open is a concern
+    Path(file.name).unlink()
 
 
 def opened(puppet: Puppet, path: Path) -> int:

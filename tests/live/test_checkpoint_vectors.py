@@ -33,9 +33,10 @@ def test_gdb_shows_whole_vector_registers_and_has_nothing_to_warn_of(
             child.kill()
     core.export(Stored.open(tmp_path / "c"), tmp_path / "core")
     wanted = ["p $ymm0.v32_int8", "info registers pc", *(["p $zmm0.v64_int8"] if width == "zmm" else [])]
+    asked = [part for text in wanted for part in ("-ex", text)]
+    settings = ["-iex", "set debuginfod enabled off", "-iex", "set print elements 0"]
     done = subprocess.run(
-        ["gdb", "-nx", "-batch", "-iex", "set debuginfod enabled off", "-iex", "set print elements 0", program]
-        + [str(tmp_path / "core"), *(part for text in wanted for part in ("-ex", text))],
+        ["gdb", "-nx", "-batch", *settings, *asked, program, tmp_path / "core"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -216,11 +216,12 @@ class Checkpoint(Closing):
     def _mark_shared(self) -> None:
         # Not while it is held: all processes' maps take milliseconds.
         assert self._image is not None
-        keys = {v.start: (v.dev, v.inode) for v in self._image.vmas if v.shared and _tracked(v)}
-        who = mappers.others(self.pid, set(keys.values()))
+        shared = [v for v in self._image.vmas if v.shared and _tracked(v)]
+        keys = {v.start: (v.dev, v.inode) for v in shared}
+        who = mappers.others(self.pid, {(v.dev, v.inode): v.name for v in shared})
         spans = self._keep["spans"]
         for row in np.flatnonzero(spans["kind"] == _SHARED).tolist():
-            if keys.get(int(spans["start"][row])) in who.of:
+            if keys[int(spans["start"][row])] in who:
                 spans["kind"][row] = _SHARED_OTHERS
 
     def _maps(self) -> Any:
@@ -264,8 +265,8 @@ class Checkpoint(Closing):
             return self._slowly(accept)
         if why == "shared":
             raise UsageError(
-                f"process {self.pid} cannot be rolled back: it wrote to shared memory that other processes map too: "
-                "it would change there [shared]"
+                f"process {self.pid} cannot be rolled back: it wrote to shared memory that other processes map too, "
+                "or have open: it would change there [shared]"
             )
         raise PagelensError(
             f"process {self.pid} is partly rolled back ({why}: {os.strerror(fast.error)}): end it"

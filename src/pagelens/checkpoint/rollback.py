@@ -13,6 +13,7 @@ that window (milliseconds) has the same effect.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pagelens.checkpoint.memory import InMemory
 from pagelens.checkpoint.remote import NR, Caller, backing_key
 from pagelens.checkpoint.state import prepare, read_state
 from pagelens.checkpoint.stored import Stored
+from pagelens.checkpoint.views import Views
 from pagelens.linux import pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import Call
@@ -88,10 +90,11 @@ def rollback(pid: int, store: Stored, *, accept: Collection[str] = (), dry_run: 
         held = Held(pid)
         with held, pagecopy.MemoryFile(pid, write=True) as mem:
             job = _Job(proc, held, mem, store, flat)
-            accepted, notes = job.check(accept)
-            if dry_run:
-                return RolledBack(0, 0, 0, 0, len(held.threads), 0, tuple(accepted), tuple(notes))
-            job.run()
+            with contextlib.closing(job.sharing):
+                accepted, notes = job.check(accept)
+                if dry_run:
+                    return RolledBack(0, 0, 0, 0, len(held.threads), 0, tuple(accepted), tuple(notes))
+                job.run()
         return RolledBack(
             job.compared,
             job.written,
@@ -109,8 +112,9 @@ def rollback_held(
 ) -> _Job:
     """The same for a process that is held already and watched by us; returns the job with its figures."""
     job = _Job(proc, held, mem, store, per_page(store.rows), watched=True)
-    job.check(accept)
-    job.run()
+    with contextlib.closing(job.sharing):
+        job.check(accept)
+        job.run()
     return job
 
 
@@ -126,7 +130,9 @@ class _Job:
         watched: bool = False,  # by us, with asynchronous write protection
     ) -> None:
         self.watched = watched
-        self.proc, self.held, self.mem, self.store, self.flat = proc, held, mem, store, flat
+        self.proc, self.held, self.mem, self.store = proc, held, mem, store
+        self.views = Views(store.vmas, flat)
+        self.flat = self.views.rows  # a row a page; of shared memory, where it is written
         self.saved = store.process
         self.steps: list[undo.Step] = []
         self.stacks: list[tuple[Tracee, tuple[int, int, int]]] = []  # alternate signal stacks to set
@@ -134,7 +140,7 @@ class _Job:
         self.confined = False  # by seccomp
         self.compared = self.written = self.dropped = 0
         self.notes: list[str] = []
-        self.read_only: list[tuple[int, int]] = []  # shared memory that cannot be written from here
+        self.sharing = shared.Found()
 
     # -- before anything is touched
 
@@ -143,10 +149,9 @@ class _Job:
         present, _ = smaps.read(self.proc)
         now = read_state(self.proc, self.held, present, backing=False)
         found, notes = concerns.compare(self.saved, now)
-        sharing = shared.look(self.proc, self.mem, self.store, present)
-        self.read_only = sharing.read_only
-        found += sharing.concerns
-        notes += sharing.notes
+        shared.look(self.proc, self.mem, self.store, self.views, present, self.sharing)
+        found += self.sharing.concerns
+        notes += self.sharing.notes
         found += self._changed_files()
         refused = [concern for concern in found if concern.kind not in accept]
         self.steps, impossible = undo.steps(self.store.vmas, present, self.saved.start_brk)
@@ -275,23 +280,25 @@ class _Job:
         # Per page, as a dump would see them now: kind (image.Kind), state, and the vma's index as `block`.
         vmas = self.store.vmas
         rows = per_page(plans.make(self.proc, vmas, pagemap.read(self.proc, vmas).runs).rows)
+        rows = self.views.fold(rows)
         rows["block"] = vmas.find_many(rows["start"])
         return rows
 
     def _drop(self, now: Any) -> None:
         # Populated now and absent then: dropped, so that they read as zeros or as their file again.
-        kind = self.store.locate(now["start"]).kind
+        kind = self.views.locate(now["start"]).kind
         vmas = list(self.store.vmas)
 
         def of_vma(test: Callable[[Vma], bool]) -> Any:
             return np.array([test(v) for v in vmas])[now["block"]]
 
         data, guard = now["kind"] == Kind.DATA, now["kind"] == Kind.GUARD
-        data &= ~self._unwritable(now["start"])
+        data &= ~self.sharing.unwritable(now["start"])
         free = ~of_vma(lambda v: plans.is_special(v) or "lo" in (v.vm_flags or ()))
         drop = free & ~of_vma(lambda v: v.shared) & data & np.isin(kind, (0, Kind.FILE))
         remove = free & of_vma(plans.is_shared_memory) & data & (kind == 0)
-        calls = _ranges(now["start"][drop], DONTNEED) + _ranges(now["start"][remove], REMOVE)
+        punch = remove & self.sharing.by_file(now["start"])
+        calls = _ranges(now["start"][drop], DONTNEED) + _ranges(now["start"][remove & ~punch], REMOVE)
         calls += _ranges(now["start"][guard & (kind != Kind.GUARD)], GUARD_REMOVE)
         was_guard = self.flat["start"][self.flat["kind"] == Kind.GUARD]
         calls += _ranges(was_guard[~contained(was_guard, now["start"][guard])], GUARD_INSTALL)
@@ -301,13 +308,8 @@ class _Job:
             raise UsageError(f"process {self.proc.pid} cannot be rolled back: {_CONFINED}")
         if calls:
             self.caller.make(calls)
+        self.sharing.punch(now["start"][punch])
         self.dropped = int(drop.sum() + remove.sum())
-
-    def _unwritable(self, addr: Any) -> Any:
-        out = np.zeros(len(addr), bool)
-        for start, end in self.read_only:
-            out |= (addr >= np.uint64(start)) & (addr < np.uint64(end))
-        return out
 
     def _contents(self) -> None:
         now = self._read_pages()
@@ -317,15 +319,15 @@ class _Job:
         populated = now["start"][np.isin(now["kind"], (Kind.DATA, Kind.ZERO, Kind.FILE))]
         anonymous = np.array([not v.inode for v in self.store.vmas])
         left = now["start"][(now["kind"] == Kind.DATA) & anonymous[now["block"]]]
-        left = left[self.store.locate(left).kind == 0]
-        self._write(data["start"][~self._unwritable(data["start"])], populated)
+        left = left[self.views.locate(left).kind == 0]
+        self._write(data["start"][~self.sharing.unwritable(data["start"])], populated)
         zero = distinct(np.concatenate((zero[contained(zero, populated)], left)))
-        self._write_zero(zero[~self._unwritable(zero)])
+        self._write_zero(zero[~self.sharing.unwritable(zero)])
 
     def _write(self, addr: Any, populated: Any) -> None:
         for at in range(0, len(addr), 4096):
             part = addr[at : at + 4096]
-            where = self.store.locate(part)
+            where = self.views.locate(part)
             saved = self.store.hashes(where)
             here = contained(part, populated)
             differs = ~here
@@ -337,7 +339,7 @@ class _Job:
             self.compared += len(part)
             wrong = part[differs]
             if len(wrong):
-                self._put(wrong, self.store.contents(self.store.locate(wrong)))
+                self._put(wrong, self.store.contents(self.views.locate(wrong)))
 
     def _write_zero(self, addr: Any) -> None:
         for at in range(0, len(addr), 4096):
@@ -350,6 +352,10 @@ class _Job:
                 self._put(wrong, np.zeros((len(wrong), PAGE_SIZE), np.uint8))
 
     def _put(self, addr: Any, pages: Any) -> None:
+        self.written += len(addr)
+        by_file = self.sharing.by_file(addr)
+        self.sharing.write(addr[by_file], pages[by_file])
+        addr, pages = addr[~by_file], pages[~by_file]
         bad = pagecopy.write(
             self.proc.pid,
             self.mem,
@@ -364,7 +370,6 @@ class _Job:
                 f"{int(bad.sum())} pages from {first:#x} ({vma}) cannot be written; the process is partly "
                 "rolled back: end it"
             )
-        self.written += len(addr)
 
 
 def set_thread(thread: Tracee, state: ThreadState) -> None:
