@@ -59,8 +59,11 @@ def test_save_verify_look_and_roll_back(
     assert main(["read", one, hex(int(stack["end"], 16) - 64), "64"]) == 0
     assert "sleep" in capsys.readouterr().out  # AT_EXECFN
     alone = str(Path(one).parent / "alone")
-    assert main(["merge", two, "-o", alone]) == 0
-    assert main(["prune", "--drop", one, "--keep", two]) == 0
+    capsys.readouterr()
+    assert main(["merge", two, "-o", alone, "--format", "json"]) == 0
+    assert checked("merge", capsys.readouterr().out) == {"merged": two, "to": alone}
+    assert main(["prune", "--drop", one, "--keep", two, "--format", "json"]) == 0
+    assert checked("prune", capsys.readouterr().out) == {"dropped": [one], "rewritten": [two]}
     capsys.readouterr()
     assert main(["verify", alone, "--format", "json"]) == 0
     assert checked("verify", capsys.readouterr().out)["checked"] == [alone]

@@ -67,19 +67,10 @@ def test_by_thread_process_kind(capture: Path) -> None:
 
 
 def test_query(capture: Path) -> None:
-    done = pagelens("query", capture, "select count(*) n, min(addr) addr from events where kind='fault'",
-                    "--format", "json")  # fmt: skip
-    (row,) = json.loads(done.stdout)
+    (row,) = rows("query", "query", capture, "select count(*) n, min(addr) addr from events where kind='fault'")
     assert row["n"] > 3300 and row["addr"].startswith("0x")
-    (mmap, *_) = json.loads(
-        pagelens(
-            "query",
-            capture,
-            "select name, args from events where name = 'mmap' and args[2] = 8192000",
-            "--format",
-            "json",
-        ).stdout
-    )
+    sql = "select name, args from events where name = 'mmap' and args[2] = 8192000"
+    (mmap, *_) = rows("query", "query", capture, sql)
     assert mmap["args"][1:4] == ["0x7d0000", "0x3", "0x22"]
     assert "SQL" in refused(2, "query", capture, "selec 1")
     assert "one argument" in refused(2, "query", capture, "select", "1")
