@@ -67,7 +67,9 @@ def test_by_thread_process_kind(capture: Path) -> None:
 
 
 def test_query(capture: Path) -> None:
-    (row,) = rows("query", "query", capture, "select count(*) n, min(addr) addr from events where kind='fault'")
+    (row,) = rows(
+        "query", "query", capture, "select count(*) n, min(addr) addr from events where kind='fault'"
+    )
     assert row["n"] > 3300 and row["addr"].startswith("0x")
     sql = "select name, args from events where name = 'mmap' and args[2] = 8192000"
     (mmap, *_) = rows("query", "query", capture, sql)

@@ -278,6 +278,7 @@ def _fuzz(args: argparse.Namespace) -> int:
         "operations": result.agreement.operations,
         "disagreements": len(result.failed_seeds),
         "differences": [f"seed {s}: {d}" for s, d in result.differing],
+        "open_fences": [f"{f.name}: {f.how}" for f in result.fences if not f.ok],
         "scenario": result.scenario or None,
         "unrepeated": len(result.unrepeated),
         "succeeded": result.agreement.succeeded,

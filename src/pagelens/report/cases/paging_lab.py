@@ -97,6 +97,11 @@ def _scenario(answer: Answer) -> None:
     )
     for difference in (*verdict.disagreements, *verdict.unmet)[:3]:
         answer.say("differs", str(difference))
+    if wrong:
+        answer.say(
+            "fences",
+            "open: " + ("; ".join(f"{f.name}: {f.how}" for f in verdict.fences if not f.ok) or "none"),
+        )
     answer.figures["operations"] = verdict.agreement.operations
     answer.figures["disagreements"] = wrong
 

@@ -128,3 +128,5 @@ def _proof(say: Say, seconds: float) -> None:
     )
     for difference in found["differences"][:3]:
         say(f"    differs  {difference}")
+    if found["differences"]:
+        say("    fences  open: " + ("; ".join(found["open_fences"]) or "none"))
