@@ -33,6 +33,8 @@ _X86_64 = 0xC000003E  # AUDIT_ARCH_X86_64
 _MMAP, _IOCTL = SYSCALL_NUMBERS["mmap"], SYSCALL_NUMBERS["ioctl"]
 _MAP_ANONYMOUS = 0x20
 _PAGEMAP_SCAN = 0x6610
+_ENDINGS = frozenset(SYSCALL_NUMBERS[name] for name in ("exit", "exit_group"))
+_LIMITS = frozenset({2, 3, 5, 8, 9})  # RLIMIT_DATA, STACK, RSS, MEMLOCK, AS
 # Calls that read and write nothing of the program's memory: a rise of the counter across one is gup, all of it.
 _TOUCH_NOTHING = frozenset(
     SYSCALL_NUMBERS[name]
@@ -99,26 +101,32 @@ class CallRecorder:
         number, args = int(info.words[0]), tuple(int(w) for w in info.words[1:7])
         if info.arch != _X86_64 or not _wanted(number, args):
             return
+        if number in _ENDINGS:  # there will be no exit stop
+            self._tell(tid, _Open(number, args, int(info.ip), time.monotonic_ns(), -1), None, 0)
+            return
         counted = -1
         if self._kernel or number in _TOUCH_NOTHING:
             counted = self._unrecorded(tid)
         self._open[tid] = _Open(number, args, int(info.ip), time.monotonic_ns(), counted)
 
     def _leave(self, tid: int, call: _Open, result: int) -> None:
-        pid = self._process_of(tid)
         gup = max(0, self._unrecorded(tid) - call.counted) if call.counted >= 0 else 0
-        args = call.args
+        self._tell(tid, call, result, gup)
+
+    def _tell(self, tid: int, call: _Open, result: int | None, gup: int) -> None:
+        # result None: the call never returns.
+        pid, args = self._process_of(tid), call.args
         if call.number == _IOCTL:
             args = (*args[:3], *_words(pid, args))
-        file, name = _file(tid, call, result)
+        file, name = _file(tid, call, result or 0)
         self._perf.call(
             pid,
             tid,
             call.number,
-            times=(call.begun, time.monotonic_ns()),
+            times=(call.begun, time.monotonic_ns() if result is not None else None),
             ip=call.ip,
             args=args,
-            result=result,
+            result=result or 0,
             gup=gup,
             file=file,
             text=name,
@@ -140,8 +148,10 @@ def _wanted(number: int, args: tuple[int, ...]) -> bool:
     condition = WANTED.get(number, 0)
     if number == _IOCTL:
         return (args[1] >> 8) & 0xFF == 0xAA or args[1] & 0xFFFF == _PAGEMAP_SCAN
-    if condition == 2:  # prctl: PR_SET_THP_DISABLE, PR_SET_MM, PR_SET_VMA, PR_SET_MEMORY_MERGE
-        return args[0] in (41, 35, 0x53564D41, 67)
+    if condition == 2:  # prctl: PR_SET_THP_DISABLE, PR_SET_MM, PR_SET_VMA, PR_SET_MDWE, PR_SET_MEMORY_MERGE
+        return args[0] in (41, 35, 0x53564D41, 65, 67)
+    if condition == 3:  # prlimit64: a new limit
+        return args[2] != 0 and args[1] in _LIMITS
     return condition == 1
 
 

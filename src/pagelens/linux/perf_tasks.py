@@ -207,7 +207,7 @@ class PerfTasks:
         tid: int,
         number: int,
         *,
-        times: tuple[int, int],
+        times: tuple[int, int | None],
         ip: int,
         args: Sequence[int],
         result: int,
@@ -215,11 +215,12 @@ class PerfTasks:
         file: tuple[int, int] | None,
         text: str,
     ) -> None:
-        """A system call of a thread that is stopped at its end. times: ns of entry and return. file: (device as the
+        """A system call of a thread that is stopped at its end. times: ns of entry and return; None: it never returns. file: (device as the
         kernel numbers it, inode); text: its name."""
         record = CallRecord(kind=_SYSCALL, nr=number, pid=pid, tid=tid, extra=gup, ip=ip, result=result)
-        record.flags = _LATENCY | (_FILE if file else 0)
-        record.time_ns, record.latency_ns = times[0], times[1] - times[0]
+        begun, ended = times
+        record.flags = (_FILE if file else 0) | (_LATENCY if ended is not None else 0)
+        record.time_ns, record.latency_ns = begun, (ended or begun) - begun
         record.args = tuple(args)
         record.dev, record.ino = file or (0, 0)
         _core().pl_perf_call(self._handle, ctypes.byref(record), os.fsencode(text))
