@@ -215,8 +215,8 @@ class PerfTasks:
         file: tuple[int, int] | None,
         text: str,
     ) -> None:
-        """A system call of a thread that is stopped at its end. times: ns of entry and return; None: it never returns. file: (device as the
-        kernel numbers it, inode); text: its name."""
+        """A system call of a thread that is stopped at its end. times: ns of entry and return, None where it never
+        returns. file: (device as the kernel numbers it, inode); text: its name."""
         record = CallRecord(kind=_SYSCALL, nr=number, pid=pid, tid=tid, extra=gup, ip=ip, result=result)
         begun, ended = times
         record.flags = (_FILE if file else 0) | (_LATENCY if ended is not None else 0)
