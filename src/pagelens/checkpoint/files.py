@@ -99,6 +99,41 @@ class Files:
             partial.rename(final)
             self.sync_dir(final.parent)
 
+    def discard(self, path: Path) -> None:
+        """Delete a checkpoint. It goes at once: renamed to .NAME.dropped, which nobody takes for one; what a crash
+        leaves of that, the next `sweep` deletes. UsageError where a writer has it."""
+        with WriteLock(path):
+            trash = dropped(path)
+            shutil.rmtree(trash, ignore_errors=True)
+            self.step("rename")
+            path.rename(trash)
+            self.sync_dir(path.parent)
+            self._clear(trash)
+
+    def sweep(self, path: Path) -> None:
+        """Delete what a killed writer or `discard` of this name has left, unless a writer is at it now."""
+        leftovers = [p for p in (partial(path), dropped(path)) if p.is_dir()]
+        if leftovers:
+            with contextlib.suppress(UsageError), WriteLock(path):
+                for leftover in leftovers:
+                    self._clear(leftover)
+
+    def _clear(self, folder: Path) -> None:
+        # A checkpoint's directory is flat.
+        for entry in [*folder.iterdir(), folder]:
+            self.step("unlink")
+            entry.rmdir() if entry == folder else entry.unlink()
+
+
+def partial(final: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return final.parent / f".{final.name}.partial"
+
+
+def dropped(final: Path) -> Path:
+    """Where a checkpoint is deleted."""
+    return final.parent / f".{final.name}.dropped"
+
 
 class WriteLock:
     """One writer per checkpoint name: an flock of `.NAME.lock` beside it, gone with its process."""

@@ -11,13 +11,13 @@ time (writes all contents again for every increment).
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from pagelens.checkpoint.dump import Result, dump
+from pagelens.checkpoint.files import Files
 from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.tracked import CannotTellError, Watched
 from pagelens.vm.errors import CapabilityMissingError, UsageError
@@ -91,6 +91,5 @@ class Chain:
                 needed.add(Path(entry["path"]).name)
         for path in reversed(self.made.copy()):
             if path.name not in needed:
-                (path / "manifest.json").unlink()
-                shutil.rmtree(path)
+                Files().discard(path)
                 self.made.remove(path)

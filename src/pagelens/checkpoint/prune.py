@@ -2,14 +2,13 @@
 
 merge: a copy that needs no other. drop: contents that remaining checkpoints need from dropped ones move into
 the first that needs them (its own blocks keep their numbers, its id stays, so those that refer to it still
-can); each is replaced atomically, and only at the end the dropped ones are deleted. A crash in between leaves
-every remaining checkpoint whole, at worst with pages stored twice.
+can); each is replaced atomically, and only at the end the dropped ones are deleted, newest first. A crash in between
+leaves every remaining checkpoint whole, at worst with pages stored twice; the same call again does the rest.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from pagelens.checkpoint.files import Files
+from pagelens.checkpoint.files import Files, dropped
 from pagelens.checkpoint.image import OWN, Kind, Rows, compress, per_page
-from pagelens.checkpoint.store import Writer
+from pagelens.checkpoint.store import TABLES, Writer
 from pagelens.checkpoint.stored import Located, Stored
 from pagelens.linux import pagecopy
 from pagelens.vm.errors import DamagedInputError, UsageError
@@ -74,37 +73,69 @@ def _move_in(store: Stored, writer: Writer, flat: Rows, data: Any, moved: _Moved
         flat["origin"][mine], flat["block"][mine], flat["first"][mine] = OWN, block[inverse], first[inverse]
 
 
-def drop(paths: Iterable[Path], remaining: Sequence[Path], *, files: Files | None = None) -> list[Path]:
-    """Delete checkpoints `paths`; those in `remaining` stay whole. Returns the ones that were rewritten.
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """dropped: deleted now; gone: were not there any more; rewritten: kept ones that took contents in."""
+
+    dropped: list[Path]
+    gone: list[Path]
+    rewritten: list[Path]
+
+
+def drop(paths: Iterable[Path], remaining: Sequence[Path], *, files: Files | None = None) -> Pruned:
+    """Delete checkpoints `paths`; those in `remaining` stay whole.
 
     remaining must list every checkpoint that refers to a dropped one: others would become unreadable. Those that
-    lie beside a dropped one are looked at, and UsageError names one that was forgotten. Errors as `dump`;
-    DamagedInputError.
+    lie beside a dropped one are looked at, and UsageError names one that was forgotten. Of `paths`, those that are
+    not there are left out if others are (a prune that was killed, called again), else UsageError. Errors as
+    `dump`; DamagedInputError.
     """
-    victims = {store.id: store for store in (Stored.open(path) for path in paths)}
-    kept = [Stored.open(path) for path in remaining]
+    files = files or Files()
+    named = list(dict.fromkeys(path.absolute() for path in paths))
+    kept = [Stored.open(path) for path in dict.fromkeys(path.absolute() for path in remaining)]
+    there = [path for path in named if path.exists() or dropped(path).exists()]
+    if named and not there:
+        Stored.open(named[0])  # says what is wrong
+    remains = [path for path in there if not path.exists() or _is_remains(path)]
+    victims = {store.id: store for store in (Stored.open(path) for path in there if path not in remains)}
     if victims.keys() & {store.id for store in kept}:
         raise UsageError("a checkpoint cannot be dropped and kept")
     _refuse_forgotten(victims, {store.path for store in kept})
-    kept.sort(key=lambda store: int(store.manifest["process"]["time_ns"]))
+    kept.sort(key=_time)
     moved: dict[str, _Moved] = {}
     rewritten = []
     for store in kept:
+        files.sweep(store.path)
         if any(entry["id"] in victims for entry in store.manifest["origins"]):
             rewritten.append(_rewrite(store, victims, moved, files))
-    for store in victims.values():
-        # The manifest goes first: without it nobody takes the rest for a checkpoint.
-        (files or Files()).step("unlink")
-        (store.path / "manifest.json").unlink()
-        shutil.rmtree(store.path)
-    return rewritten
+    newest_first = [store.path for store in sorted(victims.values(), key=_time, reverse=True)]
+    for path in newest_first + [path for path in remains if path.exists()]:
+        files.discard(path)
+    for path in named:
+        files.sweep(path)
+    return Pruned(newest_first, [path for path in named if path not in newest_first], rewritten)
+
+
+def _time(store: Stored) -> int:
+    return int(store.manifest["process"]["time_ns"])
+
+
+def _is_remains(path: Path) -> bool:
+    # Of a checkpoint whose deletion was cut short by a version that unlinked the manifest first.
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() else {""}
+    return bool(names) and names <= {"manifest.sha256", "pages.pack", *TABLES}
 
 
 def _refuse_forgotten(victims: dict[str, Stored], kept: set[Path]) -> None:
-    dropped = {store.path for store in victims.values()}
-    for folder in {path.parent for path in dropped}:
+    going = {store.path for store in victims.values()}
+    for folder in {path.parent for path in going}:
         for path in sorted(folder.iterdir()):
-            if path in dropped or path in kept or not (path / "manifest.json").is_file():
+            if (
+                path in going
+                or path.name.startswith(".")
+                or path in kept
+                or not (path / "manifest.json").is_file()
+            ):
                 continue
             try:
                 store = Stored.open(path)
@@ -118,9 +149,7 @@ def _refuse_forgotten(victims: dict[str, Stored], kept: set[Path]) -> None:
                     )
 
 
-def _rewrite(
-    store: Stored, victims: dict[str, Stored], moved: dict[str, _Moved], files: Files | None
-) -> Path:
+def _rewrite(store: Stored, victims: dict[str, Stored], moved: dict[str, _Moved], files: Files) -> Path:
     flat = per_page(store.rows)
     origins = [dict(entry) for entry in store.manifest["origins"]]
     gone = np.array([number for number, entry in enumerate(origins) if entry["id"] in victims], np.int64)
@@ -140,7 +169,7 @@ def _rewrite(
             flat["origin"][mine], flat["block"][mine], flat["first"][mine] = number, block[at], first[at]
         left = left[np.isin(flat["origin"][left], gone)]
     level = int(store.manifest.get("zstd", 1))
-    with Writer(store.path, level=level, force=True, files=files) as writer:
+    with Writer(store.path, level=level, force=True, adopting=True, files=files) as writer:
         writer.adopt(store)
         moved[store.id] = _Moved(store.path)
         if len(left):

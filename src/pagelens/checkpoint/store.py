@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from pagelens.checkpoint import tables
-from pagelens.checkpoint.files import Files, WriteLock
+from pagelens.checkpoint.files import Files, WriteLock, partial
 from pagelens.checkpoint.image import BLOCK, BLOCK_PAGES, RAW, ZSTD, ProcessState, Rows
 from pagelens.linux import pagecopy
 from pagelens.vm.errors import UsageError
@@ -41,19 +41,27 @@ TABLES = ("runs.parquet", "blocks.parquet", "vmas.parquet", "threads.parquet")
 class Writer:
     """Writes one checkpoint. Context manager: leaving it without `finish` leaves nothing behind.
 
-    level: zstd level, 0 = not compressed. Raises UsageError where `final` exists (without force) or another
-    writer has it.
+    level: zstd level, 0 = not compressed. adopting: it will be the one that is there, with more in its pack
+    (`adopt`). Raises UsageError where `final` exists (without force), where a checkpoint beside it needs what is
+    there, or another writer has it.
     """
 
     def __init__(
-        self, final: Path, *, level: int = 1, force: bool = False, files: Files | None = None
+        self,
+        final: Path,
+        *,
+        level: int = 1,
+        force: bool = False,
+        adopting: bool = False,
+        files: Files | None = None,
     ) -> None:
         self.final = final.absolute()
-        self.partial = self.final.parent / f".{self.final.name}.partial"
+        self.partial = partial(self.final)
         self.id = uuid.uuid4().hex
         self.files = files or Files()
         self.level = level
         self.force = force
+        self._adopting = adopting
         self._lock = WriteLock(self.final)
         self._pack = -1
         self._at = 0
@@ -71,6 +79,8 @@ class Writer:
                 raise UsageError(f"{self.final} exists; --force replaces it")
             if self.final.exists() and not (self.final / "manifest.json").exists():
                 raise UsageError(f"{self.final} exists and is no checkpoint; not replaced")
+            if self.final.exists() and not self._adopting:
+                _refuse_needed(self.final)
             shutil.rmtree(self.partial, ignore_errors=True)  # of a writer that was killed: we hold the lock
             self.partial.mkdir(mode=0o700)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -189,6 +199,20 @@ class Writer:
         self.files.publish(self.partial, self.final)
         self.done = True
         return self.final
+
+
+def _refuse_needed(path: Path) -> None:
+    # Another checkpoint in its place has another id: those that refer to it would become unreadable.
+    for other in sorted(path.parent.iterdir()):
+        if other == path or other.name.startswith("."):
+            continue
+        try:
+            manifest = json.loads((other / "manifest.json").read_bytes())
+            origins = [os.path.normpath(other / entry["path"]) for entry in manifest["origins"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if str(path) in origins:
+            raise UsageError(f"{other} needs {path}, which this would replace; nothing was touched")
 
 
 def _parquet(table: Any) -> bytes:

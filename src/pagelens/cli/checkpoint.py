@@ -49,6 +49,7 @@ class Command:
         )
         parser.add_argument(
             "--dedup",
+            action="extend",
             nargs="*",
             type=Path,
             metavar="DIR",

@@ -15,15 +15,16 @@ class Command:
       pagelens prune --drop chain/000000 chain/000001 --keep chain/000002 chain/000003
       pagelens prune --merge chain/000003 -o alone
 
-    --keep must name every checkpoint that needs a dropped one; the contents that it needs move into it.
+    --keep must name every checkpoint that needs a dropped one; the contents that it needs move into it. If it
+    was killed, the same command again does the rest.
     """
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Arguments."""
-        parser.add_argument("--drop", nargs="+", type=Path, metavar="DIR", default=[], help="delete these")
-        parser.add_argument(
-            "--keep", nargs="+", type=Path, metavar="DIR", default=[], help="these stay whole"
-        )
+        for name, text in (("--drop", "delete these"), ("--keep", "these stay whole")):
+            parser.add_argument(
+                name, action="extend", nargs="+", type=Path, metavar="DIR", default=[], help=text
+            )
         parser.add_argument("--merge", type=Path, metavar="DIR", help="write DIR, with all it needs, to -o")
         add_output_arguments(parser)
 
@@ -42,6 +43,12 @@ class Command:
         if not args.drop:
             raise UsageError("nothing to do: give --drop DIR… or --merge DIR")
         done = prune.drop(args.drop, args.keep)
-        value = {"dropped": [str(p) for p in args.drop], "rewritten": [str(p) for p in done]}
-        emit_object(args, value, f"dropped {len(args.drop)}, rewrote {len(done)}")
+        value = {
+            "dropped": [str(p) for p in done.dropped],
+            "rewritten": [str(p) for p in done.rewritten],
+            "gone": [str(p) for p in done.gone],
+        }
+        text = f"dropped {len(done.dropped)}, rewrote {len(done.rewritten)}"
+        gone = f"; already gone: {', '.join(map(str, done.gone))}" if done.gone else ""
+        emit_object(args, value, text + gone)
         return 0
