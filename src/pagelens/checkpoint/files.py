@@ -107,8 +107,12 @@ class Files:
             shutil.rmtree(trash, ignore_errors=True)
             self.step("rename")
             path.rename(trash)
-            self.sync_dir(path.parent)
-            self._clear(trash)
+            try:
+                self.sync_dir(path.parent)
+                self._clear(trash)
+            except OSError:
+                shutil.rmtree(trash, ignore_errors=True)
+                raise
 
     def sweep(self, path: Path) -> None:
         """Delete what a killed writer or `discard` of this name has left, unless a writer is at it now."""
