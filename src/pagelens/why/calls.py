@@ -13,10 +13,10 @@ from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import PAGE_SIZE, page_down, page_up
 from pagelens.vm.vma import Vma
 from pagelens.why import partial
-from pagelens.why.cuts import FileCut
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
 from pagelens.why.files import Files, device
+from pagelens.why.locking import lock, populate, unlock_vma
 from pagelens.why.space import (
     LOCKED,
     ONFAULT,
@@ -206,7 +206,7 @@ class Effects:
             new = state._replace(prot=prot & 7, prot_time=time, guard=False)
             # mprotect_fixup: what is locked and private is populated when it becomes writable, with write faults.
             gains = prot & 2 and not state.prot & 2 and state.area in (Area.ANON, Area.FILE)
-            return _populate(new, time, True) if gains and state.locked == LOCKED else new
+            return populate(new, time, True) if gains and state.locked == LOCKED else new
 
         space.change(start, start + page_up(length), protect)
 
@@ -238,10 +238,11 @@ class Effects:
                 if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty and not locked
                     state = _empty(space.lives.states[seg.state])._replace(locked=0)
                     space.map(seg.start, seg.end, state, Origin.MREMAP, time, call.seq, fresh=False)
+                    unlock_vma(space, seg, state)
         tail = min(old_len, new_len)  # 0: a second mapping of what is shared
         if new_len > tail:
             if model.locked == LOCKED:  # vrm_will_map_new: what a locked mapping grows by is populated
-                model = _lock(model, time)
+                model = lock(model, time)
             space.map(new + tail, new + new_len, model, Origin.MREMAP, time, call.seq, fresh=False)
 
     def _madvise(self, space: Space, call: Call, time: int) -> None:
@@ -257,7 +258,7 @@ class Effects:
         elif advice in (12, 13):  # MERGEABLE, UNMERGEABLE
             space.change(start, end, lambda s: s._replace(mergeable=advice == 12))
         elif advice == 25:  # COLLAPSE: whole huge pages, present from now on
-            space.change(start, end, lambda s: _populate(s, time, True) if s.area is Area.ANON else s)
+            space.change(start, end, lambda s: populate(s, time, True) if s.area is Area.ANON else s)
         elif advice == 15:
             space.change(start, end, lambda s: s._replace(huge=False))
         elif advice in (10, 11):
@@ -265,7 +266,7 @@ class Effects:
         elif advice in (18, 19):
             space.change(start, end, lambda s: s._replace(wipeonfork=advice == 18))
         elif advice in (22, 23):  # POPULATE_READ, POPULATE_WRITE
-            space.change(start, end, lambda s: _populate(s, time, advice == 23))
+            space.change(start, end, lambda s: populate(s, time, advice == 23))
         elif advice == 102:  # GUARD_INSTALL
             space.drop(start, end, time, call.seq)
             space.change(start, end, lambda s: s._replace(guard=True))
@@ -279,8 +280,8 @@ class Effects:
         full = end if call.result == 0 else start
         if call.result == -14:
             full = partial.populated_until(space, start, end)
-        space.change(start, full, lambda s: _lock(s, time, on_fault))
-        space.change(full, end, lambda s: _lock(s, time, on_fault, populate=False))
+        space.change(start, full, lambda s: lock(s, time, on_fault))
+        space.change(full, end, lambda s: lock(s, time, on_fault, fill=False))
 
     @staticmethod
     def _munlock(space: Space, call: Call, _time: int) -> None:
@@ -294,7 +295,7 @@ class Effects:
         on_fault = bool(flags & 4)
         space.future = 0 if not flags & 2 else ONFAULT if on_fault else LOCKED
         if flags & 1:
-            space.change(0, 1 << 62, lambda s: _lock(s, time, on_fault))
+            space.change(0, 1 << 62, lambda s: lock(s, time, on_fault))
 
     @staticmethod
     def _munlockall(space: Space, _call: Call, _time: int) -> None:
@@ -358,18 +359,6 @@ class Effects:
             space.change(second, third, lambda s: s._replace(wp_time=time) if s.uffd & UFFD_WP else s)
 
 
-def cut(space: Space, what: FileCut, call: Call) -> None:
-    """What `call` took out of a file leaves the mappings of it here."""
-    for seg in list(space.segs):
-        state = space.lives.states[seg.state]
-        if state.file != what.file or not (what.copies or state.area is not Area.FILE):
-            continue
-        start = max(seg.start, what.start - state.shift)
-        end = min(seg.end, what.end - state.shift)
-        if start < end:
-            space.drop(start, end, call.start, call.seq, Origin.CUT)
-
-
 def clear_refs(space: Space, time: int) -> None:
     """A 4 written to clear_refs: all that is mapped is write-protected (clear_soft_dirty, fs/proc/task_mmu.c)."""
     space.change(0, 1 << 62, lambda s: s._replace(clear_time=time))
@@ -380,23 +369,6 @@ def _registered(flags: frozenset[str]) -> int:
     return mode | UFFD_BEFORE if mode else 0
 
 
-def _populate(state: State, time: int, write: bool) -> State:
-    own = write and state.area in (Area.ANON, Area.FILE)
-    return state._replace(populated=time, populated_own=time if own else state.populated_own)
-
-
 def _empty(state: State) -> State:
     # The same mapping without what was in it.
     return state._replace(populated=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
-
-
-def _lock(state: State, time: int, on_fault: bool = False, populate: bool = True) -> State:
-    # mlock_fixup passes over what cannot be locked; populate_vma_page_range: a write fault for private writable memory,
-    # else a read; nothing without rights, nor where pages are locked as they come.
-    if state.area is Area.SPECIAL:
-        return state
-    if state.area is not Area.HUGETLB:
-        state = state._replace(locked=ONFAULT if on_fault else LOCKED)
-    if not state.prot or on_fault or not populate:
-        return state
-    return _populate(state, time, bool(state.prot & 2) and state.area in (Area.ANON, Area.FILE))

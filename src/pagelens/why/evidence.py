@@ -154,6 +154,7 @@ class Evidence:
     prior: Prior
     origin: Origin
     dropped: bool  # touched before DONTNEED (or the like) took it away
+    near: bool  # no fault of its own had mapped it: that of a neighbour, most likely
     mark: Mark
     forked: Forked
     sharers: Sharers

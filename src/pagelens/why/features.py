@@ -33,6 +33,7 @@ from pagelens.why.replay import (
 )
 from pagelens.why.sharing import sharers
 from pagelens.why.space import UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
+from pagelens.why.taken import taken_away
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
@@ -91,9 +92,13 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     if len(back):
         since = since.copy()
         since[back] = past.own[past.before[back]]
-    if mark.any():
-        mark = np.where((mark_time > since) & (prior != Prior.NONE), mark, int(Mark.NONE))
     huge = huge_pages(facts, run, past, present, write)
+    gone = taken_away(run, past, area, prior, present, mark_time)
+    dropped = gone.dropped | dropped_in_block(run, past, huge, present)
+    prior[gone.holed] = int(Prior.NONE)
+    if mark.any():
+        known_page = (prior != Prior.NONE) | gone.marked
+        mark = np.where((mark_time > since) & known_page, mark, int(Mark.NONE))
     columns: dict[str, npt.NDArray[np.generic] | int] = {
         "known": known,
         "present": present,
@@ -109,8 +114,9 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "executable": (prot & 4) != 0,
         "grew": (run.flags & GREW) != 0,
         "prior": prior,
-        "origin": past.origin,
-        "dropped": past.dropped | dropped_in_block(run, past, huge),
+        "origin": gone.origin,
+        "dropped": dropped,
+        "near": gone.near,
         "mark": mark,
         "forked": forked,
         "sharers": share,
@@ -234,14 +240,14 @@ def _handlers(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I6
     if not len(rows) or not ioctls:
         return uffd
     spans = np.array(
-        [(c.args[3], c.args[4 + (c.args[1] & 0xFFFF in _COPIES)], c.start) for c in ioctls], np.int64
+        [(c.args[3], c.args[4 + (c.args[1] & 0xFFFF in _COPIES)], c.start, c.end) for c in ioctls], np.int64
     )
     pages = np.minimum(np.maximum(spans[:, 1] >> PAGE_SHIFT, 1), _SPAN_LIMIT)
     at = np.repeat(np.arange(len(pages)), pages)
     step = np.arange(len(at)) - np.repeat(np.cumsum(pages) - pages, pages)
     page = (spans[at, 0] >> PAGE_SHIFT) + step
     order = np.lexsort((spans[at, 2], page))
-    page, start = page[order], spans[at, 2][order]
+    page, start, end = page[order], spans[at, 2][order], spans[at, 3][order]
     lo = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="left")
     hi = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="right")
     some = rows[lo < hi]
@@ -249,10 +255,15 @@ def _handlers(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I6
         some.tolist(), _begun(run, some).tolist(), lo[lo < hi].tolist(), hi[lo < hi].tolist(), strict=True
     )
     for row, begun, a, b in spans_of:
-        first = a + int(np.searchsorted(start[a:b], begun))
+        first = a + int(
+            np.searchsorted(end[a:b], begun)
+        )  # one page's calls end in the order in which they began
         if first < b and start[first] <= faults.time[row]:
             race[row] = int(Race.HANDLER)
             uffd[row] = True
+    # Where handlers are recorded, an absent page that none has resolved was not theirs: closing the descriptor ends the
+    # registration, and close is not recorded.
+    uffd[missing & (race != Race.HANDLER) & np.isin(faults.mm, [c.mm for c in ioctls])] = False
     return uffd
 
 

@@ -16,6 +16,7 @@ from pagelens.vm.pages import PageState
 from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Area, Origin, Prior
 from pagelens.why.facts import Facts
+from pagelens.why.nearby import Copied
 from pagelens.why.replay import Replayed, state_column
 from pagelens.why.space import DROP_LINK, FORK_LINK, NO_LINK, UNSEEN_KEY
 
@@ -31,9 +32,10 @@ class History:
     """Columns beside the faults of `Replayed` (integers of as many bits as they need).
 
     prior: Prior. before: row of the fault before this one on the page (-1 none), touch: ns of the last row
-    in this life (-1), own: ns of the last write in this life (-1). inherited, dropped: bool, by links.
+    in this life (-1), own: ns of the last write in this life (-1). inherited: bool, by links. taken: the life that
+    began when advice or a cut took the page away, after which nobody touched it (-1).
     origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
-    unsure: prior rests on a fault whose access was not recorded.
+    unsure: prior rests on a fault whose access was not recorded. copied: what forks copied.
     """
 
     prior: I64
@@ -41,11 +43,17 @@ class History:
     touch: I64
     own: I64
     inherited: Bool
-    dropped: Bool
+    taken: I64
     origin: I64
     life: I64
     times: I64
     unsure: Bool
+    copied: Copied
+
+    @property
+    def dropped(self) -> Bool:
+        """Whether the page had been in use until something took it away."""
+        return self.taken >= 0
 
     def begun(self, rows: I64) -> I64:
         """ns at which the life of each of `rows` began, -1 where there is none."""
@@ -89,23 +97,29 @@ def trace(facts: Facts, run: Replayed) -> History:
     # In earlier lives, through links. Failed faults and first faults of a life get here.
     table = _Table(run)
     shared = (area != Area.ANON) & (area != Area.FILE)
+    copied = Copied(run, key, time, owned & ~np.append(shared, False)[fault])
     life = _lives(run)
     inherited = np.zeros(n, bool)
-    dropped = np.zeros(n, bool)
     linked = np.append(table.link != NO_LINK, False)
     todo = np.flatnonzero(np.take(linked, life) & (prior == Prior.NONE)) if linked.any() else index[:0]
     cur_key, cur_life = run.key[todo], life[todo]
     drop = np.zeros(len(todo), bool)
+    taker = np.full(len(todo), -1, np.int64)  # the life that began when the page was taken away
+    taken = np.full(n, -1, np.int64)
+    over = np.full(len(todo), -1, np.int64)  # the life that a fork began, where that lies between
     for _ in range(64):
         link = table.link[cur_life]
         # A child maps shared memory anew: what its parent had of it is not its own story.
         go = (link != NO_LINK) & ((link != FORK_LINK) | ~shared[todo])
         todo, cur_key, cur_life, drop, link = todo[go], cur_key[go], cur_life[go], drop[go], link[go]
+        over = np.where((link == FORK_LINK) & (over[go] < 0), cur_life, over[go])
+        taker = np.where(link == DROP_LINK, cur_life, taker[go])
         if not len(todo):
             break
         cut = table.time[cur_life]
         drop = drop | (link == DROP_LINK)
-        dropped[todo[(link == DROP_LINK) & table.populated[cur_life]]] = True
+        filled = (link == DROP_LINK) & table.populated[cur_life] & (taken[todo] < 0)
+        taken[todo[filled]] = cur_life[filled]
         inherited[todo[(link == FORK_LINK) & ~drop]] = True
         cur_key = table.parent[cur_life] + (cur_key - table.key[cur_life])
         cur_life = np.searchsorted(table.key, cur_key, side="right") - 1
@@ -114,9 +128,16 @@ def trace(facts: Facts, run: Replayed) -> History:
         f = found & ~drop
         prior[todo[f]] = _state(kind[hit[f]], last_own[hit[f]] >= group[hit[f]], area[todo[f]])
         unsure[todo[f]] = blind[fault[np.maximum(last_own[hit[f]], 0)]]
-        dropped[todo[found & drop]] = True
+        had = found & drop
+        # What had only been read before a fork came with it only where fork copied.
+        doubt = np.flatnonzero(had & (over >= 0) & (last_own[hit] < group[hit]))
+        if len(doubt):
+            had[doubt] = copied.into(run.key[todo[doubt]], over[doubt])
+        had &= taken[todo] < 0
+        taken[todo[had]] = taker[had]
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
+        over, taker = over[rest], taker[rest]
 
     populated = state_column(run.lives, run.state, "populated", -1)
     by_call = np.flatnonzero((populated >= 0) & (prior == Prior.NONE) & (populated < faults.time))
@@ -124,9 +145,12 @@ def trace(facts: Facts, run: Replayed) -> History:
     begun = np.append(table.time, -1)
     _owned_by_calls(run, prior, own, begun[life])
     touch = np.where((populated > touch) & (populated < faults.time), populated, touch)
-    origin = np.take(np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), life)
+    dropped = taken >= 0
+    origin = np.take(
+        np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), np.where(dropped, taken, life)
+    )
     return History(
-        prior, before, touch, own, inherited, dropped, origin, life, np.append(table.time, -1), unsure
+        prior, before, touch, own, inherited, taken, origin, life, np.append(table.time, -1), unsure, copied
     )
 
 

@@ -16,8 +16,9 @@ from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
 from pagelens.why.evidence import Huge, Prior
 from pagelens.why.facts import Facts
 from pagelens.why.history import History
+from pagelens.why.nearby import last_drops, origins
 from pagelens.why.replay import BLOCK, Replayed
-from pagelens.why.space import DROP_LINK
+from pagelens.why.space import DROP_LINK, FORK_LINK, NO_LINK
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
@@ -48,13 +49,19 @@ def huge_pages(facts: Facts, run: Replayed, past: History, present: Bool, write:
     more = np.bincount(group) > 1
     zero |= ~present[first] & ~write[first] & alone & more
     later = ~new
+    # A write over the huge zero page gives the whole block its own (6.18), or splits it for one small page (to 6.12).
+    whole = zero[group] & present[rows] & write[rows] & (faults.latency[rows] >= HUGE_SLOW)
+    since = np.full(len(first), len(rows))
+    at = np.flatnonzero(whole)
+    np.minimum.at(since, group[at], at)
+    owned = np.arange(len(rows)) > since[group]
     out[rows[later & zero[group]]] = int(Huge.READ)
-    out[rows[later & (made & ~zero)[group]]] = int(Huge.INSIDE)
+    out[rows[later & ((made & ~zero)[group] | owned)]] = int(Huge.INSIDE)
     out[first[made | zero]] = int(Huge.MADE)
     return out
 
 
-def dropped_in_block(run: Replayed, past: History, huge: I64) -> Bool:
+def dropped_in_block(run: Replayed, past: History, huge: I64, present: Bool) -> Bool:
     """bool[n]: a part of a huge page that was dropped, and so had been in use, though only the block's first page ever
     faulted."""
     out = np.zeros(len(huge), bool)
@@ -63,19 +70,25 @@ def dropped_in_block(run: Replayed, past: History, huge: I64) -> Bool:
         return out
     lives = run.lives
     key, link, parent = (np.array(c or [0], np.int64) for c in (lives.key, lives.link, lives.parent))
-    rows = np.flatnonzero((past.prior == Prior.NONE) & ~past.dropped & (past.life >= 0))
-    rows = rows[link[past.life[rows]] == DROP_LINK]
+    rows = np.flatnonzero((past.prior == Prior.NONE) & ~past.dropped & ~present & (past.life >= 0))
+    rows = rows[last_drops(lives)[past.life[rows]] >= 0]
     if not len(rows):
         return out
     block = (run.faults.addr // np.uint64(HPAGE_SIZE)).astype(np.int64)
-    blocks = np.unique(np.stack((past.life[made], block[made]), axis=1), axis=0)
-    wanted = {(int(life), int(number)) for life, number in blocks}
+    whose = zip(past.life[made].tolist(), block[made].tolist(), strict=True)
+    since = dict(zip(whose, run.faults.time[made].tolist(), strict=True))
     for row in rows.tolist():
         life, page = int(past.life[row]), int(run.key[row])
-        while link[life] == DROP_LINK and not out[row]:
-            page += int(parent[life]) - int(key[life])
+        drop = False
+        while link[life] != NO_LINK and not out[row]:
+            drop |= bool(link[life] == DROP_LINK)
+            if link[life] == FORK_LINK and not past.copied.to(
+                lives.mm[life], int(origins(lives, run.key[[row]])[0][0])
+            ):
+                break
+            page, until = page + int(parent[life]) - int(key[life]), lives.time[life]
             life = int(np.searchsorted(key, page, side="right")) - 1
-            out[row] = (life, int(block[row])) in wanted
+            out[row] = drop and since.get((life, int(block[row])), until) < until
     return out
 
 

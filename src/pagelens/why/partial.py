@@ -67,7 +67,10 @@ def _advice(space: Space, call: Call) -> Call | None:
     if advice in _POPULATE:
         if call.result not in (_ENOMEM, _EFAULT, _EINVAL):
             return None
-        return _until(call, min(_hole(space, start, end), populated_until(space, start, end)))
+        until = min(_hole(space, start, end), populated_until(space, start, end))
+        if advice == _POPULATE[1]:  # writes
+            until = min(until, _first(space, start, end, lambda s: not s.prot & 2))
+        return _until(call, until)
     if call.result == _ENOMEM:
         return replace(call, result=0)  # holes are passed over
     if call.result == _EINVAL and advice in _DISCARDING and start == page_down(start):

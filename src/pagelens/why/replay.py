@@ -20,8 +20,8 @@ import numpy.typing as npt
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
 from pagelens.vm.vma import Vma
-from pagelens.why.calls import Effects, clear_refs, cut, effect_time, state_of
-from pagelens.why.cuts import file_cut
+from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
+from pagelens.why.cuts import FileCut, cut, file_cut, removed
 from pagelens.why.evidence import Area, Origin
 from pagelens.why.facts import Call, Facts, Faults, Task
 from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
@@ -123,7 +123,11 @@ class Replay:
             if isinstance(event, Task):
                 self._task(event)
             else:
-                self.effects.apply(space or self._begin(event.mm), event, time)
+                space = space or self._begin(event.mm)
+                holes = removed(space, event)
+                self.effects.apply(space, event, time)
+                for hole in holes:
+                    self._cut_out(hole, event, time)
         for mm in list(self._next):
             self._flush(self.spaces.get(mm) or self._begin(mm), 1 << 62)
         return Replayed(
@@ -183,10 +187,12 @@ class Replay:
             clear_refs(space, time)
 
     def _cut(self, call: Call, time: int) -> None:
-        # Every mapping of the file, whoever cut it.
         what = file_cut(call)
-        if what is None:
-            return
+        if what is not None:
+            self._cut_out(what, call, time)
+
+    def _cut_out(self, what: FileCut, call: Call, time: int) -> None:
+        # Every mapping of the file, whoever cut it.
         for mm, space in self.spaces.items():
             if mm not in self.family.end and space.maps(what.file):
                 self._flush(space, time)

@@ -45,6 +45,7 @@ class State(NamedTuple):
     prot_time: int = -1
     sync_time: int = -1
     wp_time: int = -1  # write-protected: by UFFDIO_WRITEPROTECT or PAGEMAP_SCAN
+    hole_time: int = -1  # private mapping of a file: a hole took file pages away, copies stay
     clear_time: int = -1  # write-protected: by a 4 in clear_refs
     mergeable: bool = False  # KSM may merge its pages
     dontfork: bool = False
@@ -134,6 +135,7 @@ class Space:
         self.segs: list[Seg] = []
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
         self.drops: list[tuple[int, int, int]] = []  # (first key, key behind the last, ns): shared no more
+        self.filled: list[tuple[int, int, int]] = []  # likewise, of shared memory: populated by a call
         self.mergeable = False  # PR_SET_MEMORY_MERGE
         self.future: int = 0  # mlockall(MCL_FUTURE): LOCKED or ONFAULT
         self._columns: tuple[I64, I64, I64, I64] | None = None
@@ -204,7 +206,10 @@ class Space:
         if fresh and self.mergeable:
             state = state._replace(mergeable=True)
         key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
-        self.insert(Seg(start, end, key, self.lives.intern(state)))
+        seg = Seg(start, end, key, self.lives.intern(state))
+        self.insert(seg)
+        if state.populated >= 0 and state.area is Area.SHMEM:
+            self.filled.append((*_keys(seg), state.populated))
 
     def change(self, start: int, end: int, how: Callable[[State], State]) -> None:
         """Change the state of all that is mapped in [start, end)."""
@@ -216,6 +221,8 @@ class Space:
                 new.populated_own != old.populated_own
             ):  # copies of what a fork had shared: nobody else's any more
                 self.drops.append((*_keys(seg), new.populated_own))
+            if new.populated != old.populated and new.area is Area.SHMEM:
+                self.filled.append((*_keys(seg), new.populated))
             seg.state = self.lives.intern(new)
         self._columns = None
 

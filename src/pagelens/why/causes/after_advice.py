@@ -11,18 +11,24 @@ def _absent(e: Evidence) -> bool:
     return ordinary(e) and not e.present and e.area not in (Area.SPECIAL, Area.HUGETLB)
 
 
+def _finding(e: Evidence, why: str) -> Finding:
+    if not e.near:
+        return Finding(why)
+    return Finding(f"{why}; a fault of its own it never had, but a neighbour's, which mapped both", LIKELY)
+
+
 def _dontneed(e: Evidence) -> Finding | None:
     if not (_absent(e) and e.dropped and e.prior is Prior.NONE):
         return None
     if e.origin is Origin.CUT:
         return None
-    return Finding("the page had been in use until MADV_DONTNEED (or MADV_REMOVE) dropped it")
+    return _finding(e, "the page had been in use until MADV_DONTNEED (or MADV_REMOVE) dropped it")
 
 
 def _cut(e: Evidence) -> Finding | None:
     if not (_absent(e) and e.dropped and e.prior is Prior.NONE and e.origin is Origin.CUT):
         return None
-    return Finding("the page had been mapped until ftruncate or fallocate took it out of the file")
+    return _finding(e, "the page had been mapped until ftruncate or fallocate took it out of the file")
 
 
 def _read_back(e: Evidence, mark: Mark) -> Finding | None:
@@ -45,8 +51,10 @@ def _free(e: Evidence) -> Finding | None:
 def _pageout(e: Evidence) -> Finding | None:
     if found := _read_back(e, Mark.PAGEOUT):
         return found
-    if not (_absent(e) and e.mark is Mark.PAGEOUT and e.prior is not Prior.NONE):
+    if not (_absent(e) and e.mark is Mark.PAGEOUT and (e.prior is not Prior.NONE or e.near)):
         return None
+    if e.near:
+        return _finding(e, "MADV_PAGEOUT had reclaimed the page; it came back from its file")
     sure = CERTAIN if e.major or e.prior is Prior.SWAPPED else LIKELY
     return Finding("MADV_PAGEOUT had reclaimed the page; it came back from swap or its file", sure)
 
@@ -54,7 +62,7 @@ def _pageout(e: Evidence) -> Finding | None:
 def _cold(e: Evidence) -> Finding | None:
     if found := _read_back(e, Mark.COLD):
         return found
-    if not (_absent(e) and e.mark is Mark.COLD and e.prior is not Prior.NONE):
+    if not (_absent(e) and e.mark is Mark.COLD and (e.prior is not Prior.NONE or e.near)):
         return None
     return Finding("MADV_COLD had put the page first in line for reclaim, and it was reclaimed", LIKELY)
 

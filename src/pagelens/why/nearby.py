@@ -1,0 +1,155 @@
+"""Pages that no fault of their own had mapped: fault-around, and what fork copies.
+
+A read fault on a file or on shared memory maps its neighbours too, those of the 16 pages around it that the page cache
+has (do_fault_around, filemap_map_pages, mm/filemap.c). No event says so. It matters once: where advice or a hole has
+taken such a page away, the fault that brings it back is not the first use of it. A neighbour's read before that is
+taken as having mapped it: likely, for the page may have come into the cache only since.
+
+fork leaves out the page tables of a private mapping that nobody has written to (vma_needs_copy: no anon_vma). What a
+parent had read of it, the child has not.
+
+Rejected: to follow fault-around page by page (what the cache held at each moment is not recorded).
+"""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagelens.vm.units import PAGE_SHIFT
+from pagelens.why.evidence import Area
+from pagelens.why.replay import Replayed, state_column
+from pagelens.why.space import DROP_LINK, FORK_LINK, UNSEEN_KEY, Lives
+
+I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
+Bool = npt.NDArray[np.bool_]
+WINDOW = 16  # pages: fault_around_bytes
+AROUND = (Area.FILE, Area.SHARED_FILE, Area.SHMEM)
+
+
+def origins(lives: Lives, key: I64) -> tuple[I64, I64]:
+    """(key, life) of each page in the mapping that its story began with: back over drops and forks. key: of known
+    lives."""
+    first, parent, link = (np.array(c or [0], np.int64) for c in (lives.key, lives.parent, lives.link))
+    linked = (link == DROP_LINK) | (link == FORK_LINK)
+    at = np.searchsorted(first, key, side="right") - 1
+    while (back := linked[at]).any():
+        key = np.where(back, parent[at] + key - first[at], key)
+        at = np.searchsorted(first, key, side="right") - 1
+    return key, at
+
+
+def last_drops(lives: Lives) -> I64:
+    """int64[lives]: ns of the last drop in the story of each, in its own address space or before a fork; -1 without."""
+    first, parent, link, time = (
+        np.array(c or [0], np.int64) for c in (lives.key, lives.parent, lives.link, lives.time)
+    )
+    at = np.arange(len(first))
+    while (forked := link[at] == FORK_LINK).any():
+        at = np.where(forked, np.searchsorted(first, parent[at], side="right") - 1, at)
+    return np.where(link[at] == DROP_LINK, time[at], -1)
+
+
+class Copied:
+    """Whether fork copied the page tables of a private mapping: only where somebody had written to it."""
+
+    def __init__(self, run: Replayed, key: I64, time: I64, own: Bool) -> None:
+        """key, time: pages that faulted or were there, and when; own: those that were a process's own from then on."""
+        self._lives, self._parents = run.lives, run.family.parent
+        own = own & (key >= 0) & (key < UNSEEN_KEY)
+        key, time = key[own], time[own]
+        self._mm = np.array(run.lives.mm or [-1], np.int64)
+        mm = self._mm[np.searchsorted(np.array(run.lives.key or [0], np.int64), key, side="right") - 1]
+        _, mapping = origins(run.lives, key)
+        late = np.argsort(time, kind="stable")[::-1]
+        whose = zip(mapping[late].tolist(), mm[late].tolist(), strict=True)
+        self._first = dict(zip(whose, time[late].tolist(), strict=True))  # the earliest stays
+
+    def into(self, key: I64, life: I64) -> Bool:
+        """bool[key]: for pages of lives that a fork began."""
+        _, mapping = origins(self._lives, key)
+        pairs, back = np.unique(np.stack((mapping, self._mm[life]), axis=1), axis=0, return_inverse=True)
+        answers = np.array([self._written(root, child) for root, child in pairs.tolist()], bool)
+        return np.asarray(answers[back.ravel()] if len(pairs) else np.zeros(0, bool))
+
+    def to(self, child: int, key: int) -> bool:
+        """Whether `child` got the tables of a page's mapping; key: as `origins` gives it."""
+        return self._written(bisect.bisect_right(self._lives.key, key) - 1, child)
+
+    def _written(self, mapping: int, child: int) -> bool:
+        # By an ancestor, before it gave the mapping on.
+        while (parent := self._parents.get(child)) is not None:
+            if self._first.get((mapping, parent[0]), 1 << 62) < parent[1]:
+                return True
+            child = parent[0]
+        return False
+
+
+class Around:
+    """The read faults of files and shared memory, each of which mapped its neighbours."""
+
+    def __init__(self, run: Replayed, life: I64, copied: Copied) -> None:
+        """life: of each fault, index into the lives (-1 none)."""
+        faults, lives = run.faults, run.lives
+        self._run, self._copied = run, copied
+        area = state_column(lives, run.state, "area", int(Area.UNMAPPED))
+        held = np.isin(area, AROUND) & ~faults.failed & (life >= 0)
+        rows = np.flatnonzero(held & (faults.error >= 0) & ((faults.error & 3) == 0))
+        key, mapping = origins(lives, run.key[rows])
+        mm = faults.mm[rows].astype(np.int64)
+        order = np.lexsort((key, mm))
+        page = (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        # from_pte of do_fault_around: 16 pages from an aligned one on, or from the start of the vma.
+        start = page - (key - np.array(lives.key or [0], np.int64)[mapping])
+        low = np.maximum(page & -WINDOW, start)
+        self._mm, self._key, self._time, self._page, self._low = (
+            column[order] for column in (mm, key, faults.time[rows], page, low)
+        )
+        # Shared memory without a name has a page only once somebody, whoever, has touched it.
+        nameless = [s.area is Area.SHMEM and s.file is None for s in lives.states]
+        self._nameless = np.append(np.array(nameless, bool), False)
+        rows = np.flatnonzero(held & self._nameless[run.state])
+        key, _ = origins(lives, run.key[rows])
+        order = np.lexsort((faults.time[rows], key))
+        made, first = np.unique(key[order], return_index=True)
+        self._made = dict(zip(made.tolist(), faults.time[rows][order][first].tolist(), strict=True))
+        filled = np.array([f for space in run.spaces.values() for f in space.filled], np.int64).reshape(-1, 3)
+        start, _ = origins(lives, filled[:, 0])
+        self._filled = np.stack((start, start + filled[:, 1] - filled[:, 0], filled[:, 2]), axis=1)
+
+    def mapped(self, rows: I64, until: I64) -> I64:
+        """int64[rows]: ns of the last neighbour's read before `until` (ns, one for each of `rows`), which most likely
+        mapped the page of the fault as well; -1 without."""
+        run, out = self._run, np.full(len(rows), -1, np.int64)
+        if not len(rows) or not len(self._mm):
+            return out
+        nameless = self._nameless[run.state[rows]].tolist()
+        key, _ = origins(run.lives, run.key[rows])
+        asked = zip(run.faults.mm[rows].tolist(), key.tolist(), until.tolist(), nameless, strict=True)
+        for i, (mm, page, when, bare) in enumerate(asked):
+            if not bare or self._there(page, when):
+                out[i] = self._one(mm, page, when)
+        return out
+
+    def _there(self, key: int, when: int) -> bool:
+        if self._made.get(key, 1 << 62) < when:
+            return True
+        start, end, time = self._filled.T
+        return bool(np.any((start <= key) & (key < end) & (time < when)))
+
+    def _one(self, mm: int, key: int, until: int) -> int:
+        parents = self._run.family.parent
+        while True:
+            a, b = np.searchsorted(self._mm, [mm, mm + 1])
+            low, high = a + np.searchsorted(self._key[a:b], [key - WINDOW + 1, key + WINDOW])
+            page = self._page[low:high] + key - self._key[low:high]
+            within = (page >= self._low[low:high]) & (page < self._low[low:high] + WINDOW)
+            before = self._time[low:high][within & (self._time[low:high] < until)]
+            if len(before):
+                return int(before.max())
+            if mm not in parents or not self._copied.to(mm, key):
+                return -1
+            mm, until = parents[mm][0], min(until, parents[mm][1])

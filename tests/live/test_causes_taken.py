@@ -1,0 +1,160 @@
+"""Pages that came and went without a fault of their own: by a neighbour, left out by fork, in a hole, unlocked."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from pagelens import why
+from support.recording import Run, assert_complete, record
+
+pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
+
+PRELUDE = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = libc.mremap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.madvise.argtypes = libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+P = 4096
+def done(result): assert result == 0, os.strerror(ctypes.get_errno())
+def put(base, i): ctypes.memset(base + i * P, 1, 1)
+def get(base, i): ctypes.string_at(base + i * P, 1)
+def anon(pages): return libc.mmap(None, pages * P, 3, 0x22, -1, 0)
+fd = os.open(sys.argv[1], os.O_RDWR)
+def private(pages): return libc.mmap(None, pages * P, 3, 2, fd, 0)
+"""
+
+
+def _causes(run: Run, base: int, first: int, last: int, mm: int | None = None) -> list[tuple[int, str, str]]:
+    """(page, cause, confidence) of the faults of [first, last) in order of time."""
+    result = why.classify(run.capture)
+    faults = result.run.faults
+    inside = (faults.addr >= base + first * 4096) & (faults.addr < base + last * 4096)
+    rows = sorted(inside.nonzero()[0].tolist(), key=lambda r: int(faults.time[r]))
+    return [
+        ((int(faults.addr[r]) - base) >> 12, result.of(r).cause, result.of(r).confidence)
+        for r in rows
+        if mm is None or int(faults.mm[r]) == mm
+    ]
+
+
+def _run(tmp_path: Path, program: str) -> tuple[Run, list[int]]:
+    data = tmp_path / "data"
+    data.write_bytes(b"x" * (64 * 4096))
+    run = record(tmp_path, [sys.executable, "-c", PRELUDE + program, data])
+    assert run.returncode == 0, run.stderr
+    assert_complete(run)
+    return run, [int(word) for word in run.stdout.split()]
+
+
+def test_a_neighbours_fault_had_mapped_it(tmp_path: Path) -> None:
+    run, (base, shared) = _run(
+        tmp_path,
+        """
+base = private(64); shared = libc.mmap(None, 64 * P, 3, 1, fd, 0)
+get(base, 0)                            # maps 0 to 15: of all the pages that follow, only this one faults
+done(libc.madvise(base, 64 * P, 4))
+get(base, 5)                            # maps 0 to 15 once more
+put(base, 40)                           # nobody had mapped that
+get(shared, 1); done(libc.madvise(shared, 64 * P, 4)); put(shared, 9)
+print(base, shared)
+""",
+    )
+    assert _causes(run, base, 0, 64) == [
+        (0, "file-page-cached", "certain"),
+        (5, "after-dontneed", "likely"),
+        (40, "file-cow", "certain"),
+    ]
+    assert _causes(run, shared, 0, 64) == [(1, "file-page-cached", "certain"), (9, "after-dontneed", "likely")]
+
+
+def test_what_fork_left_out_cannot_be_dropped(tmp_path: Path) -> None:
+    run, (read, written) = _run(
+        tmp_path,
+        """
+read, gap, written = private(64), anon(4), private(64)
+get(read, 3); get(written, 3); put(written, 60)  # only this one has page tables that fork copies
+child = os.fork()
+if child == 0:
+    for base in (read, written):
+        done(libc.madvise(base, 64 * P, 4))
+        get(base, 3); put(base, 3)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(read, written)
+""",
+    )
+    child = int(run.rows("kind = 'task' and name = 'fork'")[0]["args"][3])
+    assert _causes(run, read, 0, 16, child) == [
+        (3, "file-page-cached", "certain"),
+        (3, "file-cow", "certain"),
+    ]
+    assert _causes(run, written, 0, 16, child) == [
+        (3, "after-dontneed", "certain"),
+        (3, "file-cow", "certain"),
+    ]
+
+
+def test_a_hole_takes_file_pages_and_leaves_copies(tmp_path: Path) -> None:
+    run, (base,) = _run(
+        tmp_path,
+        """
+base = private(64)
+get(base, 0); put(base, 1)
+done(libc.fallocate(fd, 3, 0, 64 * P))  # KEEP_SIZE, PUNCH_HOLE
+get(base, 0); get(base, 1); put(base, 1)
+print(base)
+""",
+    )
+    assert [(page, cause) for page, cause, _ in _causes(run, base, 0, 16)] == [
+        (0, "file-page-cached"),
+        (1, "file-cow"),
+        (0, "after-truncate"),
+    ]
+
+
+def test_holes_of_madv_remove_are_everybodys(tmp_path: Path) -> None:
+    run, (mine, other) = _run(
+        tmp_path,
+        """
+memory = os.memfd_create("m"); os.ftruncate(memory, 64 * P)
+mine, other = (libc.mmap(None, 64 * P, 3, 1, memory, 0) for _ in range(2))
+put(mine, 2); put(other, 2); put(other, 20)
+done(libc.madvise(mine, 16 * P, 9))
+put(other, 2); put(other, 20); put(mine, 2)
+print(mine, other)
+""",
+    )
+    assert _causes(run, other, 0, 64) == [
+        (2, "shared-page", "certain"),
+        (20, "shared-page", "certain"),
+        (2, "after-truncate", "certain"),
+    ]
+    assert [cause for _, cause, _ in _causes(run, mine, 0, 64)] == ["shared-page", "after-dontneed"]
+
+
+def test_a_part_moved_with_dontunmap_unlocks_all_of_the_vma(tmp_path: Path) -> None:
+    # dontunmap_complete: so what it grows by later is not populated, nor is a page that becomes writable.
+    run, (base,) = _run(
+        tmp_path,
+        """
+base, there = anon(16), anon(4)
+done(libc.mprotect(there, 4 * P, 0))
+done(libc.mlock(base, 16 * P))
+assert libc.mremap(base + 4 * P, 4 * P, 4 * P, 7, there) == there
+done(libc.madvise(base + 8 * P, 8 * P, 4))  # allowed: not locked any more
+done(libc.mprotect(base, 16 * P, 1)); done(libc.mprotect(base, 16 * P, 3))
+for i in range(16): put(base, i)
+print(base)
+""",
+    )
+    assert _causes(run, base, 0, 16) == [
+        *((page, "first-write", "certain") for page in range(4, 8)),
+        *((page, "after-dontneed", "certain") for page in range(8, 16)),
+    ]
