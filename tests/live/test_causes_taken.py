@@ -71,7 +71,10 @@ print(base, shared)
         (5, "after-dontneed", "likely"),
         (40, "file-cow", "certain"),
     ]
-    assert _causes(run, shared, 0, 64) == [(1, "file-page-cached", "certain"), (9, "after-dontneed", "likely")]
+    assert _causes(run, shared, 0, 64) == [
+        (1, "file-page-cached", "certain"),
+        (9, "after-dontneed", "likely"),
+    ]
 
 
 def test_what_fork_left_out_cannot_be_dropped(tmp_path: Path) -> None:
