@@ -182,10 +182,10 @@ def _observe(
     return read_state(proc, held, vmas, backing=False), plan, holes
 
 
-def with_flags(proc: Process, ahead: VmaList) -> VmaList:
+def with_flags(proc: Process, ahead: VmaList, plain: VmaList | None = None) -> VmaList:
     """The vma list with flags. maps is quick and smaps walks every page: it is read again only where a vma is
-    not among those read `ahead`."""
-    plain = maps.read(proc)
+    not among those read `ahead`. plain: maps, read just now."""
+    plain = plain or maps.read(proc)
     known = {v.replaced(vm_flags=None): v for v in ahead}
     return VmaList(known[v] for v in plain) if all(v in known for v in plain) else smaps.read(proc)[0]
 

@@ -29,7 +29,7 @@ from pagelens.dirty import spans
 from pagelens.dirty.epoch import Why
 from pagelens.dirty.pagescan import Pagescan
 from pagelens.dirty.spans import Spans
-from pagelens.linux import pagecopy, pagescan
+from pagelens.linux import maps, pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.pagescan import Category, Regions
@@ -80,7 +80,8 @@ class Watched(Closing):
         self._backend: _Recording | None = None
         self._mem: pagecopy.MemoryFile | None = None
         self._pagemap = -1
-        self._vmas = VmaList()
+        self._vmas = VmaList()  # of the last checkpoint
+        self._maps, self._known = b"", VmaList()  # maps as last read, and what it says
         prepare()
         # Used again by each increment: fresh memory would cost faults while the process is held.
         self._room = pagecopy.buffer(4096, ready=True)
@@ -181,7 +182,10 @@ class Watched(Closing):
         return state, plan, wanted.start, (wanted.end - wanted.start) >> np.uint64(PAGE_SHIFT)
 
     def _list_vmas(self) -> VmaList:
-        return with_flags(self.proc, self._vmas)
+        text = self.proc.read("maps")
+        if text != self._maps:
+            self._known, self._maps = with_flags(self.proc, self._known, maps.parse(text)), text
+        return self._known
 
     def _states(self, vmas: VmaList, guards_in: Spans, unsure: Spans) -> PageRuns:
         # From the walk that found what was written; guard pages, which it leaves out, only where there can be

@@ -6,6 +6,7 @@ not built) it is not known, and the answer says so. Source: native/bpf/altstack.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import struct
 
@@ -26,16 +27,15 @@ class AltStacks:
         try:
             self._object.load()
             self._wanted = self._object.map_fd(".bss")
+            self._link = self._object.prepare_iterator("altstacks")
         except BaseException:
             self._object.close()
             raise
 
     def read(self, pid: int) -> dict[int, Altstack]:
         """tid -> its alternate stack, of each thread of the process (pid and tids in our namespace)."""
-        import ctypes
-
         map_update(self._wanted, ctypes.c_uint32(0), ctypes.c_uint32(pid))
-        found = self._object.read_iterator("altstacks")
+        found = self._object.run_iterator(self._link)
         return {
             tid: (sp, flags | (0 if size else SS_DISABLE), size)
             for sp, size, tid, flags in _RECORD.iter_unpack(found)

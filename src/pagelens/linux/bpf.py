@@ -210,17 +210,29 @@ class BpfObject(Closing):
             os.close(fd)
             raise
 
+    def prepare_iterator(self, name: str) -> int:
+        """Attach an iterator program, for `run_iterator`: nothing runs until that reads. The link's descriptor."""
+        link = self._lib.bpf_program__attach(self.programs[name])
+        if not link:
+            raise _missing(f"the BPF iterator {name} cannot be attached", ctypes.get_errno())
+        self._links.append(link)
+        return int(self._lib.bpf_link__fd(link))
+
+    def run_iterator(self, link: int) -> bytes:
+        """Run an iterator program once and return what it wrote. link: of `prepare_iterator`."""
+        fd = self._lib.bpf_iter_create(link)
+        if fd < 0:
+            raise _missing("the BPF iterator cannot be read", ctypes.get_errno())
+        with open(fd, "rb", buffering=0) as stream:
+            return stream.readall()
+
     def read_iterator(self, name: str) -> bytes:
-        """Run an iterator program once and return what it wrote."""
+        """The same, of a program that is run this once."""
         link = self._lib.bpf_program__attach(self.programs[name])
         if not link:
             raise _missing(f"the BPF iterator {name} cannot be attached", ctypes.get_errno())
         try:
-            fd = self._lib.bpf_iter_create(self._lib.bpf_link__fd(link))
-            if fd < 0:
-                raise _missing(f"the BPF iterator {name} cannot be read", ctypes.get_errno())
-            with open(fd, "rb", buffering=0) as stream:
-                return stream.readall()
+            return self.run_iterator(self._lib.bpf_link__fd(link))
         finally:
             self._lib.bpf_link__destroy(link)
 

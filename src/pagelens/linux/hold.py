@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import threading
 import time
@@ -163,6 +164,7 @@ class Held:
         self.interrupted_ns = 0
         self.stopped_ns = 0
         self.held_ns = 0
+        self._collects = False  # the garbage collector ran before
 
     @property
     def leader(self) -> Tracee:
@@ -173,6 +175,8 @@ class Held:
         check_target(self.pid)
         deadline = time.monotonic() + self.timeout
         self._wait_stoppable(deadline)
+        self._collects = gc.isenabled()
+        gc.disable()  # a full collection takes some 10 ms, in which the process would stand still
         self.interrupted_ns = time.monotonic_ns()
         try:
             self._stop_all(deadline)
@@ -327,6 +331,9 @@ class Held:
         if self.threads and self.stopped_ns:
             self.held_ns = time.monotonic_ns() - self.interrupted_ns
         self.threads = []
+        if self._collects:
+            self._collects = False
+            gc.enable()
 
     def _collect(self, thread: Tracee) -> bool:
         # Seized, and then an error came: a stop that it was asked for may still come, or its end.
