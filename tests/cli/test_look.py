@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -49,6 +51,20 @@ def test_frames(puppet: Puppet) -> None:
     assert sum(r["pages"] for r in found if r["mapcount"] == 1 and "ANON" in r["flags"]) == 2
     only = rows("pages", "pages", puppet.pid, f"{base:x}+16k", "--mapcount", 0)
     assert [r["start"] for r in only] == [hex(base + 2 * PAGE)]
+
+
+def test_frames_where_nothing_is_present(subjects: Subjects) -> None:
+    with mmap.mmap(-1, 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        assert rows("pages", "pages", os.getpid(), "--frames", f"{start:#x}+8k") == []
+
+
+def test_options_may_stand_between_arguments(puppet: Puppet) -> None:
+    here = f"{puppet.base:#x}+16k"
+    assert rows("pages", "pages", puppet.pid, "--by", "region", here) == rows(
+        "pages", "pages", puppet.pid, here, "--by", "region"
+    )
+    assert "unrecognized arguments: extra" in pagelens("pages", puppet.pid, "--frames", here, "extra").stderr
 
 
 def test_states_filter(puppet: Puppet) -> None:

@@ -43,10 +43,8 @@ def test_every_command_has_help_and_refuses_nonsense(name: str, capsys: pytest.C
     parser, command = cli.command_parser(name)
     assert (type(command).__doc__ or "").strip(), f"{name}: the docstring is the help"
     assert parser.format_help()
-    with pytest.raises(SystemExit) as stop:
-        cli.main([name, "--no-such-option"])
-    assert stop.value.code in (2, 125)
-    assert "pagelens" in capsys.readouterr().err
+    assert cli.main([name, "--no-such-option"]) == 2
+    assert "pagelens: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("args", [["--help"], ["map", str(os.getpid())], ["doctor"]])

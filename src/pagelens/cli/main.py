@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 from pagelens import __version__
-from pagelens.vm.errors import PagelensError
+from pagelens.vm.errors import PagelensError, UsageError
 
 # command -> (module, one line of help). A command whose module has not landed is not shown.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -79,9 +79,9 @@ def _formatter() -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    # argparse exits by itself with code 2 and a usage block; one clear line first is kinder.
+    # argparse exits by itself with code 2 and a usage block; one clear line is kinder.
     def error(self, message: str) -> Any:
-        self.exit(2, f"pagelens: {message}\n(see: {self.prog} --help)\n")
+        raise UsageError(f"{message}\n(see: {self.prog} --help)")
 
 
 def available() -> dict[str, tuple[str, str]]:
@@ -126,6 +126,21 @@ def _dedent(doc: str) -> str:
     return first + "\n" + textwrap.dedent(rest)
 
 
+def parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
+    """As parse_args, but options may stand between positional arguments too (`pages PID --frames RANGE`), which argparse
+    refuses where the second one may be left out. UsageError."""
+    try:
+        return parser.parse_args(args)
+    except UsageError:
+        if "--" in args:  # what follows belongs to a program
+            raise
+        try:
+            return parser.parse_intermixed_args(args)
+        except (TypeError, UsageError):  # TypeError: subcommands, or a rest that is a program's
+            pass
+        raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code. Errors of ours become one sentence on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -146,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         parser, command = command_parser(name)
-        return command.run(parser.parse_args(args[1:]))
+        return command.run(parse(parser, args[1:]))
     except PagelensError as error:
         sys.stderr.write(f"pagelens: {error}\n")
         return error.exit_code

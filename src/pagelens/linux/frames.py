@@ -164,6 +164,8 @@ def having(pagemap_fd: int, start: U64, end: U64, bits: int) -> U64:
 
 def annotate(runs: PageRuns) -> PageRuns:
     """The same runs with mapcount (int64, -1 unknown) and kflags (uint64, 0 unknown). Needs `runs.pfn`."""
+    if not len(runs):
+        return runs
     if runs.pfn is None:
         raise ValueError("runs without frame numbers")
     count, known = lookup("kpagecount", runs.pfn)

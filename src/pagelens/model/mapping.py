@@ -60,8 +60,9 @@ from pagelens.model.placement import MMAP_MIN_ADDR, get_unmapped_area
 from pagelens.model.space import Mm
 from pagelens.model.zap import unmap_areas
 
-# LEGACY_MAP_MASK: the flags that MAP_SHARED (without VALIDATE) keeps.
-_LEGACY = 0x17_F97F | MAP_NONBLOCK | MAP_STACK | MAP_HUGETLB | MAP_SHARED | MAP_PRIVATE
+# LEGACY_MAP_MASK (include/linux/mman.h): the flags that MAP_SHARED_VALIDATE lets pass for a file whose driver names no
+# others. MAP_FIXED_NOREPLACE and MAP_SYNC are none of them.
+_LEGACY = 0x07_F97F | MAP_NONBLOCK | MAP_STACK | MAP_HUGETLB | MAP_SHARED | MAP_PRIVATE
 
 
 def do_mmap(
