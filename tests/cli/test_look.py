@@ -60,7 +60,7 @@ def test_frames_where_nothing_is_present(subjects: Subjects) -> None:
 
 
 def test_options_may_stand_between_arguments(puppet: Puppet) -> None:
-    here = f"{puppet.base:#x}+16k"
+    here = f"{puppet.island(4):#x}+16k"
     assert rows("pages", "pages", puppet.pid, "--by", "region", here) == rows(
         "pages", "pages", puppet.pid, here, "--by", "region"
     )
