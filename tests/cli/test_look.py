@@ -61,9 +61,9 @@ def test_frames_where_nothing_is_present(subjects: Subjects) -> None:
 
 def test_options_may_stand_between_arguments(puppet: Puppet) -> None:
     here = f"{puppet.island(4):#x}+16k"
-    assert rows("pages", "pages", puppet.pid, "--by", "region", here) == rows(
-        "pages", "pages", puppet.pid, here, "--by", "region"
-    )
+    between = rows("pages-by-region", "pages", puppet.pid, "--by", "region", here)
+    assert between == rows("pages-by-region", "pages", puppet.pid, here, "--by", "region")
+    assert len(between) == 1
     assert "unrecognized arguments: extra" in pagelens("pages", puppet.pid, "--frames", here, "extra").stderr
 
 

@@ -11,6 +11,7 @@ from pagelens.model.abi import (
     EOPNOTSUPP,
     EOVERFLOW,
     EPERM,
+    MAP_ABOVE4G,
     MAP_ANONYMOUS,
     MAP_DROPPABLE,
     MAP_FIXED,
@@ -62,7 +63,7 @@ from pagelens.model.zap import unmap_areas
 
 # LEGACY_MAP_MASK (include/linux/mman.h): the flags that MAP_SHARED_VALIDATE lets pass for a file whose driver names no
 # others. MAP_FIXED_NOREPLACE and MAP_SYNC are none of them.
-_LEGACY = 0x07_F97F | MAP_NONBLOCK | MAP_STACK | MAP_HUGETLB | MAP_SHARED | MAP_PRIVATE
+_LEGACY = 0x7C07_F97F
 
 
 def do_mmap(
@@ -74,8 +75,12 @@ def do_mmap(
     pgoff = offset >> SHIFT
     if flags & MAP_ANONYMOUS:
         file = None
+        if flags & MAP_HUGETLB:
+            return ENOMEM, 0  # hugetlb_acct_memory: the machine of the model has no explicit huge pages
     elif file is None:
         return -9, 0  # EBADF
+    elif flags & MAP_HUGETLB:
+        return EINVAL, 0  # ksys_mmap_pgoff: not a file of hugetlbfs
     if not length:
         return EINVAL, 0
     if flags & MAP_FIXED_NOREPLACE:
@@ -103,7 +108,8 @@ def do_mmap(
         return EAGAIN, 0
     kind = flags & MAP_TYPE
     if file is not None:
-        if kind == MAP_SHARED_VALIDATE and flags & ~_LEGACY:
+        unknown = flags & ~_LEGACY if kind == MAP_SHARED_VALIDATE else 0
+        if unknown and not (unknown == MAP_ABOVE4G and mm.profile.above4g_is_known):
             return EOPNOTSUPP, 0
         if kind in (MAP_SHARED, MAP_SHARED_VALIDATE):
             if prot & VM_WRITE and not file.writable:

@@ -46,6 +46,8 @@ class Profile:
     thp_align_file_test: bool = True
     # do_mmap: MAP_DROPPABLE (6.11).
     droppable: bool = True
+    # do_mmap, LEGACY_MAP_MASK: MAP_SHARED_VALIDATE of a file lets MAP_ABOVE4G pass (6.6).
+    above4g_is_known: bool = True
     # -- advice
     # madvise_behavior_valid, MADV_GUARD_INSTALL/REMOVE (6.13).
     guard_pages: bool = True
@@ -130,6 +132,7 @@ PROFILES: dict[str, Profile] = {
         mremap_checks_first=False,
         mmap_merges_right_first=True,
         mmap_gathers_first=False,
+        above4g_is_known=False,
         merge_unfaulted_target=False,
         mprotect_unaccounts=False,
         stack_nohugepage=False,

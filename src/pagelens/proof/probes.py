@@ -39,6 +39,10 @@ PROBES: dict[str, str] = {
         write arena[4]
         mmap 2 at arena[2] rw private anon fixed
         """,
+    "above4g_is_known": """\
+        f = memfd 1
+        mmap 1 at arena[0] rw fixed flags=0x83 file f[0]
+        """,
     "mmap_gathers_first": """\
         mmap 8 at arena[0] rw private anon fixed
         rlimit data 1

@@ -321,10 +321,12 @@ class Generator:
         elif odd < 0.03:
             length = r.choice((0, *HUGE))
         elif odd < 0.04:
-            flags |= r.choice((ops.MAP_WORDS["32bit"], 3, 0x0400_0000))
-        elif odd < 0.045 and not flags & ops.MAP_WORDS["fixed"]:
+            flags |= r.choice((ops.MAP_WORDS["32bit"], 3, 0x0400_0000, 1 << r.randint(19, 30)))
+        elif file and odd < 0.14:
+            flags |= r.choice((3, 3, 0x83, 0x83, 3 | 1 << r.randint(4, 30)))
+        elif odd > 0.995 and not flags & ops.MAP_WORDS["fixed"]:
             place = Place("", r.choice(FAR))
-        elif odd < 0.05:
+        elif odd > 0.99:
             offset += r.choice((1, 100))
         self._sizes[result] = pages * PAGE_SIZE
         return Op("mmap", proc, result, place, length, prot, flags, file=file, offset=offset)
