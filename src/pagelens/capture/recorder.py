@@ -119,6 +119,7 @@ class Recorder:
                 perf.at_task_exit if perf else None,
                 perf.at_call if perf and self._settings.calls == "ptrace" else None,
                 perf.at_start if perf and not perf.events else None,
+                self._session.take_frames if self._settings.snapshot == "full" else None,
             )
         except PermissionError:
             if self._settings.calls == "ptrace":

@@ -36,6 +36,7 @@ from pagelens.vm.snapshot import Snapshot
 
 PART_SECONDS = 3.0
 PART_BYTES = 48 << 20
+FRAMES_MOST = 1 << 19  # pages, 2 GiB: some 20 ms for which the thread that forks stands still
 _ALIVE_PART = 99_999_998  # behind the parts of all segments
 
 
@@ -63,7 +64,7 @@ class _Spooler(threading.Thread):
         self._part_bytes = part_bytes
         self._ask = threading.Event()
         self.error: OSError | None = None
-        self.pending: list[snapshots.Shot] = []
+        self.pending: list[snapshots.Shot | snapshots.FrameShot] = []
 
     def run(self) -> None:
         last = time.monotonic()
@@ -133,6 +134,7 @@ class Session:
         self.attached = False  # to processes that may outlive the recording
         self._snapshots = 0
         self._snapshot_losses = 0
+        self._no_frames = False  # hidden here
         meta = {
             "pagelens": __version__,
             "status": "recording",
@@ -190,6 +192,26 @@ class Session:
             return
         self._snapshots += 1
         self._spooler.pending.append(snapshots.Shot(self._snapshots, mm, moment, snap, files))
+
+    def take_frames(self, pid: int) -> None:
+        """Which frames a process has that has just forked: with those at the end, they tell what was copied since.
+
+        Left out where frames are hidden and for processes of more than FRAMES_MOST resident pages; what it decides is
+        then open, and said to be.
+        """
+        if self._no_frames:
+            return
+        try:
+            mm = self.recording.mm_of(pid)
+            with Process.open(pid) as proc:
+                found = live.frames_of(proc, FRAMES_MOST)
+        except (PagelensError, OSError):
+            return
+        if mm is None or found is None:
+            self._no_frames = found is None
+            return
+        self._snapshots += 1
+        self._spooler.pending.append(snapshots.FrameShot(self._snapshots, mm, *found))
 
     def finish(self) -> dict[str, Any]:
         """Detach, convert the rest, draw up the balance; returns the summary."""
@@ -263,7 +285,7 @@ class Session:
 def _read(pid: int, full: bool) -> tuple[Snapshot, tuple[FilePages, ...]]:
     # Full: also what the page cache holds of the mapped files, which decides what later faults map.
     with Process.open(pid) as proc:
-        snap = live.take(proc, pages=full, accounting=full)
+        snap = live.take(proc, pages=full, accounting=full, pfns=full)
         if not full:
             return snap, ()
         files, refused = residency.read(proc, snap.vmas)

@@ -12,6 +12,7 @@ import numpy as np
 from pagelens.capture.tables import schema
 from pagelens.linux.residency import UNKNOWN_ORDER, FilePages
 from pagelens.vm.accounting import SMAPS_FIELDS
+from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 
 
@@ -27,13 +28,25 @@ class Shot:
     files: tuple[FilePages, ...] = ()
 
 
-def to_tables(shots: Sequence[Shot]) -> dict[str, Any]:
-    """pyarrow tables `snapshots`, `vmas`, `pages`, `accounting`, `file_pages` of snapshots; empty ones left out."""
+@dataclass(frozen=True, slots=True)
+class FrameShot:
+    """The frames of an address space at a fork, which waits to be written. time_ns, until_ns: of its reading."""
+
+    number: int
+    mm: int
+    time_ns: int
+    until_ns: int
+    runs: PageRuns
+
+
+def to_tables(shots: Sequence[Shot | FrameShot]) -> dict[str, Any]:
+    """pyarrow tables `snapshots`, `vmas`, `pages`, `accounting`, `file_pages`, `frames`; empty ones left out."""
     import pyarrow as pa
 
     parts: dict[str, list[Any]] = {}
     for shot in shots:
-        for name, rows in _one(shot).items():
+        tables = {"frames": _frames(shot)} if isinstance(shot, FrameShot) else _one(shot)
+        for name, rows in tables.items():
             parts.setdefault(name, []).append(rows)
     return {name: pa.concat_tables(rows) for name, rows in parts.items()}
 
@@ -79,6 +92,25 @@ def _one(shot: Shot) -> dict[str, Any]:
     if account is not None:
         tables["accounting"] = _accounting(number, snap)
     return tables
+
+
+def _frames(shot: FrameShot) -> Any:
+    import pyarrow as pa
+
+    runs = shot.runs
+    n = len(runs)
+    offsets = np.concatenate((runs.first, [runs.pages])).astype("i4") if n else np.zeros(1, "i4")
+    return pa.table(
+        [
+            pa.array(np.full(n, shot.mm, "i4")),
+            pa.array(np.full(n, shot.time_ns, "i8")),
+            pa.array(np.full(n, shot.until_ns, "i8")),
+            pa.array(runs.start),
+            pa.array(runs.count),
+            pa.ListArray.from_arrays(pa.array(offsets), pa.array(runs.pfn, pa.uint64())),
+        ],
+        schema=schema("frames"),
+    )
 
 
 def _file_pages(number: int, files: tuple[FilePages, ...]) -> Any:

@@ -21,7 +21,7 @@ from pagelens.vm.errors import TargetGoneError
 
 _O_SYSGOOD = 1  # system-call stops are marked by bit 7 of the signal
 _O_FORK, _O_VFORK, _O_CLONE, _O_EXEC, _O_EXIT = 1 << 1, 1 << 2, 1 << 3, 1 << 4, 1 << 6
-_E_VFORK, _E_EXEC, _E_EXIT = 2, 4, 6
+_E_FORK, _E_VFORK, _E_EXEC, _E_EXIT = 1, 2, 4, 6
 _E_NEW = (1, 2, 3)  # fork, vfork, clone
 _GETEVENTMSG = 0x4201
 
@@ -46,10 +46,11 @@ class Tracer:
         on_task_exit: Callable[[int], None] | None = None,
         on_call: Callable[[int], None] | None = None,
         on_start: Callable[[int, int], None] | None = None,
+        on_fork: Callable[[int], None] | None = None,
     ) -> None:
         """Seizes `root`. The callbacks get the id of a process (on_task_exit, on_call: of any thread) that is stopped.
         on_call: at the entry and the exit of every system call, which slows each by two stops. on_start: (who, the new
-        task), while who is stopped.
+        task), while who is stopped. on_fork: who has forked, and is stopped; not for vfork and threads.
 
         OSError (EPERM) where ptrace is not allowed.
         """
@@ -58,6 +59,7 @@ class Tracer:
         self._on_task_exit = on_task_exit
         self._on_call = on_call
         self._on_start = on_start
+        self._on_fork = on_fork
         self._go = ptrace.PTRACE_SYSCALL if on_call else ptrace.PTRACE_CONT
         self._exiting: set[int] = set()
         self._borrowers: set[int] = set()  # vfork children that use their parent's address space
@@ -93,6 +95,8 @@ class Tracer:
                     self._borrowers.add(message.value)
                 if self._on_start is not None:
                     self._on_start(tid, message.value)
+            if event == _E_FORK and self._on_fork is not None:
+                self._call(self._on_fork, process_of(tid))
             _ptrace(self._go, tid)
         elif sig == ptrace.SIGTRAP | 0x80:
             if self._on_call is not None:

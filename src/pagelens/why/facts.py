@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 
 I64 = npt.NDArray[np.int64]
@@ -95,10 +96,21 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
+class FrameShot:
+    """The frames of the anonymous pages of an address space that had just forked. start, until: ns, of its reading."""
+
+    mm: int
+    start: int
+    until: int
+    pages: PageRuns
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """One capture. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
     them (`numa_balancing`, `thp`, …; absent = unknown). ran: (mm, ns) of switches onto a CPU, int64[n, 2].
-    dropped_before: ns before which events may have been dropped (--max-size), -1 where none were."""
+    dropped_before: ns before which events may have been dropped (--max-size), -1 where none were. frames: of address
+    spaces that forked."""
 
     faults: Faults
     calls: tuple[Call, ...] = ()
@@ -108,3 +120,4 @@ class Facts:
     settings: Mapping[str, object] = field(default_factory=dict)
     ran: I64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
     dropped_before: int = -1
+    frames: tuple[FrameShot, ...] = ()

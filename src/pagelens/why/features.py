@@ -23,6 +23,7 @@ from pagelens.why.evidence import (
 from pagelens.why.facts import Call, Facts
 from pagelens.why.history import History
 from pagelens.why.hugepages import dropped_in_block, huge_pages
+from pagelens.why.outcome import outcomes
 from pagelens.why.replay import (
     GREW,
     IN_FLIGHT,
@@ -31,7 +32,7 @@ from pagelens.why.replay import (
     in_execve,
     state_column,
 )
-from pagelens.why.sharing import sharers
+from pagelens.why.sharing import Kin
 from pagelens.why.space import UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 from pagelens.why.taken import taken_away
 
@@ -267,12 +268,12 @@ def _handlers(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I6
     return uffd
 
 
-def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, int]:
+def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, I64]:
     faults = run.faults
     n = len(faults)
     forked = np.full(n, int(Forked.NONE), np.int8)
     share = np.full(n, int(Sharers.NA), np.int8)
-    outcome = int(Outcome.UNDECIDED)
+    outcome = np.full(n, int(Outcome.UNDECIDED), np.int8)
     rows = np.flatnonzero(wanted)
     rows = rows[np.isin(prior[rows], [Prior.ANON, Prior.POPULATED, Prior.NONE])]
     child = rows[past.inherited[rows] & (past.own[rows] < 0)]
@@ -290,10 +291,13 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
         forked[mine[later]] = int(Forked.PARENT)
     old = _forked_before(facts, run, past, rows, forked, prior)
     both = np.flatnonzero(forked)
-    if len(both):
-        share[both] = sharers(run, both, _last_seen(facts, run), time[both])
     forked[old] = int(Forked.PARENT)
     share[old] = int(Sharers.UNSEEN)
+    if len(both) or len(old):
+        kin = Kin(run)
+        share[both] = kin.sharers(both, _last_seen(facts, run), time[both])
+        open_ = np.flatnonzero((forked != Forked.NONE) & (share != Sharers.LIVE))
+        outcome[open_] = outcomes(facts, run, kin, open_, time[open_])
     return forked, share, outcome
 
 

@@ -21,8 +21,8 @@ from pagelens.capture.reader import Capture, plain, read_batches, rows_of
 from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma, VmaList
-from pagelens.why.facts import I64, Call, Facts, Faults, Task
-from pagelens.why.replay import in_order, with_new_mm
+from pagelens.why.facts import I64, Call, Facts, Faults, FrameShot, Task
+from pagelens.why.replay import CLONE_VM, in_order, with_new_mm
 
 # Of `Faults`: column of `events`, what a null becomes, type.
 _TYPES: dict[str, tuple[str, int, type]] = {
@@ -90,17 +90,21 @@ def _load(capture: Capture) -> Facts:
             if len(rows):
                 for row in batch.select(_CALL_COLUMNS).take(rows).to_pylist():
                     (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
-    first, last = _snapshots(capture)
+    # Frames decide what became of pages that fork shared (`outcome`); they are many, and serve nothing else here.
+    forked = any(t.name == "fork" and not int(t.args[2]) & CLONE_VM for t in tasks)
+    origins = capture.table("mms", ["mm", "origin"]).to_pylist()
+    older = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
+    first, last = _snapshots(capture, frames=forked or bool(older))
     settings = dict(capture.meta.get("settings") or {})
     # Address spaces that were there before us may share pages by forks that nobody recorded.
-    origins = capture.table("mms", ["mm", "origin"]).to_pylist()
     known = capture.meta.get("calls") or capture.meta.get("method")  # method: captures of old
     settings["unmaps_first"] = rules_of(str(capture.meta.get("kernel")), settings).unmaps_first
     settings["calls"] = known in ("bpf", "ptrace")
-    settings["older"] = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
+    settings["older"] = older
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
     dropped = -1 if dropped_before is None else dropped_before
-    facts = Facts(faults.done(), tuple(calls), tuple(tasks), first, last, settings, onto, dropped)
+    shots = _frame_shots(capture) if forked else ()
+    facts = Facts(faults.done(), tuple(calls), tuple(tasks), first, last, settings, onto, dropped, shots)
     return replace(facts, faults=_sorted(with_new_mm(facts)))
 
 
@@ -201,7 +205,7 @@ def _record(row: dict[str, Any]) -> Call | Task:
     )
 
 
-def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapshot]]:
+def _snapshots(capture: Capture, *, frames: bool) -> tuple[dict[int, Snapshot], dict[int, Snapshot]]:
     # Each table is read once and split, not once for each snapshot: there may be hundreds.
     rows = [r for r in capture.snapshot_rows() if r["mm"] is not None]
     vmas: dict[int, list[Vma]] = defaultdict(list)
@@ -212,7 +216,7 @@ def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapsho
         vmas[v["snapshot"]].append(
             Vma(v["start"], v["end"], prot, shared, v["offset"], v["dev"], v["inode"], v["name"], flags)
         )
-    pages = _pages(capture)
+    pages = _pages(capture, frames)
     first: dict[int, Snapshot] = {}
     last: dict[int, Snapshot] = {}
     for row in rows:
@@ -232,13 +236,47 @@ def _snapshots(capture: Capture) -> tuple[dict[int, Snapshot], dict[int, Snapsho
     return first, last
 
 
-def _pages(capture: Capture) -> dict[int, PageRuns]:
-    table = capture.table("pages", ["snapshot", "start", "count", "state"])
+def _pages(capture: Capture, frames: bool) -> dict[int, PageRuns]:
+    columns = ["snapshot", "start", "count", "state", *(["pfn"] if frames else [])]
+    table = capture.table("pages", columns)
     if not table.num_rows:
         return {}
     number = table.column("snapshot").to_numpy()
     order = np.lexsort((table.column("start").to_numpy(), number))
+    if frames:
+        table = table.take(order)
+        order = np.arange(len(order))
+        number = table.column("snapshot").to_numpy()
     number = number[order]
     start, count, state = (table.column(c).to_numpy()[order] for c in ("start", "count", "state"))
     edges = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)]
-    return {int(number[a]): PageRuns(start[a:b], count[a:b], state[a:b]) for a, b in pairwise(edges)}
+    return {
+        int(number[a]): PageRuns(start[a:b], count[a:b], state[a:b], _frames(table, a, b) if frames else None)
+        for a, b in pairwise(edges)
+    }
+
+
+def _frame_shots(capture: Capture) -> tuple[FrameShot, ...]:
+    table = capture.table("frames")
+    if not table.num_rows:
+        return ()
+    table = table.sort_by([("time_ns", "ascending"), ("mm", "ascending"), ("start", "ascending")])
+    mm, start, until = (table.column(c).to_numpy() for c in ("mm", "time_ns", "until_ns"))
+    edges = [0, *(np.flatnonzero((np.diff(start) != 0) | (np.diff(mm) != 0)) + 1).tolist(), len(mm)]
+    at, count = table.column("start").to_numpy(), table.column("count").to_numpy()
+    return tuple(
+        FrameShot(
+            int(mm[a]),
+            int(start[a]),
+            int(until[a]),
+            PageRuns(at[a:b], count[a:b], np.zeros(b - a, np.uint32), _frames(table, a, b)),
+        )
+        for a, b in pairwise(edges)
+    )
+
+
+def _frames(table: Any, first: int, end: int) -> npt.NDArray[np.uint64] | None:
+    column = table.column("pfn").slice(first, end - first).combine_chunks()
+    if column.null_count:
+        return None
+    return np.asarray(column.flatten().to_numpy(zero_copy_only=False), np.uint64)

@@ -23,7 +23,7 @@ from pagelens.vm.vma import Vma
 from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
 from pagelens.why.cuts import FileCut, cut, file_cut, removed
 from pagelens.why.evidence import Area, Origin
-from pagelens.why.facts import Call, Facts, Faults, Task
+from pagelens.why.facts import Call, Facts, Faults, FrameShot, Task
 from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
@@ -61,6 +61,7 @@ class Replayed:
     spaces: dict[int, Space]
     family: Family
     first_keys: dict[int, tuple[list[int], list[Seg]]]
+    frame_segs: list[list[Seg]]  # beside Facts.frames: what was mapped then
 
 
 class Replay:
@@ -78,6 +79,7 @@ class Replay:
         self.spaces: dict[int, Space] = {}
         self.family = Family()
         self.first_keys: dict[int, tuple[list[int], list[Seg]]] = {}
+        self.frame_segs: list[list[Seg]] = []
         self._users: dict[int, int] = defaultdict(int)
         self._started: dict[int, int] = defaultdict(int)
         faults = with_new_mm(facts)
@@ -103,14 +105,19 @@ class Replay:
         for mm in {*self._next, *self.facts.first} - born:
             self._begin(mm)
             self._users[mm] = 1
-        steps: list[tuple[int, int, Call | Task]] = [
+        steps: list[tuple[int, int, Call | Task | FrameShot]] = [
             (effect_time(c), c.seq, c)
             for c in self.facts.calls
             if self.effects.handles(c.name) or _clears(c) or file_cut(c)
         ]
         steps += [(t.time, t.seq, t) for t in self.facts.tasks]
+        steps += [(s.start, 1 << 62, s) for s in self.facts.frames]
         steps.sort(key=lambda s: s[:2])
         for time, _, event in steps:
+            if isinstance(event, FrameShot):
+                mapped = self.spaces[event.mm].segs if event.mm in self.spaces else ()
+                self.frame_segs.append([Seg(s.start, s.end, s.key, s.state) for s in mapped])
+                continue
             if isinstance(event, Call) and _clears(event):
                 self._clear(int(event.detail), time)
                 continue
@@ -140,6 +147,7 @@ class Replay:
             self.spaces,
             self.family,
             self.first_keys,
+            self.frame_segs,
         )
 
     def _begin(self, mm: int) -> Space:

@@ -26,38 +26,58 @@ FOREVER = 1 << 62
 EXIT_SLACK = 2_000_000  # ns between the end of an address space and the event that tells it
 
 
-def sharers(run: Replayed, rows: I64, last_seen: dict[int, int], when: I64) -> I64:
-    """Sharers of each fault in `rows` (indices). last_seen: mm -> ns of its last own event. when: ns of each
-    fault, as it stands to forks."""
-    writes = _Writes(run)
-    lines = _Lines(run)
-    faults = run.faults
-    out = np.full(len(rows), int(Sharers.GONE), np.int64)
-    family = run.family
-    relatives = _components(run)
-    birth = {mm: family.parent[mm][1] if mm in family.parent else -1 for mm in run.spaces}
-    mms = faults.mm[rows]
-    for mm in np.unique(mms).tolist():
-        mine = np.flatnonzero(mms == mm)
-        time = when[mine]
-        key = run.key[rows[mine]]
-        group = relatives[mm]
-        # Of thousands of short-lived children only those that lived at the time of a fault are looked at.
-        at_once = (group.birth <= time.max()) & (group.end >= time.min()) & (group.mm != mm)
-        for other in group.mm[at_once].tolist():
-            end = family.end.get(other, FOREVER)
-            alive = (time > birth[other]) & (time <= end)
-            pick = np.flatnonzero(alive)
-            if not len(pick):
-                continue
-            shared = _still_shared(run, lines, writes, mm, other, key[pick], time[pick])
-            unsure = (time[pick] > end - EXIT_SLACK) & (time[pick] > last_seen.get(other, -1))
-            at = mine[pick]
-            sure = at[shared & ~unsure]
-            maybe = at[shared & unsure]
-            out[maybe] = np.where(out[maybe] == Sharers.GONE, int(Sharers.UNCLEAR), out[maybe])
-            out[sure] = int(Sharers.LIVE)
-    return out
+class Kin:
+    """Address spaces that fork made of one another, and which pages they have in common."""
+
+    def __init__(self, run: Replayed) -> None:
+        self._run = run
+        self._writes = _Writes(run)
+        self._lines = _Lines(run)
+        self._groups = _components(run)
+
+    def relatives(self, mm: int) -> list[int]:
+        """All of the family of `mm`, itself too."""
+        return [int(number) for number in self._groups[mm].mm.tolist()]
+
+    def same_page(self, mm: int, other: int, key: I64, time: I64, at: int) -> tuple[Bool, I64]:
+        """(bool[n], int64[n]): whether `other` had at `at` (ns) the very page that `mm` has at `time`, and its key
+        there. key: of the pages in `mm`."""
+        if mm == other:
+            low, high = np.minimum(time, at), np.maximum(time, at)
+            quiet = self._writes.count(mm, key, low, high) == 0
+            return np.asarray(quiet & ~_dropped(self._writes, mm, key, low, high)), key
+        return _still_shared(self._run, self._lines, self._writes, mm, other, key, time, at)
+
+    def sharers(self, rows: I64, last_seen: dict[int, int], when: I64) -> I64:
+        """Sharers of each fault in `rows` (indices). last_seen: mm -> ns of its last own event. when: ns of each
+        fault, as it stands to forks."""
+        run, writes, lines = self._run, self._writes, self._lines
+        faults = run.faults
+        out = np.full(len(rows), int(Sharers.GONE), np.int64)
+        family = run.family
+        birth = {mm: family.parent[mm][1] if mm in family.parent else -1 for mm in run.spaces}
+        mms = faults.mm[rows]
+        for mm in np.unique(mms).tolist():
+            mine = np.flatnonzero(mms == mm)
+            time = when[mine]
+            key = run.key[rows[mine]]
+            group = self._groups[mm]
+            # Of thousands of short-lived children only those that lived at the time of a fault are looked at.
+            at_once = (group.birth <= time.max()) & (group.end >= time.min()) & (group.mm != mm)
+            for other in group.mm[at_once].tolist():
+                end = family.end.get(other, FOREVER)
+                alive = (time > birth[other]) & (time <= end)
+                pick = np.flatnonzero(alive)
+                if not len(pick):
+                    continue
+                shared, _ = _still_shared(run, lines, writes, mm, other, key[pick], time[pick])
+                unsure = (time[pick] > end - EXIT_SLACK) & (time[pick] > last_seen.get(other, -1))
+                at = mine[pick]
+                sure = at[shared & ~unsure]
+                maybe = at[shared & unsure]
+                out[maybe] = np.where(out[maybe] == Sharers.GONE, int(Sharers.UNCLEAR), out[maybe])
+                out[sure] = int(Sharers.LIVE)
+        return out
 
 
 class _Writes:
@@ -136,7 +156,17 @@ class _Lines:
         return first[at] + key - start[at], (key >= start[at]) & (key < start[at] + pages[at])
 
 
-def _still_shared(run: Replayed, lines: _Lines, writes: _Writes, a: int, b: int, key: I64, time: I64) -> Bool:
+def _still_shared(
+    run: Replayed,
+    lines: _Lines,
+    writes: _Writes,
+    a: int,
+    b: int,
+    key: I64,
+    time: I64,
+    b_time: int | None = None,
+) -> tuple[Bool, I64]:
+    # Whether b has (at b_time, else at `time`) what a has at `time` under `key`, and the key in b.
     up_a, up_b = _ancestry(run, a), _ancestry(run, b)
     common = next(mm for mm, _ in up_a if any(mm == other for other, _ in up_b))
     clean = np.ones(len(key), bool)
@@ -154,15 +184,15 @@ def _still_shared(run: Replayed, lines: _Lines, writes: _Writes, a: int, b: int,
         clean &= came
         until = born
     below = up_b[: next(i for i, (mm, _) in enumerate(up_b) if mm == common)]
-    left: I64 | int = below[-1][1] if below else time
+    left: I64 | int = below[-1][1] if below else time if b_time is None else b_time
     # In the ancestor: unwritten between the two departures (or since the one departure).
     clean &= unchanged(common, np.minimum(until, left), np.maximum(until, left))
-    ends: list[I64 | int] = [time]
+    ends: list[I64 | int] = [time if b_time is None else b_time]
     ends = (ends + [born for _, born in below])[: len(below)]  # when each was left, or now
     for (mm, born), end in zip(reversed(below), reversed(ends), strict=True):
         key, got = lines.down(mm, key)
         clean &= got & unchanged(mm, born, end)
-    return clean
+    return clean, key
 
 
 def _ancestry(run: Replayed, mm: int) -> list[tuple[int, int]]:

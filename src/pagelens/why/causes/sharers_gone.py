@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pagelens.why.causes._rule import Finding, Rule, ordinary, private
 from pagelens.why.evidence import Evidence, Forked, Huge, Outcome, Prior, Sharers
-from pagelens.why.verdict import AMBIGUOUS, CERTAIN
+from pagelens.why.verdict import AMBIGUOUS, CERTAIN, LIKELY
 
 
 def _holds(e: Evidence) -> Finding | None:
@@ -25,7 +25,7 @@ def _holds(e: Evidence) -> Finding | None:
             "a fork had write-protected the page; nobody shared it any more, and it was reused", CERTAIN
         )
     if gone and e.outcome is Outcome.COPIED:
-        return Finding("nobody shared the page any more, yet a reference was held: it was copied", CERTAIN)
+        return Finding("nobody shared the page any more, yet a reference was held: it was copied", LIKELY)
     if gone:
         return Finding("nobody maps the page any more: reused, or copied if a reference was held", AMBIGUOUS)
     if e.sharers in (Sharers.UNCLEAR, Sharers.UNSEEN) and e.outcome is Outcome.UNDECIDED:
