@@ -168,6 +168,34 @@ def test_tree(tmp_path: Path, spawn: Spawn) -> None:
         os.killpg(child.pid, signal.SIGKILL)
 
 
+WORKERS = """
+import mmap, os, sys, time
+for _ in range(3):
+    if os.fork() == 0:
+        while True:
+            with mmap.mmap(-1, 64 * 4096) as m:
+                for i in range(0, len(m), 4096): m[i] = 1
+            time.sleep(0.02)
+print("ready", flush=True)
+os.wait()
+"""
+
+
+def test_workers_that_ran_before_have_causes_too(tmp_path: Path, spawn: Spawn) -> None:
+    child = spawn(sys.executable, "-c", WORKERS, process_group=0)
+    try:
+        assert child.stdout and child.stdout.readline() == "ready\n"
+        tree = attach(tmp_path, child.pid, "--duration", "0.5", "--tree")
+        assert_complete(tree)
+        shots = [(r["pid"], r["moment"]) for r in tree.capture.table("snapshots").to_pylist()]
+        assert len(set(shots)) == len(shots) == 8  # four processes, at both ends
+        causes = {row["cause"]: row["share"] for row in tree.summary["causes"]}
+        assert causes["shared-page"] > 0.8, causes
+        assert "unknown" not in causes, causes
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+
+
 def test_ctrl_c_detaches_and_reports(tmp_path: Path, spawn: Spawn) -> None:
     child = spawn("sleep", "60")
     watcher = watch(spawn, tmp_path, child.pid)

@@ -97,10 +97,10 @@ def _record(
         shutil.rmtree(session.writer.path, ignore_errors=True)
         raise TargetGoneError(f"process {target.pid} is gone (or is exiting)")
     if session.settings.snapshot != "none":
-        session.take(target.pid, "attach")
+        session.take_tree(descendants([target.pid]) if tree else [target.pid], "attach")
     _wait(recording, duration, asked)
     if session.settings.snapshot != "none" and target.alive:
-        session.take(target.pid, "detach")
+        session.take_tree(descendants([target.pid]) if tree else [target.pid], "detach")
     if isinstance(recording, PerfRecording) and not recording.events:
         session.notes.append("what it starts is not followed: neither BPF nor perf is allowed here")
     return tasks, passes

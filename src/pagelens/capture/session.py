@@ -178,8 +178,22 @@ class Session:
         self.writer.write_meta(snapshot="none", absent=absent)
         self.notes.append("ptrace is not allowed here: no snapshots (see pagelens doctor)")
 
-    def take(self, pid: int, moment: str) -> None:
-        """A snapshot of a process; one that cannot be taken is counted as a loss."""
+    def take_tree(self, pids: Sequence[int], moment: str) -> None:
+        """A snapshot of each address space of running processes. The first is the one that was asked for; of the others
+        those that end meanwhile are no loss, nor are those that are not recorded."""
+        seen: set[int | None] = {None}
+        for pid in pids[1:]:
+            try:
+                mm = self.recording.mm_of(pid)
+            except (PagelensError, OSError):
+                continue
+            if mm not in seen:
+                seen.add(mm)
+                self.take(pid, moment, may_end=True)
+        self.take(pids[0], moment)
+
+    def take(self, pid: int, moment: str, may_end: bool = False) -> None:
+        """A snapshot of a process; one that cannot be taken is counted as a loss, unless it has ended, and may have."""
         full = self.settings.snapshot == "full"
         try:
             mm = self.recording.mm_of(pid)
@@ -187,8 +201,10 @@ class Session:
                 snap, files = _read(pid, full)
             except TargetGoneError:  # the leader dropped its mm just now: another thread still has it
                 snap, files = _read(pid, full)
-        except (PagelensError, OSError):
-            self._snapshot_losses += 1
+        except (PagelensError, OSError) as error:
+            self._snapshot_losses += not (
+                may_end and isinstance(error, (TargetGoneError, ProcessLookupError))
+            )
             return
         self._snapshots += 1
         self._spooler.pending.append(snapshots.Shot(self._snapshots, mm, moment, snap, files))
