@@ -127,8 +127,8 @@ def _dedent(doc: str) -> str:
 
 
 def parse(parser: argparse.ArgumentParser, args: Sequence[str]) -> argparse.Namespace:
-    """As parse_args, but options may stand between positional arguments too (`pages PID --frames RANGE`): argparse refuses
-    that where the second one may be left out. UsageError."""
+    """As parse_args, but options may stand between positional arguments too (`pages PID --frames RANGE`): argparse
+    refuses that where the second one may be left out. UsageError."""
     try:
         return parser.parse_args(args)
     except UsageError:
