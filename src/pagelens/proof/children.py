@@ -7,6 +7,7 @@ hold the others up).
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import struct
@@ -73,6 +74,17 @@ def oracle_path() -> Path:
     return path
 
 
+@functools.cache
+def _written_back(path: str) -> str:
+    # Pages of a program that was just built are dirty, and smaps says so of whoever maps them.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    return path
+
+
 class Children(Closing):
     """The processes of one program. `names` of processes and threads are those of the program."""
 
@@ -86,7 +98,7 @@ class Children(Closing):
 
     def _spawn(self) -> int:
         # The child's pid; its pipes lie where it looks for them.
-        path = str(oracle_path())
+        path = _written_back(str(oracle_path()))
         actions: list[tuple[int, ...]] = []
         theirs: list[int] = []
         for slot in range(ZEROS):

@@ -66,6 +66,7 @@ _OF_TEXT = frozenset(
         "Locked",
     }
 )
+_KPF_DIRTY = 1 << 4
 _TOUCH = {"read": READ, "write": WRITE, "exec": EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
@@ -324,7 +325,7 @@ class Oracle(Children):
 
     def rollup(self, proc: str) -> dict[str, int]:
         """smaps_rollup, in bytes, harness included. What depends on who else maps the child's text, another oracle,
-        is there only where nobody does, before and afterwards."""
+        and on whether it is written back, is there only where nobody does and it is, before and afterwards."""
         before = self._text_mappings(proc)
         figures = smaps.rollup(self._channels[proc].process)
         # Who was made by vfork has no mapping of its own.
@@ -334,9 +335,12 @@ class Oracle(Children):
         return {name: value for name, value in figures.items() if name not in _OF_TEXT}
 
     def _text_mappings(self, proc: str) -> int:
-        # kpagecount of the child's text; 0 where frames are hidden.
+        # kpagecount of the child's text; 0 where frames are hidden, or the program is not written back yet.
         frame = self.pagemap(proc, self.setting.text, 1) & FRAME
-        return int(self.kpage(frame)[0][0]) if frame[0] else 0
+        if not frame[0]:
+            return 0
+        count, flags = self.kpage(frame)
+        return 0 if int(flags[0]) & _KPF_DIRTY else int(count[0])
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """smaps with VmFlags, and status; harness included."""
