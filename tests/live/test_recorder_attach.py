@@ -196,6 +196,79 @@ def test_workers_that_ran_before_have_causes_too(tmp_path: Path, spawn: Spawn) -
         os.killpg(child.pid, signal.SIGKILL)
 
 
+SHARERS = """
+import ctypes, os, signal, sys, time
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+base = libc.mmap(None, 64 * 4096, 3, 0x22, -1, 0)
+def put(first, last):
+    for i in range(first, last): ctypes.memset(base + i * 4096, 1, 1)
+put(0, 32)
+go, done = os.pipe(), os.pipe()
+if os.fork() == 0:
+    put(24, 32)                     # its own since before the recording
+    os.write(done[1], b"r"); os.read(go[0], 1)
+    put(0, 8); put(24, 32)
+    os.write(done[1], b"d"); os.read(go[0], 1)
+    os._exit(0)
+os.read(done[0], 1)
+print(base, flush=True)
+sys.stdin.readline()
+put(8, 16)
+os.write(go[1], b"g"); os.read(done[0], 1)
+put(0, 8); put(16, 32)
+os.write(go[1], b"g")
+os.wait()
+"""
+
+
+@pytest.mark.requires("pfn")
+def test_who_shared_pages_before_we_came(tmp_path: Path, spawn: Spawn) -> None:
+    from pagelens.why import classify
+
+    child = spawn(sys.executable, "-c", SHARERS, stdin=subprocess.PIPE)
+    assert child.stdout and child.stdin
+    base = int(child.stdout.readline())
+    options = ("--tree", "-c", tmp_path / "a.plens", "--summary-json", tmp_path / "a.json")
+    watcher = spawn(
+        *(sys.executable, "-m", "pagelens.cli.main", "attach", str(child.pid), *options),
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(SRC)},
+    )
+    deadline = time.monotonic() + patience(30)
+    while not list((tmp_path / "a.plens").glob("snapshots/part-*")):  # both have been looked at
+        assert watcher.poll() is None and time.monotonic() < deadline, watcher.communicate()
+        time.sleep(0.05)
+    child.stdin.write("\n")
+    child.stdin.flush()
+    _, err = watcher.communicate(timeout=patience(30))
+    assert watcher.returncode == 0, err
+    assert child.wait() == 0
+    run = Run(0, "", err, json.loads((tmp_path / "a.json").read_text()), tmp_path / "a.plens")
+    assert_complete(run)
+    result = classify(run.capture)
+    faults = result.run.faults
+    parent = next(r["mm"] for r in run.capture.table("mms").to_pylist() if r["pid"] == child.pid)
+
+    def causes(first: int, last: int, mine: bool) -> set[str]:
+        inside = (faults.addr >= base + first * 4096) & (faults.addr < base + last * 4096)
+        rows = (inside & ((faults.mm == parent) == mine)).nonzero()[0].tolist()
+        assert len(rows) in (0, last - first)
+        return {
+            v.cause if v.cause != "ambiguous" else "/".join(sorted(v.candidates))
+            for v in map(result.of, rows)
+        }
+
+    assert causes(0, 8, False) == {"fork-cow-child"}
+    assert causes(8, 16, True) == {"fork-cow-parent"}
+    assert causes(16, 24, True) == {"fork-cow-parent"}
+    # The child has copied these since. Whether anybody outside of the tree has them, nobody has looked.
+    assert causes(0, 8, True) == {"fork-cow-parent/sharers-gone"}
+    assert causes(24, 32, True) == {"sharers-gone"}  # the kernel called them exclusively mapped
+    assert causes(24, 32, False) == set()
+
+
 def test_ctrl_c_detaches_and_reports(tmp_path: Path, spawn: Spawn) -> None:
     child = spawn("sleep", "60")
     watcher = watch(spawn, tmp_path, child.pid)

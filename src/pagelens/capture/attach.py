@@ -21,7 +21,7 @@ from pagelens.capture.session import Session, Settings
 from pagelens.linux.perf_recording import PerfRecording
 from pagelens.linux.procfs import Process
 from pagelens.linux.recording import BpfRecording
-from pagelens.linux.tree import descendants
+from pagelens.linux.tree import descendants, parents
 from pagelens.vm.errors import PagelensError, TargetGoneError
 
 _MAX_PASSES = 20
@@ -97,7 +97,10 @@ def _record(
         shutil.rmtree(session.writer.path, ignore_errors=True)
         raise TargetGoneError(f"process {target.pid} is gone (or is exiting)")
     if session.settings.snapshot != "none":
-        session.take_tree(descendants([target.pid]) if tree else [target.pid], "attach")
+        family = parents([target.pid]) if tree else {target.pid: 0}
+        session.take_tree(list(family), "attach")
+        # Who shares what by forks before us, `why` tells by frames, and who is whose child by this.
+        session.writer.write_meta(parents={str(pid): parent for pid, parent in family.items() if parent})
     _wait(recording, duration, asked)
     if session.settings.snapshot != "none" and target.alive:
         session.take_tree(descendants([target.pid]) if tree else [target.pid], "detach")

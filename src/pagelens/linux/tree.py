@@ -14,6 +14,11 @@ from pagelens.vm.errors import PagelensError
 
 def descendants(roots: list[int]) -> list[int]:
     """The processes of `roots` and all their descendants that can be seen now."""
+    return list(parents(roots))
+
+
+def parents(roots: list[int]) -> dict[int, int]:
+    """The processes of `roots` and all their descendants that can be seen now, each with its parent (0: a root)."""
     children: dict[int, list[int]] = {}
     for name in [entry.name for entry in os.scandir("/proc")]:
         if name.isdigit():
@@ -22,10 +27,11 @@ def descendants(roots: list[int]) -> list[int]:
                     children.setdefault(process.stat().ppid, []).append(int(name))
             except PagelensError:
                 continue
-    found, queue = list(roots), list(roots)
+    found, queue = dict.fromkeys(roots, 0), list(roots)
     while queue:
-        for child in children.get(queue.pop(), []):
+        parent = queue.pop()
+        for child in children.get(parent, []):
             if child not in found:
-                found.append(child)
+                found[child] = parent
                 queue.append(child)
     return found

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.vm.units import PAGE_SHIFT
+from pagelens.why.before import shared_before
 from pagelens.why.evidence import (
     Area,
     Cut,
@@ -296,9 +297,32 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
     if len(both) or len(old):
         kin = Kin(run)
         share[both] = kin.sharers(both, _last_seen(facts, run), time[both])
+        _before(facts, run, past, kin, forked, share, time)
         open_ = np.flatnonzero((forked != Forked.NONE) & (share != Sharers.LIVE))
         outcome[open_] = outcomes(facts, run, kin, open_, time[open_])
     return forked, share, outcome
+
+
+def _before(facts: Facts, run: Replayed, past: History, kin: Kin, forked: I64, share: I64, time: I64) -> None:
+    # Sharers by forks before the recording, of pages that were not written since the first snapshot.
+    older = facts.settings.get("older")
+    starts = (
+        {mm: facts.first[mm].known_ns for mm in older if mm in facts.first}
+        if isinstance(older, frozenset)
+        else {}
+    )
+    if not starts:
+        return
+    since = np.full(int(run.faults.mm.max(initial=0)) + 1, -1, np.int64)
+    for mm, when in starts.items():
+        since[mm : mm + 1] = when
+    rows = np.flatnonzero((forked != Forked.NONE) & (share != Sharers.LIVE))
+    rows = rows[past.own[rows] <= since[run.faults.mm[rows]]]
+    role, shared = shared_before(facts, run, kin, rows, time[rows])
+    unseen = share[rows] == Sharers.UNSEEN
+    # A recorded fork's answer stands, unless an older sharer is still there.
+    use = (shared != Sharers.NA) & (unseen | (shared == Sharers.LIVE))
+    forked[rows[use]], share[rows[use]] = role[use], shared[use]
 
 
 def _fork_calls(facts: Facts) -> dict[int, dict[int, int]]:

@@ -92,7 +92,7 @@ def _load(capture: Capture) -> Facts:
                     (tasks if row["kind"] == "task" else calls).append(_record(row))  # type: ignore[arg-type]
     # Frames decide what became of pages that fork shared (`outcome`); they are many, and serve nothing else here.
     forked = any(t.name == "fork" and not int(t.args[2]) & CLONE_VM for t in tasks)
-    origins = capture.table("mms", ["mm", "origin"]).to_pylist()
+    origins = capture.table("mms", ["mm", "origin", "pid"]).to_pylist()
     older = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
     first, last = _snapshots(capture, frames=forked or bool(older))
     settings = dict(capture.meta.get("settings") or {})
@@ -101,6 +101,8 @@ def _load(capture: Capture) -> Facts:
     settings["unmaps_first"] = rules_of(str(capture.meta.get("kernel")), settings).unmaps_first
     settings["calls"] = known in ("bpf", "ptrace")
     settings["older"] = older
+    settings["pids"] = {int(r["mm"]): int(r["pid"]) for r in origins if r["origin"] == "start"}
+    settings["parents"] = capture.meta.get("parents") or {}
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
     dropped = -1 if dropped_before is None else dropped_before
     shots = _frame_shots(capture) if forked else ()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.vm.pages import PageRuns, PageState
+from pagelens.vm.pages import U32, PageRuns, PageState
 from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Outcome
 from pagelens.why.facts import Facts
@@ -113,22 +113,20 @@ class _Frames:
         """(keys, frames), ascending by key."""
         found = self._read.get(id(shot))
         if found is None:
-            found = self._read[id(shot)] = _columns(shot)
+            found = self._read[id(shot)] = page_columns(shot.pages, shot.segs)[:2]
         return found
 
 
-def _columns(shot: _Shot) -> tuple[I64, I64]:
-    pages = shot.pages
+def page_columns(pages: PageRuns, segs: Sequence[Seg]) -> tuple[I64, I64, U32]:
+    """(keys, frames, states) of the anonymous pages whose frames are known, ascending by key. segs: what was mapped."""
     assert pages.pfn is not None
-    addr, pfn = pages.addresses().astype(np.int64), pages.pfn.astype(np.int64)
-    start, end, base = (
-        np.array([getattr(s, n) for s in shot.segs], np.int64) for n in ("start", "end", "key")
-    )
+    addr, pfn, state = pages.addresses().astype(np.int64), pages.pfn.astype(np.int64), pages.states()
+    start, end, base = (np.array([getattr(s, n) for s in segs], np.int64) for n in ("start", "end", "key"))
     if not len(start):
-        return start, start
+        return start, start, state[:0]
     at = np.maximum(np.searchsorted(start, addr, side="right") - 1, 0)
     kept = (pfn > 0) & (addr >= start[at]) & (addr < end[at])
-    kept &= (pages.states() & np.uint32(PageState.FILE | PageState.ZERO)) == 0
+    kept &= (state & np.uint32(PageState.FILE | PageState.ZERO)) == 0
     key = (base[at] + ((addr - start[at]) >> PAGE_SHIFT))[kept]
     order = np.argsort(key)
-    return key[order], pfn[kept][order]
+    return key[order], pfn[kept][order], state[kept][order]

@@ -39,13 +39,16 @@ class Kin:
         """All of the family of `mm`, itself too."""
         return [int(number) for number in self._groups[mm].mm.tolist()]
 
+    def untouched(self, mm: int, key: I64, after: I64 | int, until: I64) -> Bool:
+        """bool[n]: whether `mm` neither wrote nor dropped its pages between two times (ns)."""
+        quiet = self._writes.count(mm, key, after, until) == 0
+        return np.asarray(quiet & ~_dropped(self._writes, mm, key, after, until))
+
     def same_page(self, mm: int, other: int, key: I64, time: I64, at: int) -> tuple[Bool, I64]:
         """(bool[n], int64[n]): whether `other` had at `at` (ns) the very page that `mm` has at `time`, and its key
         there. key: of the pages in `mm`."""
         if mm == other:
-            low, high = np.minimum(time, at), np.maximum(time, at)
-            quiet = self._writes.count(mm, key, low, high) == 0
-            return np.asarray(quiet & ~_dropped(self._writes, mm, key, low, high)), key
+            return self.untouched(mm, key, np.minimum(time, at), np.maximum(time, at)), key
         return _still_shared(self._run, self._lines, self._writes, mm, other, key, time, at)
 
     def sharers(self, rows: I64, last_seen: dict[int, int], when: I64) -> I64:
