@@ -13,8 +13,10 @@ import numpy as np
 from pagelens.checkpoint.image import OpenFile, ProcessState, ThreadState
 from pagelens.linux import altstack, pagecopy
 from pagelens.linux.hold import Held
+from pagelens.linux.memory import read_memory
 from pagelens.linux.procfs import Process
 from pagelens.linux.ptrace import Tracee, libc
+from pagelens.linux.restart import true_call
 from pagelens.vm.errors import PagelensError, TargetGoneError, UsageError
 from pagelens.vm.vma import VmaList
 
@@ -108,7 +110,7 @@ def _thread(proc: Process, thread: Tracee, stack: altstack.Altstack | None) -> T
     return ThreadState(
         tid=thread.tid,
         comm=proc.read_task(thread.tid, "comm").decode(errors="replace").rstrip("\n"),
-        regs=thread.regs().as_dict(),
+        regs=true_call(thread.regs(), lambda addr, length: read_memory(proc.pid, addr, length)).as_dict(),
         fpregs=thread.fpregs(),
         xstate=thread.xstate(),
         sigmask=thread.sigmask(),

@@ -11,8 +11,12 @@ Rejected: all calls that returned EINTR (close has closed its descriptor by then
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from pagelens.linux.ptrace import ERESTART_RESTARTBLOCK, Tracee, UserRegs, siginfo_signal
+from pagelens.vm.errors import PagelensError
+
+_CODE = 16  # bytes before the call's instruction that are looked at
 
 # Calls that end with EINTR at any stop and have done nothing by then; native/inject.c has the same list.
 ENDS_WITH_EINTR = frozenset(
@@ -45,6 +49,39 @@ def restartable(regs: UserRegs) -> UserRegs:
     later call by now; so the call is made again: a relative sleep starts anew.
     """
     return again(regs) if regs.in_syscall and regs.result == -ERESTART_RESTARTBLOCK else regs
+
+
+RESTART_SYSCALL = 219
+_WITH_RESTART_BLOCK = frozenset((7, 35, 202, 230))  # poll, nanosleep, futex, clock_nanosleep
+
+
+def named(code: bytes) -> int | None:
+    """The number of a call that leaves something to restart, from the code before its instruction: the last
+    mov $number,%eax in it. None where there is none (syscall(2) of libc takes it from a register)."""
+    for at in range(len(code) - 5, -1, -1):
+        if code[at] == 0xB8:
+            number = int.from_bytes(code[at + 1 : at + 5], "little")
+            if number in _WITH_RESTART_BLOCK:
+                return number
+    return None
+
+
+def true_call(regs: UserRegs, read: Callable[[int, int], bytes]) -> UserRegs:
+    """Registers of a held thread with the call that the program made.
+
+    A stop makes of a call that ends with ERESTART_RESTARTBLOCK a restart_syscall(2), and that is all that the next
+    stop shows. What it would restart is the thread's last such call, at a rollback another one, or none (EINTR after
+    a handler has run): so the number is taken from the program's code. Where that does not show it, it stays.
+    read: (address, length) -> the target's memory, OSError where there is none.
+    """
+    if regs.in_syscall and regs.orig_rax == RESTART_SYSCALL and regs.result == -ERESTART_RESTARTBLOCK:
+        try:
+            number = named(read(regs.rip - 2 - _CODE, _CODE))
+        except (OSError, PagelensError):
+            number = None
+        if number is not None:
+            regs.orig_rax = number
+    return regs
 
 
 Place = tuple[int, int, int]  # rip, rax, orig_rax
