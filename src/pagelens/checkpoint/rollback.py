@@ -333,9 +333,7 @@ class _Job:
             differs = ~here
             there = part[here]
             if len(there):
-                buffer = pagecopy.buffer(len(there))
-                pagecopy.read(self.proc.pid, self.mem, there, np.ones(len(there), np.uint64), buffer)
-                differs[here] = pagecopy.hash_pages(buffer)[0] != saved[here]
+                differs[here] = pagecopy.hashes_of(self.proc.pid, self.mem, there) != saved[here]
             self.compared += len(part)
             wrong = part[differs]
             if len(wrong):
@@ -344,9 +342,7 @@ class _Job:
     def _write_zero(self, addr: Any) -> None:
         for at in range(0, len(addr), 4096):
             part = addr[at : at + 4096]
-            buffer = pagecopy.buffer(len(part))
-            pagecopy.read(self.proc.pid, self.mem, part, np.ones(len(part), np.uint64), buffer)
-            wrong = part[pagecopy.hash_pages(buffer)[0] != np.uint64(_ZERO_HASH)]
+            wrong = part[pagecopy.hashes_of(self.proc.pid, self.mem, part) != np.uint64(_ZERO_HASH)]
             self.compared += len(part)
             if len(wrong):
                 self._put(wrong, np.zeros((len(wrong), PAGE_SIZE), np.uint8))

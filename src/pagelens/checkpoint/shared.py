@@ -212,10 +212,8 @@ class _Objects:
         if memory and not contained(addr, saved).all():
             return True
         common = addr if memory else saved
-        for at in range(0, len(common), 4096):
-            part = common[at : at + 4096]
-            if (_hashes(self.proc, self.mem, part) != self._saved_hashes(part)).any():
-                return True
+        if (pagecopy.hashes_of(self.proc.pid, self.mem, common) != self._saved_hashes(common)).any():
+            return True
         missing = saved[~contained(saved, addr)]
         return memory and bool((self._saved_hashes(missing) != _zero()).any())
 
@@ -232,12 +230,6 @@ def _same(now: Vma, then: Vma) -> bool:
         then.inode,
         then.offset - then.start,
     )
-
-
-def _hashes(proc: Process, mem: pagecopy.MemoryFile, addr: Any) -> Any:
-    buffer = pagecopy.buffer(len(addr))
-    pagecopy.read(proc.pid, mem, addr, np.ones(len(addr), np.uint64), buffer)
-    return pagecopy.hash_pages(buffer)[0]
 
 
 def _zero() -> np.uint64:

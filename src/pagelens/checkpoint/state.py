@@ -28,6 +28,7 @@ def prepare() -> None:
     it: 20 ms of CPU time), the C core, the BPF iterator."""
     np.unique(np.zeros(1))
     pagecopy.hash_bytes(b"")
+    pagecopy.room()
     altstack.prepare()
 
 
