@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.linux import maps, smaps
-from pagelens.linux.frames import lookup
+from pagelens.linux.frames import DIRTY, lookup
 from pagelens.linux.procfs import TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
@@ -66,7 +66,6 @@ _OF_TEXT = frozenset(
         "Locked",
     }
 )
-_KPF_DIRTY = 1 << 4
 _TOUCH = {"read": READ, "write": WRITE, "exec": EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
@@ -340,7 +339,7 @@ class Oracle(Children):
         if not frame[0]:
             return 0
         count, flags = self.kpage(frame)
-        return 0 if int(flags[0]) & _KPF_DIRTY else int(count[0])
+        return 0 if int(flags[0]) & DIRTY else int(count[0])
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """smaps with VmFlags, and status; harness included."""
