@@ -157,6 +157,30 @@ def test_who_has_it_open_without_mapping_it_is_found_before_anything_is_touched(
     assert bytes_of(puppet, data, 2) == b"\1\1"
 
 
+def test_a_ring_of_the_kernel_does_not_go_back(puppet: Puppet, tmp_path: Path) -> None:
+    with open(f"/proc/{puppet.pid}/mem", "r+b", buffering=0) as mem:
+        mem.seek(puppet.line + 2048)
+        mem.write(bytes(8))
+        puppet.sys("io_setup", 100, puppet.line + 2048)
+        mem.seek(puppet.line + 2048)
+        ring = int.from_bytes(mem.read(8), "little")
+    event = ring + 2048
+    alone = puppet.mmap(1)
+    puppet.write(alone, 1, value=1)
+    store = saved(puppet, tmp_path / "c")
+    settle(puppet.pid)
+    assert rollback(puppet.pid, store).accepted == ()
+    puppet.write(event, 1, value=7)
+    puppet.write(alone, 1, value=2)
+    settle(puppet.pid)
+    with pytest.raises(UsageError, match=r"/\[aio\].* has changed, and the kernel goes on .*\[shared\]"):
+        rollback(puppet.pid, store)
+    assert bytes_of(puppet, alone, 1) == b"\2"
+    assert len(rollback(puppet.pid, store, accept=("shared",)).accepted) == 1
+    assert bytes_of(puppet, alone, 1) == b"\1"
+    assert read_memory(puppet.pid, event, 1) == b"\7"
+
+
 @pytest.mark.requires("uffd-wp-async")
 def test_fast_rollbacks_of_views_and_of_memory_that_others_have_open(puppet: Puppet) -> None:
     fd = memfd(puppet, 4)

@@ -15,7 +15,7 @@ NR = {
     "mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "mremap": 25, "madvise": 28, "shmget": 29,
     "shmat": 30, "shmctl": 31, "mlock": 149, "munlock": 150, "memfd_create": 319, "open": 2, "ftruncate": 77,
     "prctl": 157, "setuid": 105, "setgid": 106, "write": 1, "userfaultfd": 323, "mlockall": 151,
-    "sigaltstack": 131, "seccomp": 317,
+    "sigaltstack": 131, "seccomp": 317, "io_setup": 206,
 }  # fmt: skip
 PROT_NONE, PROT_READ, PROT_WRITE, PROT_EXEC = 0, 1, 2, 4
 RW = PROT_READ | PROT_WRITE

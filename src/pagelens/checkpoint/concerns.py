@@ -20,7 +20,7 @@ KINDS: dict[str, str] = {
     "offsets": "file offsets moved",
     "signals": "signals that were queued have been delivered since, or their handling has changed",
     "identity": "user, group or working directory changed",
-    "shared": "shared memory changed that other processes map or have open too, or that is read-only here",
+    "shared": "shared memory changed that others map or have open too, or that is read-only here, or the kernel's",
 }
 
 

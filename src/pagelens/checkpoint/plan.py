@@ -75,6 +75,12 @@ def is_shared_memory(vma: Vma) -> bool:
     return vma.shared and (vma.name.startswith(_SHMEM_PREFIXES) or (not vma.name and vma.inode != 0))
 
 
+def is_ring(vma: Vma) -> bool:
+    """A ring between process and kernel (io_uring, io_setup): the kernel keeps its own place in it, so its contents
+    alone must not go back."""
+    return vma.name.startswith(("anon_inode:[io_uring]", "/[aio]"))
+
+
 def _kinds(vmas: VmaList, owner: np.ndarray, state: np.ndarray, with_files: bool) -> np.ndarray:
     # Kind of each run. PageState.FILE says page cache or shared memory; its absence, a private copy. All vmas at
     # once: one by one costs a tenth of a millisecond each, while the process is held.
@@ -111,10 +117,9 @@ def make(proc: Process, vmas: VmaList, pages: PageRuns, *, with_files: bool = Fa
     objects: dict[tuple[str, int], list[tuple[Vma, Rows]]] = {}
     done = 0
     for i, vma in enumerate(vmas):
-        if vma.name == "[vdso]":
-            mine = _whole(
-                vma, rows[bounds[i] : bounds[i + 1]]
-            )  # debuggers want it; few of its pages have an entry
+        if vma.name == "[vdso]" or vma.name.startswith("/[aio]"):
+            # Few pages have an entry. Debuggers want all of the one; whether the other has changed must be seen.
+            mine = _whole(vma, rows[bounds[i] : bounds[i + 1]])
         elif is_shared_memory(vma):
             mine = _with_object_pages(proc, vma, rows[bounds[i] : bounds[i + 1]], notes)
             objects.setdefault((vma.dev, vma.inode), []).append((vma, mine))

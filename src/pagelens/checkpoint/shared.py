@@ -4,7 +4,8 @@ Found while the process is held and before anything is touched. Only memory whos
 compared first, once for each object however often it is mapped here (`views`), and only then the maps and
 descriptors of all processes are read. Shared memory without a name (memfd) that is mapped read-only here everywhere
 goes back through its file, where that can be opened for writing (map_files, or a descriptor of the process). A sealed
-one, one with a name and a file on disk stay as they are: if they have changed, another process did it.
+one, one with a name and a file on disk stay as they are: if they have changed, another process did it. So do rings that
+the kernel shares with the process (io_uring, AIO).
 """
 
 from __future__ import annotations
@@ -116,7 +117,9 @@ def look(
             changed.setdefault((view.vma.dev, view.vma.inode), []).append(view)
     who = mappers.others(proc.pid, {key: group[0].vma.name for key, group in changed.items()})
     for view in views.here():
-        if not view.vma.prot & Prot.WRITE:
+        if plans.is_ring(view.vma):
+            found.read_only.append((view.start, view.end))
+        elif not view.vma.prot & Prot.WRITE:
             fd = _writable(proc.pid, view.vma, store.process, present)
             if fd is None:
                 found.read_only.append((view.start, view.end))
@@ -127,7 +130,10 @@ def look(
     for key, group in changed.items():
         what = f"{group[0].vma.name or 'shared memory'} at {group[0].vma.start:#x}"
         users = _named(who.of.get(key, []), "map", "maps") + _named(who.holders.get(key, []), "have", "has")
-        if users:
+        if plans.is_ring(group[0].vma):
+            text = f"{what} has changed, and the kernel goes on from where it is: it would stay as it is"
+            found.concerns.append(Concern("shared", text))
+        elif users:
             text = f"{what} has changed, and {' and '.join(users)}: it would change there"
             found.concerns.append(Concern("shared", text))
         elif any((view.start, view.end) in stays for view in group):
