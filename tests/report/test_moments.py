@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pagelens.capture.reader import Capture
 from support.captures import record
 from support.cli import refused, rows
 from support.subjects import Subjects
@@ -44,8 +45,11 @@ def test_at(capture: Path) -> None:
 
 
 def test_wrong_moments(capture: Path) -> None:
+    child = max(r["mm"] for r in Capture(capture).table("mms").to_pylist())
     assert "not a moment" in refused(2, "map", capture, "--at", "yesterday")
     assert "no event" in refused(2, "map", capture, "--at", "#999999")
+    assert "it has: exec, exit" in refused(2, "map", capture, "--at", "detach")
+    assert "came to be later" in refused(2, "map", capture, "--at", "0ns", "--mm", child)
     assert "no address space 77" in refused(2, "map", capture, "--changes", "--mm", 77)
     assert "need a capture" in refused(2, "map", 1, "--at", "3")
     assert "needs a process id or a capture" in refused(2, "map")

@@ -182,15 +182,14 @@ class Session:
         """A snapshot of each address space of running processes. The first is the one that was asked for; of the others
         those that end meanwhile are no loss, nor are those that are not recorded."""
         seen: set[int | None] = {None}
-        for pid in pids[1:]:
+        for pid in pids:
             try:
                 mm = self.recording.mm_of(pid)
             except (PagelensError, OSError):
-                continue
-            if mm not in seen:
+                mm = None
+            if mm not in seen or pid == pids[0]:
                 seen.add(mm)
-                self.take(pid, moment, may_end=True)
-        self.take(pids[0], moment)
+                self.take(pid, moment, may_end=pid != pids[0])
 
     def take(self, pid: int, moment: str, may_end: bool = False) -> None:
         """A snapshot of a process; one that cannot be taken is counted as a loss, unless it has ended, and may have."""

@@ -35,7 +35,7 @@ MORE = (
     Col("flags", kind="list"),
 )
 CHANGES = (
-    Col("at", kind="ns"),
+    Col("at", kind="moment"),
     Col("event", kind="int"),
     Col("mm", kind="int", spare=1),
     Col("tid", kind="int", spare=1),

@@ -149,6 +149,7 @@ _ARROW = {
     "share": "float64",
     "float": "float64",
     "ns": "int64",
+    "moment": "int64",
     "bool": "bool_",
     "str": "string",
 }

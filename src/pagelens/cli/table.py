@@ -9,7 +9,7 @@ from typing import Any
 
 from pagelens.vm.units import format_size
 
-_RIGHT = {"int", "bytes", "share", "ns", "float"}
+_RIGHT = {"int", "bytes", "share", "ns", "moment", "float"}
 _TEXT = {"str", "list"}
 _GAP = 3  # characters between two columns
 _READABLE = 24  # a column of text is not folded below this for the sake of columns that can be spared
@@ -45,6 +45,8 @@ def cell(kind: str, value: Any) -> str:
             return f"{100 * float(value):.1f} %"
         case "ns":
             return format_ns(float(value))
+        case "moment":
+            return f"{float(value) / 1e6:,.3f} ms"
         case "int":
             return f"{int(value):,}"
         case "float":

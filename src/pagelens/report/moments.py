@@ -16,8 +16,11 @@ _SCALE = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_00
 
 
 def began(capture: Capture) -> int:
-    """CLOCK_MONOTONIC ns of the capture's start; times of people count from there."""
-    return int(capture.meta.get("started_ns") or 0)
+    """CLOCK_MONOTONIC ns of the program's execve, or of when we attached: times of people count from there, and not
+    from when pagelens began to load its recorder, a second before on a busy machine."""
+    rows = capture.table("mms", ["origin", "time_ns"]).to_pylist()
+    times = [int(r["time_ns"]) for r in rows if r["origin"] in ("exec", "start")]
+    return min(times, default=int(capture.meta.get("started_ns") or 0))
 
 
 def parse_moment(capture: Capture, text: str) -> tuple[int, int | None]:
@@ -54,12 +57,21 @@ def snapshot_of(capture: Capture, mm: int, moment: str | None = None) -> Snapsho
     """The last snapshot of `mm`, or the one at `moment` (exec, exit, attach, detach)."""
     rows = [r for r in capture.snapshot_rows() if r["mm"] == mm and moment in (None, r["moment"])]
     if not rows:
-        have = sorted({(r["mm"], r["moment"]) for r in capture.snapshot_rows()})
-        listed = ", ".join(f"{m} of mm {n}" for n, m in have) or "none"
+        own = sorted({r["moment"] for r in capture.snapshot_rows() if r["mm"] == mm})
+        others = sorted({int(r["mm"]) for r in capture.snapshot_rows() if r["mm"] is not None})
+        listed = f"it has: {', '.join(own)}" if own else f"those with snapshots: mm {_few(others)}"
         raise UsageError(
-            f"no snapshot {moment or ''} of mm {mm} in the capture (there are: {listed})".replace("  ", " ")
+            f"no snapshot {moment or ''} of mm {mm} in the capture ({listed})".replace("  ", " ")
         )
     return capture.snapshot(max(rows, key=lambda r: r["time_ns"])["snapshot"])
+
+
+def _few(numbers: list[int], most: int = 12) -> str:
+    """Numbers for a sentence: not all of hundreds."""
+    if not numbers:
+        return "none"
+    rest = len(numbers) - most
+    return ", ".join(map(str, numbers[:most])) + (f" and {rest} others" if rest > 0 else "")
 
 
 MOMENTS = ("exec", "exit", "attach", "detach")
@@ -78,6 +90,10 @@ def ends(capture: Capture, mm: int) -> tuple[str, str]:
     return rows[0]["moment"], rows[-1]["moment"]
 
 
+def _since(capture: Capture, time: int) -> str:
+    return f"{(time - began(capture)) / 1e6:,.3f} ms after the start"
+
+
 def look(capture: Capture, mm: int | None, at: str | None) -> tuple[Snapshot, list[Region], list[str]]:
     """Snapshot and regions of a capture: recorded (at None: the last; exec, exit, …) or replayed (time,
     event)."""
@@ -92,11 +108,21 @@ def look(capture: Capture, mm: int | None, at: str | None) -> tuple[Snapshot, li
     chosen = mm if mm is not None else owner if owner is not None else main_mm(capture)
     spaces = Spaces(capture)
     if chosen not in spaces.mms:
-        raise UsageError(f"the capture has no address space {chosen} (there are: {spaces.mms})")
+        raise UsageError(f"the capture has no address space {chosen} (there are: {_few(spaces.mms)})")
     vmas, evidence = vma_list(spaces.at(chosen, time))
     if not len(vmas):
         raise UsageError(f"nothing was mapped in address space {chosen} at {at}: it did not exist then")
-    pid = next(r["pid"] for r in capture.table("mms").to_pylist() if r["mm"] == chosen)
+    row = next(r for r in capture.table("mms").to_pylist() if r["mm"] == chosen)
+    pid, birth = row["pid"], int(row["time_ns"])
+    if row["origin"] != "start" and time < birth:
+        raise UsageError(f"address space {chosen} came to be later than {at}: {_since(capture, birth)}")
+    ended = [
+        r["time_ns"]
+        for r in capture.snapshot_rows()
+        if r["mm"] == chosen and r["moment"] in ("exit", "detach")
+    ]
+    if ended and time > max(ended):
+        spaces.notes.append(f"as it was last: the recording of it ended {_since(capture, max(ended))}")
     method = f"replayed from recorded calls ({spaces.agreement()})"
     shot = Snapshot(pid, time, vmas, method=method, complete=not spaces.notes, notes=tuple(spaces.notes))
     return shot, name_regions(vmas, evidence), list(spaces.notes)
@@ -114,7 +140,7 @@ def change_rows(capture: Capture, mm: int | None) -> tuple[list[dict[str, Any]],
     """Rows of `map --changes`, of one address space or of all, in order of time; and notes."""
     spaces = Spaces(capture)
     if mm is not None and mm not in spaces.mms:
-        raise UsageError(f"the capture has no address space {mm} (there are: {spaces.mms})")
+        raise UsageError(f"the capture has no address space {mm} (there are: {_few(spaces.mms)})")
     changes: list[Change] = []
     for one in spaces.mms if mm is None else [mm]:
         changes += spaces.changes(one)
