@@ -16,15 +16,15 @@ import numpy as np
 
 from pagelens.checkpoint import plan as plans
 from pagelens.checkpoint.image import OWN, Kind, ProcessState, Rows, compress, per_page
+from pagelens.checkpoint.listing import Listing
 from pagelens.checkpoint.memory import InMemory
 from pagelens.checkpoint.reuse import Reuse
 from pagelens.checkpoint.state import identities, prepare, read_state
 from pagelens.checkpoint.store import Writer
-from pagelens.linux import maps, pagecopy, pagemap, smaps
+from pagelens.linux import pagecopy, pagemap, smaps
 from pagelens.linux.hold import Held
 from pagelens.linux.procfs import Process
 from pagelens.vm.units import PAGE_SIZE, AddrRange
-from pagelens.vm.vma import VmaList
 
 COMPARED = "all threads held, contents compared with the parent by hash"
 _CHUNK_PAGES = 4096
@@ -77,11 +77,12 @@ def dump(
         reuse.read_back = writer.read_back
         with Process.open(pid) as proc:
             held = Held(pid, timeout=timeout)
-            ahead, _ = smaps.read(proc)
+            listing = Listing(proc)
+            listing.ahead()
             room = _prepared(proc, within)
             prepare()
             with held:
-                state, plan, holes = _observe(proc, held, within, with_files, ahead)
+                state, plan, holes = _observe(proc, held, within, with_files, listing)
                 if plan.pages * PAGE_SIZE <= memory_budget():
                     fits = plan.pages * PAGE_SIZE <= len(room)
                     data = room[: plan.pages * PAGE_SIZE] if fits else pagecopy.buffer(plan.pages)
@@ -171,23 +172,14 @@ def result(
 
 
 def _observe(
-    proc: Process, held: Held, within: AddrRange | None, with_files: bool, ahead: VmaList
+    proc: Process, held: Held, within: AddrRange | None, with_files: bool, listing: Listing
 ) -> tuple[ProcessState, plans.Plan, list[tuple[int, int]]]:
-    everything = with_flags(proc, ahead)
-    vmas, holes = plans.clip(everything, within)
+    vmas, holes = plans.clip(listing.now(), within)
     span = None if within is None else (within.start, within.end)
     table = pagemap.read(proc, vmas, within=span)
     plan = plans.make(proc, vmas, table.runs, with_files=with_files)
     plan.notes.extend(table.notes)
     return read_state(proc, held, vmas, backing=False), plan, holes
-
-
-def with_flags(proc: Process, ahead: VmaList, plain: VmaList | None = None) -> VmaList:
-    """The vma list with flags. maps is quick and smaps walks every page: it is read again only where a vma is
-    not among those read `ahead`. plain: maps, read just now."""
-    plain = plain or maps.read(proc)
-    known = {v.replaced(vm_flags=None): v for v in ahead}
-    return VmaList(known[v] for v in plain) if all(v in known for v in plain) else smaps.read(proc)[0]
 
 
 def _prepared(proc: Process, within: AddrRange | None) -> pagecopy.U8:

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from pagelens.checkpoint import plan as plans
-from pagelens.checkpoint.dump import Result, memory_budget, result, slices, store_pages, with_flags
+from pagelens.checkpoint.dump import Result, memory_budget, result, slices, store_pages
 from pagelens.checkpoint.image import Kind, ProcessState, Rows, compress, per_page
+from pagelens.checkpoint.listing import Listing
 from pagelens.checkpoint.reuse import Reuse
 from pagelens.checkpoint.state import identities, prepare, read_state
 from pagelens.checkpoint.store import Writer
@@ -29,7 +30,7 @@ from pagelens.dirty import spans
 from pagelens.dirty.epoch import Why
 from pagelens.dirty.pagescan import Pagescan
 from pagelens.dirty.spans import Spans
-from pagelens.linux import maps, pagecopy, pagescan
+from pagelens.linux import pagecopy, pagescan
 from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.pagescan import Category, Regions
@@ -81,7 +82,7 @@ class Watched(Closing):
         self._mem: pagecopy.MemoryFile | None = None
         self._pagemap = -1
         self._vmas = VmaList()  # of the last checkpoint
-        self._maps, self._known = b"", VmaList()  # maps as last read, and what it says
+        self._listing = Listing(self.proc)
         prepare()
         # Used again by each increment: fresh memory would cost faults while the process is held.
         self._room = pagecopy.buffer(4096, ready=True)
@@ -114,6 +115,7 @@ class Watched(Closing):
         assert self._mem is not None
         if reuse.parent is not None:
             _ = reuse.parent.rows  # read from disk before the process is held, not while
+        self._listing.ahead()
         held = Held(self.pid)
         with held:
             state, plan, start, count = self._observe(held, reuse.parent, with_files)
@@ -162,7 +164,7 @@ class Watched(Closing):
             self._armed = True
             written, emptied = spans.of([(0, TASK_SIZE)]), spans.EMPTY
         before = self._vmas
-        vmas = self._list_vmas()
+        vmas = self._listing.now()
         known = {(v.start, v.end) for v in before}
         fresh = spans.of([(v.start, v.end) for v in vmas if (v.start, v.end) not in known])
         if parent is not None:
@@ -180,12 +182,6 @@ class Watched(Closing):
         self._vmas = vmas
         state = read_state(self.proc, held, vmas, backing=False)
         return state, plan, wanted.start, (wanted.end - wanted.start) >> np.uint64(PAGE_SHIFT)
-
-    def _list_vmas(self) -> VmaList:
-        text = self.proc.read("maps")
-        if text != self._maps:
-            self._known, self._maps = with_flags(self.proc, self._known, maps.parse(text)), text
-        return self._known
 
     def _states(self, vmas: VmaList, guards_in: Spans, unsure: Spans) -> PageRuns:
         # From the walk that found what was written; guard pages, which it leaves out, only where there can be

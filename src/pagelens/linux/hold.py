@@ -283,9 +283,8 @@ class Held:
                 )
 
     def _seize(self, tid: int, dead: set[int]) -> Tracee | None:
-        owner = (_status_field(self.pid, "Uid").split() or ["?"])[0]
-        mine = os.geteuid() == 0 or owner == str(os.geteuid())
-        for _ in range(400 if mine else 3):
+        tries = 400
+        for number in range(400):
             try:
                 return Tracee.seize(tid)
             except TargetGoneError:
@@ -294,6 +293,11 @@ class Held:
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.EACCES):
                     raise
+            if number == 0:
+                owner = (_status_field(self.pid, "Uid").split() or ["?"])[0]
+                tries = 400 if os.geteuid() == 0 or owner == str(os.geteuid()) else 3
+            if number == tries:
+                break
             stat = _stat(self.pid, tid)
             if stat is None or stat[0] in "ZX":
                 dead.add(tid)  # a leader that called pthread_exit, or a thread that just died

@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import struct
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -66,6 +67,9 @@ REG_NAMES: tuple[str, ...] = (
 )  # fmt: skip
 
 
+_WORDS = struct.Struct(f"={len(REG_NAMES)}Q")
+
+
 class UserRegs(ctypes.Structure):
     """struct user_regs_struct of x86-64 (NT_PRSTATUS), 27 words; fs_base and gs_base are the TLS bases."""
 
@@ -100,7 +104,7 @@ class UserRegs(ctypes.Structure):
 
     def as_dict(self) -> dict[str, int]:
         """Register name -> value."""
-        return {name: getattr(self, name) for name in REG_NAMES}
+        return dict(zip(REG_NAMES, _WORDS.unpack(self), strict=True))
 
     @classmethod
     def from_dict(cls, values: dict[str, int]) -> UserRegs:
