@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from pagelens.report.diff import Diff, PageChange
@@ -129,7 +131,13 @@ def _pages(diff: Diff, explain: bool, limit: int) -> list[str]:
         return ["no page changed its state", ""] if diff.a.shot.pages is not None else []
     total = sum(p.pages for p in diff.pages)
     out = [f"pages that changed: {total:,} in {len(diff.pages):,} runs"]
-    for p in diff.pages[:limit]:
+    shown = diff.pages
+    if len(shown) > limit:
+        out += _in_short(diff.pages)
+        longest = sorted(shown, key=lambda p: (-p.pages, p.start))[:limit]
+        shown = sorted(longest, key=lambda p: p.start)
+        out.append(f"  the longest {limit:,} of {len(diff.pages):,} runs (--pages 0 shows all):")
+    for p in shown:
         name = f" {p.symbol}" if p.symbol else ""
         out.append(
             f"  {p.start:012x} {p.pages:>6,} page{'s' if p.pages > 1 else ' '} {p.region}{name}: "
@@ -138,7 +146,9 @@ def _pages(diff: Diff, explain: bool, limit: int) -> list[str]:
         out.append(f"      {p.what}")
         if p.effect:
             text = "  ".join(f"{f} {amount(f, v * p.pages, True)}" for f, v in p.effect.items())
-            kept = "" if "Rss" in p.effect or not explain else "  (Rss stays: one page for another)"
+            other = p.copied or "Anonymous" in p.effect
+            stays = "one page for another" if other else "the same page, counted elsewhere"
+            kept = "" if "Rss" in p.effect or not explain else f"  (Rss stays: {stays})"
             out.append(f"      {text}{kept}")
         for row in p.chain:
             when = "then" if row["between"] else "before"
@@ -148,9 +158,25 @@ def _pages(diff: Diff, explain: bool, limit: int) -> list[str]:
         if p.pages > 1 and p.stores:
             text = ", ".join(f"{r['function'] or '?'} {r['faults']:,}" for r in p.stores[:4])
             out.append(f"      faults by function: {text}")
-    if len(diff.pages) > limit:
-        out.append(f"  … {len(diff.pages) - limit:,} more runs (--pages 0 shows all)")
     return [*out, ""]
+
+
+def _in_short(pages: Sequence[PageChange], most: int = 10) -> list[str]:
+    # Thousands of runs are read by nobody: what happened, by function, most pages first.
+    sums: Counter[tuple[str, str]] = Counter()
+    causes: dict[tuple[str, str], set[str]] = {}
+    for p in pages:
+        way = p.what, str(p.stores[0]["function"] or "?") if p.stores else ""
+        sums[way] += p.pages
+        causes.setdefault(way, set()).update(str(r["cause"]) for r in p.chain if r["between"] and r["cause"])
+    out = []
+    for way, count in sums.most_common(most):
+        what, function = way
+        by = f", first at {function}" if function else ""
+        named = f"  [{next(iter(causes[way]))}]" if len(causes[way]) == 1 else ""
+        out.append(f"  {count:>8,} page{'s' if count > 1 else ' '} {what}{by}{named}")
+    rest = sum(sums.values()) - sum(n for _, n in sums.most_common(most))
+    return [*out, f"  {rest:>8,} in {len(sums) - most:,} other ways"] if rest else out
 
 
 def _account(diff: Diff) -> list[str]:
