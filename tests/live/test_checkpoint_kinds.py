@@ -14,6 +14,7 @@ from live.test_checkpoint_rollback import assert_same, settle
 from pagelens.checkpoint.dump import dump
 from pagelens.checkpoint.fast import Checkpoint
 from pagelens.checkpoint.incremental import Chain
+from pagelens.checkpoint.incremental import Chain
 from pagelens.checkpoint.look import diff, open_side
 from pagelens.checkpoint.rollback import rollback
 from pagelens.checkpoint.stored import Stored
@@ -193,6 +194,15 @@ def test_a_process_that_handles_its_own_page_faults(puppet: Puppet, tmp_path: Pa
     dump(puppet.pid, tmp_path / "c")
     saved = Stored.open(tmp_path / "c")
     assert saved.read(area, 8 * PAGE)[::PAGE] == b"\4" * 3 + bytes(5)
+    with Chain(puppet.pid, tmp_path / "chain") as chain:  # what its own userfaultfd has is read each time
+        for number in range(5, 8):
+            puppet.write(area + PAGE, 1, value=number)
+            puppet.write(other, 1, value=number)
+            settle(puppet.pid)
+            link = Stored.open(chain.take().path)
+            assert link.read(area, 8 * PAGE)[::PAGE] == bytes((4, number, 4)) + bytes(5)
+            assert link.read(other, 2 * PAGE)[::PAGE] == bytes((number, 1))
+        assert verify(chain.made[-1]).ok
     puppet.write(other, 2, value=2)
     settle(puppet.pid)
     with pytest.raises(UsageError, match="handles page faults itself"):

@@ -164,7 +164,9 @@ class Checkpoint(Closing):
             if not _tracked(vma):
                 continue
             try:
-                self._uffd.register(vma.start, vma.end, Mode.WP)
+                # Droppable memory cannot be watched: what is there always counts as written.
+                if "dp" not in (vma.vm_flags or ()):
+                    self._uffd.register(vma.start, vma.end, Mode.WP)
             except OSError as error:
                 if not self._proc.alive:
                     raise TargetGoneError(f"process {self.pid} is gone") from None

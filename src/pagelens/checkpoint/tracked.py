@@ -3,7 +3,7 @@
 Watching is asynchronous write protection (`dirty.pagescan`): while the process is held, one walk of its page
 tables names what was written and protects it again, so no write can fall between two checkpoints. Then only those
 pages are read. Shared memory is read whole each time and compared by content, because writes through another
-mapping are not seen.
+mapping are not seen; so is what cannot be watched.
 
 If anything does not fit (a page without contents in the parent that nobody is known to have written), the caller
 falls back to comparing contents; it is never assumed unchanged.
@@ -63,10 +63,15 @@ class _Recording(Pagescan):
 
     def _collect(self, where: Spans) -> Regions:
         found = super()._collect(where)
-        if len(where.start) == 1 and int(where.end[0]) == TASK_SIZE:
+        if spans.same(where, self._places()):
             self.last = found
             self.covered = self._registered or self._layout.watched
         return found
+
+    def unwatched(self) -> Spans:
+        """Writable memory that cannot be watched: droppable (MAP_DROPPABLE, where glibc 2.41 keeps the state of
+        getrandom), or the program's own userfaultfd has it."""
+        return self._book.foreign
 
 
 class Watched(Closing):
@@ -157,8 +162,6 @@ class Watched(Closing):
             begin, count, why = look.builder.columns()
             gone = np.isin(why, (Why.NEW, Why.DISCARDED, Why.DROPPED))
             emptied = spans.joined(begin[gone], (begin + (count << np.uint64(PAGE_SHIFT)))[gone])
-            if not look.complete:
-                raise CannotTellError("; ".join(look.notes))
         else:
             self._backend.arm()
             self._armed = True
@@ -178,7 +181,10 @@ class Watched(Closing):
         ends = rows["start"] + (rows["pages"] << np.uint64(PAGE_SHIFT))
         everything = Spans(rows["start"], ends)
         shared = spans.of([(v.start, v.end) for v in vmas if v.shared or v.name == "[vdso]"])
-        wanted = spans.common(everything, spans.union(written, shared))
+        unwatched = self._backend.unwatched()
+        if unwatched and parent is not None:
+            plan.notes.append(f"{unwatched.pages} pages cannot be watched; they were compared by contents")
+        wanted = spans.common(everything, spans.union(written, spans.union(shared, unwatched)))
         self._vmas = vmas
         state = read_state(self.proc, held, vmas, backing=False)
         return state, plan, wanted.start, (wanted.end - wanted.start) >> np.uint64(PAGE_SHIFT)

@@ -262,8 +262,7 @@ class Pagescan:
             look.complete = False
             why = "another userfaultfd has it" if number == errno.EBUSY else os.strerror(number)
             look.notes.append(f"{format_size(size)} of writable memory cannot be watched: {why}")
-        if self._book.foreign:
-            look.complete = False
+        if errno.EBUSY in self._book.failed:
             look.notes.append(f"{self._book.foreign.pages} pages belong to the program's own userfaultfd")
         if self._layout.large:
             look.notes.append(f"{self._layout.large.pages} shared pages: a first read counts as a write")

@@ -1,0 +1,84 @@
+"""Memory that userfaultfd cannot watch: checkpoints in chains and fast rollbacks go on with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from live.test_checkpoint_rollback import settle
+from pagelens.checkpoint.fast import Checkpoint
+from pagelens.checkpoint.incremental import Chain
+from pagelens.checkpoint.stored import Stored
+from pagelens.checkpoint.tracked import METHOD
+from pagelens.checkpoint.verify import verify
+from pagelens.linux.memory import read_memory
+from support.puppet import NR, PAGE, RW, Puppet
+from support.scribe import process_state
+from support.subjects import Subjects
+
+MAP_DROPPABLE, MAP_ANON = 0x8, 0x20
+
+
+@pytest.fixture
+def puppet(subjects: Subjects) -> Iterator[Puppet]:
+    with Puppet(subjects("puppet")) as puppet:
+        yield puppet
+
+
+def droppable(puppet: Puppet, pages: int) -> int:
+    flags = (MAP_DROPPABLE | MAP_ANON, -1 & (1 << 64) - 1, 0)
+    addr, _ = puppet.tell("sys", NR["mmap"], 0, pages * PAGE, RW, *flags)
+    if addr < 0:
+        pytest.skip(f"missing capability: MAP_DROPPABLE ({os.strerror(-addr)})")
+    return addr
+
+
+@pytest.mark.requires("uffd-wp-async")
+def test_a_chain_reads_droppable_memory_each_time_and_watches_the_rest(
+    puppet: Puppet, tmp_path: Path
+) -> None:
+    state = droppable(puppet, 3)
+    plain = puppet.mmap(64)
+    puppet.write(plain, 64, value=1)
+    puppet.write(state, 2, value=1)
+    settle(puppet.pid)
+    with Chain(puppet.pid, tmp_path / "chain") as chain:
+        full = chain.take()
+        for number in range(2, 6):
+            puppet.write(state + PAGE, 1, value=number)
+            puppet.write(plain + number * PAGE, 1, value=number)
+            if number == 4:  # another vma list, so that all is registered anew
+                puppet.mmap(1, RW)
+            settle(puppet.pid)
+            done = chain.take()
+            assert done.method == METHOD, chain.notes
+            assert any("3 pages cannot be watched" in note for note in done.notes)
+            assert done.captured_pages < full.captured_pages // 2
+            saved = Stored.open(done.path)
+            assert saved.read(state, 3 * PAGE)[::PAGE] == bytes((1, number, 0))
+            assert saved.read(plain, 64 * PAGE)[::PAGE] == bytes(
+                n if 2 <= n <= number else 1 for n in range(64)
+            )
+        assert verify(chain.made[-1]).ok
+        assert chain.notes == []
+    assert process_state(puppet.pid)[1] == 0
+
+
+@pytest.mark.requires("uffd-wp-async")
+def test_fast_rollbacks_bring_droppable_memory_back(puppet: Puppet) -> None:
+    state = droppable(puppet, 4)
+    puppet.write(state, 2, value=1)
+    settle(puppet.pid)
+    with Checkpoint.take(puppet.pid) as point:
+        for number in range(2, 6):
+            puppet.write(state + PAGE, 2, value=number)
+            if number == 3:
+                puppet.madvise(state, 1, "DONTNEED")
+            settle(puppet.pid)
+            assert point.rollback().fast
+            assert read_memory(puppet.pid, state, 4 * PAGE)[::PAGE] == b"\1\1\0\0"
+    settle(puppet.pid)
+    assert process_state(puppet.pid)[1] == 0
