@@ -14,7 +14,6 @@ from live.test_checkpoint_rollback import assert_same, settle
 from pagelens.checkpoint.dump import dump
 from pagelens.checkpoint.fast import Checkpoint
 from pagelens.checkpoint.incremental import Chain
-from pagelens.checkpoint.incremental import Chain
 from pagelens.checkpoint.look import diff, open_side
 from pagelens.checkpoint.rollback import rollback
 from pagelens.checkpoint.stored import Stored
