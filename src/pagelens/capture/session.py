@@ -23,6 +23,7 @@ import numpy as np
 from pagelens import __version__
 from pagelens.capture import convert, jitmaps, records, snapshots
 from pagelens.capture.balance import Ended, balance, losses
+from pagelens.capture.forkframes import ForkFrames
 from pagelens.capture.store import CaptureWriter
 from pagelens.linux import residency
 from pagelens.linux import snapshot as live
@@ -36,7 +37,6 @@ from pagelens.vm.snapshot import Snapshot
 
 PART_SECONDS = 3.0
 PART_BYTES = 48 << 20
-FRAMES_MOST = 1 << 19  # pages, 2 GiB: some 20 ms for which the thread that forks stands still
 _ALIVE_PART = 99_999_998  # behind the parts of all segments
 
 
@@ -134,7 +134,7 @@ class Session:
         self.attached = False  # to processes that may outlive the recording
         self._snapshots = 0
         self._snapshot_losses = 0
-        self._no_frames = False  # hidden here
+        self._fork_frames = ForkFrames()
         meta = {
             "pagelens": __version__,
             "status": "recording",
@@ -211,19 +211,16 @@ class Session:
     def take_frames(self, pid: int) -> None:
         """Which frames a process has that has just forked: with those at the end, they tell what was copied since.
 
-        Left out where frames are hidden and for processes of more than FRAMES_MOST resident pages; what it decides is
-        then open, and said to be.
+        Left out where frames are hidden and where it would take too long; what it decides is then open.
         """
-        if self._no_frames:
+        found = self._fork_frames.take(pid)
+        if found is None:
             return
         try:
             mm = self.recording.mm_of(pid)
-            with Process.open(pid) as proc:
-                found = live.frames_of(proc, FRAMES_MOST)
         except (PagelensError, OSError):
             return
-        if mm is None or found is None:
-            self._no_frames = found is None
+        if mm is None:
             return
         self._snapshots += 1
         self._spooler.pending.append(snapshots.FrameShot(self._snapshots, mm, *found))
@@ -265,6 +262,7 @@ class Session:
             self.notes.append(f"parts could not be written: {error.strerror}")
         lost = losses(ended)
         self.notes += [f"{count:,} {note}" for _, count, note in lost]
+        self.notes += [note for note in (self._fork_frames.note(),) if note]
         summary = balance(ended)
         if rows or still:
             self.notes.append(f"{len(rows) or still:,} tasks run on; they were recorded until now")

@@ -47,7 +47,7 @@ def take(
 def frames_of(proc: Process, most: int) -> tuple[int, int, PageRuns] | None:
     """(ns before, ns after, runs with frame numbers) of the anonymous pages of private mappings.
 
-    None where frame numbers are hidden (needs CAP_SYS_ADMIN), or where more than `most` pages are resident.
+    Without frame numbers where they are hidden (needs CAP_SYS_ADMIN); None where more than `most` pages are resident.
     """
     resident = int(proc.read("statm").split()[1])
     if resident > most:
@@ -56,7 +56,7 @@ def frames_of(proc: Process, most: int) -> tuple[int, int, PageRuns] | None:
     vmas = VmaList(v for v in maps.read(proc) if not v.shared)
     runs = _anonymous_frames(pagemap.read(proc, vmas, pfns=True, most=pagemap.MOST).runs)
     if runs.pfn is None:
-        return None
+        return began, time.monotonic_ns(), runs
     return began, time.monotonic_ns(), runs.where(PageState.PRESENT, PageState.FILE | PageState.ZERO)
 
 
