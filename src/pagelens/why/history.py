@@ -97,23 +97,25 @@ def trace(facts: Facts, run: Replayed) -> History:
     # In earlier lives, through links. Failed faults and first faults of a life get here.
     table = _Table(run)
     shared = (area != Area.ANON) & (area != Area.FILE)
-    copied = Copied(run, key, time, owned & ~np.append(shared, False)[fault])
+    copied = Copied(run, key, time, owned & ~np.append(shared, False)[fault] if run.family.parent else owned)
     life = _lives(run)
     inherited = np.zeros(n, bool)
     linked = np.append(table.link != NO_LINK, False)
     todo = np.flatnonzero(np.take(linked, life) & (prior == Prior.NONE)) if linked.any() else index[:0]
     cur_key, cur_life = run.key[todo], life[todo]
     drop = np.zeros(len(todo), bool)
-    taker = np.full(len(todo), -1, np.int64)  # the life that began when the page was taken away
-    taken = np.full(n, -1, np.int64)
-    over = np.full(len(todo), -1, np.int64)  # the life that a fork began, where that lies between
+    taker = np.full(len(todo), -1, np.int32)  # the life that began when the page was taken away
+    taken = np.full(n, -1, np.int32)
+    over = np.full(len(todo), -1, np.int32)  # the life that a fork began, where that lies between
     for _ in range(64):
         link = table.link[cur_life]
         # A child maps shared memory anew: what its parent had of it is not its own story.
         go = (link != NO_LINK) & ((link != FORK_LINK) | ~shared[todo])
         todo, cur_key, cur_life, drop, link = todo[go], cur_key[go], cur_life[go], drop[go], link[go]
-        over = np.where((link == FORK_LINK) & (over[go] < 0), cur_life, over[go])
-        taker = np.where(link == DROP_LINK, cur_life, taker[go])
+        if not go.all():
+            over, taker = over[go], taker[go]
+        np.copyto(over, cur_life, where=(link == FORK_LINK) & (over < 0), casting="unsafe")
+        np.copyto(taker, cur_life, where=link == DROP_LINK, casting="unsafe")
         if not len(todo):
             break
         cut = table.time[cur_life]
@@ -130,7 +132,8 @@ def trace(facts: Facts, run: Replayed) -> History:
         unsure[todo[f]] = blind[fault[np.maximum(last_own[hit[f]], 0)]]
         had = found & drop
         # What had only been read before a fork came with it only where fork copied.
-        doubt = np.flatnonzero(had & (over >= 0) & (last_own[hit] < group[hit]))
+        doubt = np.flatnonzero(had & (over >= 0))
+        doubt = doubt[last_own[hit[doubt]] < group[hit[doubt]]]
         if len(doubt):
             had[doubt] = copied.into(run.key[todo[doubt]], over[doubt])
         had &= taken[todo] < 0
@@ -146,9 +149,9 @@ def trace(facts: Facts, run: Replayed) -> History:
     _owned_by_calls(run, prior, own, begun[life])
     touch = np.where((populated > touch) & (populated < faults.time), populated, touch)
     dropped = taken >= 0
-    origin = np.take(
-        np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8), np.where(dropped, taken, life)
-    )
+    origins = np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8)
+    origin = np.take(origins, life)
+    origin[dropped] = origins[taken[dropped]]
     return History(
         prior, before, touch, own, inherited, taken, origin, life, np.append(table.time, -1), unsure, copied
     )

@@ -57,16 +57,25 @@ class Copied:
     """Whether fork copied the page tables of a private mapping: only where somebody had written to it."""
 
     def __init__(self, run: Replayed, key: I64, time: I64, own: Bool) -> None:
-        """key, time: pages that faulted or were there, and when; own: those that were a process's own from then on."""
+        """key, time: pages that faulted or were there, ascending by key, and when; own: those that were a process's own
+        from then on."""
         self._lives, self._parents = run.lives, run.family.parent
-        own = own & (key >= 0) & (key < UNSEEN_KEY)
-        key, time = key[own], time[own]
         self._mm = np.array(run.lives.mm or [-1], np.int64)
-        mm = self._mm[np.searchsorted(np.array(run.lives.key or [0], np.int64), key, side="right") - 1]
-        _, mapping = origins(run.lives, key)
-        late = np.argsort(time, kind="stable")[::-1]
-        whose = zip(mapping[late].tolist(), mm[late].tolist(), strict=True)
-        self._first = dict(zip(whose, time[late].tolist(), strict=True))  # the earliest stays
+        self._first: dict[tuple[int, int], int] = {}
+        if not self._parents:
+            return
+        starts = np.array(run.lives.key or [0], np.int64)
+        key, time = key[own], time[own]
+        bounds = np.searchsorted(key, np.append(starts, UNSEEN_KEY))
+        life = np.flatnonzero(np.diff(bounds))  # with rows; those between two bounds are one life's
+        if not len(life):
+            return
+        earliest = np.minimum.reduceat(time[: bounds[-1]], bounds[life])
+        _, mapping = origins(run.lives, starts[life])
+        for whose, when in zip(
+            zip(mapping.tolist(), self._mm[life].tolist(), strict=True), earliest.tolist(), strict=True
+        ):
+            self._first[whose] = min(when, self._first.get(whose, when))
 
     def into(self, key: I64, life: I64) -> Bool:
         """bool[key]: for pages of lives that a fork began."""

@@ -43,17 +43,21 @@ def taken_away(run: Replayed, past: History, area: I64, prior: I64, present: Boo
     holed = absent & (area == Area.FILE) & (hole > past.touch) & there
     dropped, origin = past.dropped | holed, past.origin.copy()
     marked, near = np.zeros(n, bool), np.zeros(n, bool)
-    fresh = absent & (prior == Prior.NONE)
-    drop = np.append(last_drops(run.lives), -1)[past.life] if fresh.any() else past.life
-    rows = np.flatnonzero(fresh & ((drop >= 0) | (hole > drop) | (mark_time > drop)))
+    rows = np.flatnonzero(absent & (prior == Prior.NONE))
+    drops = last_drops(run.lives)[past.life[rows]]
+    could = (drops >= 0) | (hole[rows] > drops) | (mark_time[rows] > drops)
+    rows, drops = rows[could], drops[could]
     if len(rows):
-        until = np.maximum(drop, np.maximum(hole, mark_time))[rows]
+        until = np.maximum(drops, np.maximum(hole[rows], mark_time[rows]))
         last = Around(run, past.life, past.copied).mapped(rows, until)
-        for row, seen in zip(rows[last >= 0].tolist(), last[last >= 0].tolist(), strict=True):
+        seen_at = zip(
+            rows[last >= 0].tolist(), last[last >= 0].tolist(), drops[last >= 0].tolist(), strict=True
+        )
+        for row, seen, drop in seen_at:
             if seen <= past.times[past.taken[row]] and past.taken[row] >= 0:
                 continue  # taken away since, and by what `history` found
             near[row] = True
-            if seen < drop[row]:
+            if seen < drop:
                 dropped[row] = True
                 origin[row] = _taker(run, int(past.life[row]), int(run.key[row]), seen)
             elif seen < hole[row] and not seen < mark_time[row] < hole[row]:
