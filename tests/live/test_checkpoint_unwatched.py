@@ -15,7 +15,7 @@ from pagelens.checkpoint.stored import Stored
 from pagelens.checkpoint.tracked import METHOD
 from pagelens.checkpoint.verify import verify
 from pagelens.linux.memory import read_memory
-from support.puppet import NR, PAGE, RW, Puppet
+from support.puppet import MAP_SHARED, NR, PAGE, RW, Puppet
 from support.scribe import process_state
 from support.subjects import Subjects
 
@@ -82,3 +82,35 @@ def test_fast_rollbacks_bring_droppable_memory_back(puppet: Puppet) -> None:
             assert read_memory(puppet.pid, state, 4 * PAGE)[::PAGE] == b"\1\1\0\0"
     settle(puppet.pid)
     assert process_state(puppet.pid)[1] == 0
+
+
+@pytest.mark.requires("uffd-wp-async")
+def test_watching_shared_memory_does_not_allocate_what_it_lacks(puppet: Puppet, tmp_path: Path) -> None:
+    # Write protection of shared memory leaves marks in empty entries, which pagemap shows as swapped.
+    with open(f"/proc/{puppet.pid}/mem", "r+b", buffering=0) as mem:
+        mem.seek(puppet.line + 2048)
+        mem.write(b"sparse\0")
+    fd = puppet.sys("memfd_create", puppet.line + 2048, 0)
+    puppet.sys("ftruncate", fd, 256 * PAGE)
+    area = puppet.mmap(256, RW, MAP_SHARED, fd=fd)
+    puppet.write(area + 16 * PAGE, 4, value=1)
+    settle(puppet.pid)
+
+    def held() -> int:
+        return Path(f"/proc/{puppet.pid}/fd/{fd}").stat().st_blocks * 512 // PAGE
+
+    assert held() == 4
+    with Chain(puppet.pid, tmp_path / "chain") as chain:
+        for number in range(2, 5):
+            done = chain.take()
+            assert held() == number + 2
+            assert not any("swap" in note for note in done.notes)
+            saved = Stored.open(done.path)
+            inside = (saved.rows["start"] >= area) & (saved.rows["start"] < area + 256 * PAGE)
+            assert int(saved.rows["pages"][inside].sum()) == number + 2
+            assert saved.read(area + 16 * PAGE, 4 * PAGE)[::PAGE] == bytes(
+                (number - 1 if number > 2 else 1, 1, 1, 1)
+            )
+            puppet.write(area + 16 * PAGE, 1, value=number)
+            puppet.write(area + (18 + number) * PAGE, 1, value=1)
+            settle(puppet.pid)

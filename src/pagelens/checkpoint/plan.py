@@ -9,6 +9,7 @@ allocate them (shmem_fault), and a checkpoint must not change what it saves.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -128,7 +129,8 @@ def make(proc: Process, vmas: VmaList, pages: PageRuns, *, with_files: bool = Fa
         parts += [rows[done : bounds[i]], mine]
         done = bounds[i + 1]
     parts.append(rows[done:])
-    swapped = int(rows["pages"][(rows["state"] & np.uint32(PageState.SWAPPED)) != 0].sum())
+    memory = np.array([is_shared_memory(v) for v in vmas], bool)
+    swapped = int(rows["pages"][((rows["state"] & np.uint32(PageState.SWAPPED)) != 0) & ~memory[owner]].sum())
     if swapped:
         notes.append(f"{swapped} pages were in swap; reading them brought them in")
     all_rows = np.concatenate(parts)
@@ -188,9 +190,12 @@ def _with_object_pages(proc: Process, vma: Vma, rows: Rows, notes: list[str]) ->
     flat = per_page(rows)
     at = ((flat["start"] - np.uint64(vma.start)) >> np.uint64(PAGE_SHIFT)).astype(np.int64)
     state[at] = flat["state"]
+    state[(state & np.uint32(PageState.PRESENT)) == 0] &= ~np.uint32(PageState.SWAPPED)
     special = np.zeros(vma.pages, np.uint8)
     special[at] = np.where(flat["kind"] == Kind.DATA, 0, flat["kind"])
-    has[at] |= flat["kind"] == Kind.DATA
+    # Not what pagemap calls swapped: of shared memory that is a mark where a page may never have been (write
+    # protection puts it there), and what is in swap is among the extents.
+    has[at] |= (flat["kind"] == Kind.DATA) & ((flat["state"] & np.uint32(PageState.PRESENT)) != 0)
     kind = np.where(special != 0, special, np.where(has, np.uint8(Kind.DATA), np.uint8(0)))
     keep = np.flatnonzero(kind)
     out = np.zeros(len(keep), ROW)
@@ -200,13 +205,28 @@ def _with_object_pages(proc: Process, vma: Vma, rows: Rows, notes: list[str]) ->
     return compress(out)
 
 
+def _opened(proc: Process, vma: Vma) -> int:
+    # A descriptor of ours for the object behind a mapping: through map_files (CAP_CHECKPOINT_RESTORE), else one that
+    # the process has open itself; -1 where there is neither.
+    base = f"/proc/{proc.pid}"
+    with contextlib.suppress(OSError):
+        return os.open(f"{base}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(f"{base}/fd"):  # noqa: PTH208 - names only
+            if os.readlink(f"{base}/fd/{name}") == vma.name:  # noqa: PTH115 - anon_inode:… is no path
+                fd = os.open(f"{base}/fd/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+                if os.fstat(fd).st_ino == vma.inode:
+                    return fd
+                os.close(fd)
+    return -1
+
+
 def _extents(proc: Process, vma: Vma) -> list[tuple[int, int]] | None:
     # [first, last) pages of the vma that its object holds, from SEEK_DATA; None where it cannot be asked.
     if {"ht", "ui"} & (vma.vm_flags or frozenset()):
         return None  # hugetlbfs has no SEEK_DATA; a minor fault would wait for a handler that stands still
-    try:
-        fd = os.open(f"/proc/{proc.pid}/map_files/{vma.start:x}-{vma.end:x}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    fd = _opened(proc, vma)
+    if fd < 0:
         return None
     out = []
     base, end = vma.offset, vma.offset + vma.size
