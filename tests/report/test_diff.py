@@ -120,6 +120,7 @@ def test_fork_sides_by_address(puppet: Puppet) -> None:
     assert found["by"] == "address"
     copied = [p for p in found["pages"] if p["start"] == hex(base)]
     assert [(p["pages"], p["copied"]) for p in copied] == [(3, True)]
+    assert {p["what"] for p in copied} == {"each has a page of its own"}
     puppet.back()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pagelens.report import transitions
 from pagelens.report.diff import Diff, Moment, PageChange
 from pagelens.report.difftext import as_text
-from pagelens.vm.pages import PageRuns
+from pagelens.vm.pages import PageRuns, PageState
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import VmaList
 
@@ -31,3 +32,15 @@ def test_many_runs_in_short() -> None:
     assert "2 pages heap" in text and "5 pages heap" in text
     assert text.count("one page for another") == text.count("the same page, counted elsewhere") == 1
     assert "in short" not in as_text(Diff(side, side, "address", [], [], runs[:2], {}), pages=2)
+
+
+def test_two_processes_are_compared_and_shared_memory_is_no_clean_file() -> None:
+    file, own = int(PageState.PRESENT | PageState.FILE), int(PageState.PRESENT)
+    assert transitions.compare(own, 0, copied=False) == "present in the first only"
+    assert transitions.compare(0, own, copied=False) == "present in the second only"
+    assert (
+        transitions.compare(file, own, copied=False)
+        == "the file's page in the first, a private copy in the other"
+    )
+    assert transitions.effect(0, file, memory=True) == {"Rss": 4096, "Shared_Dirty": 4096}
+    assert transitions.describe(0, file, file_vma=False, memory=True) == "page of shared memory mapped"

@@ -19,6 +19,7 @@ from pagelens.vm.pages import PageRuns, PageState, distinct
 from pagelens.vm.regions import Region
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import AddrRange
+from pagelens.why.files import Files
 
 _NOT_SUMS = frozenset({"KernelPageSize", "MMUPageSize", "THPeligible", "ProtectionKey"})
 
@@ -226,19 +227,24 @@ def _pages(a: Moment, b: Moment, where: AddrRange | None) -> list[PageChange]:
         region = side.regions[index] if index >= 0 else None
         vma = side.shot.vmas[region.vma] if region else None
         file_vma = bool(vma and vma.inode and not vma.shared)
-        old, new = int(before[i]), int(after[i])
+        memory = bool(vma and vma.shared and Files().in_memory(vma.dev, vma.name))
+        old, new, moved = int(before[i]), int(after[i]), bool(copied[i])
+        if a.shot.pid != b.shot.pid:
+            what = transitions.compare(old, new, copied=moved)
+        else:
+            what = transitions.describe(old, new, file_vma=file_vma, copied=moved, memory=memory)
         out.append(
             PageChange(
                 start=int(addr[i]),
                 pages=n,
                 before=old,
                 after=new,
-                copied=bool(copied[i]),
+                copied=moved,
                 kind=str(region.kind) if region else "unmapped",
                 region=region.label if region else "unmapped",
                 file_vma=file_vma,
-                effect=transitions.effect(old, new),
-                what=transitions.describe(old, new, file_vma=file_vma, copied=bool(copied[i])),
+                effect=transitions.effect(old, new, memory=memory),
+                what=what,
             )
         )
     return out

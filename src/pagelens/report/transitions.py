@@ -38,16 +38,20 @@ def contribution(state: U32) -> dict[str, npt.NDArray[np.bool_]]:
     }
 
 
-def effect(before: int, after: int) -> dict[str, int]:
-    """Field -> bytes that one page's change adds to it; only fields that change."""
+def effect(before: int, after: int, *, memory: bool = False) -> dict[str, int]:
+    """Field -> bytes that one page's change adds to it; only fields that change. memory: of shared memory, whose pages
+    count as dirty once they were written, and no file has them."""
     old, new = contribution(np.array([before], np.uint32)), contribution(np.array([after], np.uint32))
     out = {f: (int(new[f][0]) - int(old[f][0])) * 4096 for f in FIELDS}
+    if memory:
+        for kind in ("Private", "Shared"):
+            out[f"{kind}_Dirty"] += out.pop(f"{kind}_Clean")
     return {f: v for f, v in out.items() if v}
 
 
-def describe(before: int, after: int, *, file_vma: bool, copied: bool = False) -> str:
+def describe(before: int, after: int, *, file_vma: bool, copied: bool = False, memory: bool = False) -> str:
     """One sentence on a change of state. file_vma: the vma maps a file privately. copied: another frame
-    now."""
+    now. memory: shared memory."""
     old, new = PageState(before), PageState(after)
     if not new & (_P | _S | _G):
         if old & _G:
@@ -62,7 +66,7 @@ def describe(before: int, after: int, *, file_vma: bool, copied: bool = False) -
     if new & _Z:
         return "first read: the zero page is mapped, which is in no field of smaps"
     if not old & _P:
-        return _first(new, file_vma)
+        return "page of shared memory mapped" if memory and new & _F else _first(new, file_vma)
     if old & _Z:
         return "written after a read: a new page replaces the zero page, so Rss grows now"
     if old & _F and not new & _F:
@@ -79,6 +83,26 @@ def describe(before: int, after: int, *, file_vma: bool, copied: bool = False) -
     if (old ^ new) & _H:
         return "part of a huge page now" if new & _H else "its huge page was split"
     return "changed"
+
+
+def compare(before: int, after: int, *, copied: bool) -> str:
+    """One sentence on a page of two processes: nothing has happened between them, they differ."""
+    old, new = PageState(before), PageState(after)
+    if bool(old & _P) != bool(new & _P):
+        return "present in the first only" if old & _P else "present in the second only"
+    if not old & _P:
+        return "swapped out or marked in one of them"
+    if (old ^ new) & _Z:
+        return f"the zero page in the {'first' if old & _Z else 'second'}, a page of its own in the other"
+    if (old ^ new) & _F:
+        return f"the file's page in the {'first' if old & _F else 'second'}, a private copy in the other"
+    if copied:
+        return "each has a page of its own"
+    if (old ^ new) & _X:
+        return f"mapped nowhere else in the {'first' if old & _X else 'second'}, shared in the other"
+    if (old ^ new) & _H:
+        return f"part of a huge page in the {'first' if old & _H else 'second'} only"
+    return "different"
 
 
 def _first(new: PageState, file_vma: bool) -> str:
