@@ -36,6 +36,11 @@ def droppable(puppet: Puppet, pages: int) -> int:
     return addr
 
 
+def registered(pid: int, addr: int) -> bool:
+    block = Path(f"/proc/{pid}/smaps").read_text().partition(f"\n{addr:x}-")[2]
+    return " uw" in block.partition("VmFlags:")[2].partition("\n")[0]
+
+
 @pytest.mark.requires("uffd-wp-async")
 def test_a_chain_reads_droppable_memory_each_time_and_watches_the_rest(
     puppet: Puppet, tmp_path: Path
@@ -55,7 +60,13 @@ def test_a_chain_reads_droppable_memory_each_time_and_watches_the_rest(
             settle(puppet.pid)
             done = chain.take()
             assert done.method == METHOD, chain.notes
-            assert any("3 pages cannot be watched" in note for note in done.notes)
+            told = [int(note.split()[0]) for note in done.notes if "pages cannot be watched" in note]
+            if registered(
+                puppet.pid, state
+            ):  # 6.12 lets it be watched, later ones do not (vma_can_userfault)
+                assert told == []
+            else:
+                assert told[0] >= 3  # those, and what the C library keeps so
             assert done.captured_pages < full.captured_pages // 2
             saved = Stored.open(done.path)
             assert saved.read(state, 3 * PAGE)[::PAGE] == bytes((1, number, 0))
