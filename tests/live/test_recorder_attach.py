@@ -17,6 +17,7 @@ import pytest
 
 from support.pace import patience
 from support.recording import SRC, Run, assert_complete, pagelens
+from support.subjects import Subjects
 
 pytestmark = pytest.mark.requires("bpf", "btf", "libbpf", "perf-system", "native")
 
@@ -194,6 +195,22 @@ def test_workers_that_ran_before_have_causes_too(tmp_path: Path, spawn: Spawn) -
         assert "unknown" not in causes, causes
     finally:
         os.killpg(child.pid, signal.SIGKILL)
+
+
+def test_tree_under_a_storm_of_forks(tmp_path: Path, spawn: Spawn, subjects: Subjects) -> None:
+    # Hundreds of children start and end a second, some between two passes over the tasks: none is lost, none is harmed.
+    storm = spawn(subjects("fork_storm"))
+    assert storm.stdout and storm.stdout.readline() == "ready\n"
+    for _ in range(3):
+        tree = attach(tmp_path, storm.pid, "--tree", "--duration", "0.4")
+        assert tree.returncode == 0, tree.stderr
+        assert_complete(tree)
+        assert tree.faults["recorded"] > 1000
+        assert len(tree.capture.table("mms").to_pylist()) > 20
+        status = Path(f"/proc/{storm.pid}/status").read_text()
+        assert "TracerPid:\t0\n" in status
+    storm.send_signal(signal.SIGINT)
+    assert storm.wait(timeout=patience(10)) == 0
 
 
 SHARERS = """
