@@ -63,7 +63,11 @@ def test_save_verify_look_and_roll_back(
     assert main(["merge", two, "-o", alone, "--format", "json"]) == 0
     assert checked("merge", capsys.readouterr().out) == {"merged": two, "to": alone}
     assert main(["prune", "--drop", one, "--keep", two, "--format", "json"]) == 0
-    assert checked("prune", capsys.readouterr().out) == {"dropped": [one], "rewritten": [two]}
+    assert checked("prune", capsys.readouterr().out) == {
+        "dropped": [one],
+        "rewritten": [two],
+        "gone": [],
+    }
     capsys.readouterr()
     assert main(["verify", alone, "--format", "json"]) == 0
     assert checked("verify", capsys.readouterr().out)["checked"] == [alone]
