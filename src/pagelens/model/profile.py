@@ -33,6 +33,9 @@ class Profile:
     sticky_softdirty: bool = False
     # mprotect_fixup: VM_ACCOUNT goes when an anonymous vma without anon_vma becomes read-only (6.7).
     mprotect_unaccounts: bool = True
+    # can_change_pte_writable: in 6.1 mprotect makes only dirty entries writable at once, so that a page that MADV_FREE
+    # cleaned faults; later those of private memory need not be dirty (can_change_private_writable, 6.2).
+    mprotect_wants_dirty: bool = False
     # calc_vm_flag_bits: MAP_STACK sets VM_NOHUGEPAGE (6.7, "mm: mmap: map MAP_STACK to VM_NOHUGEPAGE").
     stack_nohugepage: bool = True
     # __mmap_region gathers what it replaces, and so splits it, before it tests limits; on failure all is put back
@@ -133,6 +136,7 @@ PROFILES: dict[str, Profile] = {
         mmap_merges_right_first=True,
         mmap_gathers_first=False,
         above4g_is_known=False,
+        mprotect_wants_dirty=True,
         merge_unfaulted_target=False,
         mprotect_unaccounts=False,
         stack_nohugepage=False,

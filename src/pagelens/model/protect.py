@@ -124,6 +124,8 @@ def change_protection(mm: Mm, area: Area, start: int, end: int, event: int) -> N
     if shared:
         upgrade = upgrade and area.file is not None and area.file.page_mkwrite
     need = D if shared else AE
+    if not shared and upgrade and mm.profile.mprotect_wants_dirty:
+        need |= D
     if mm.profile.soft_dirty and not area.flags & VM_SOFTDIRTY:
         need |= SD
     bits = np.uint64(P | need)

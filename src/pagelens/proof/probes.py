@@ -43,6 +43,14 @@ PROBES: dict[str, str] = {
         f = memfd 1
         mmap 1 at arena[0] rw fixed flags=0x83 file f[0]
         """,
+    "mprotect_wants_dirty": """\
+        mmap 4 at arena[0] rw private anon fixed
+        write arena[0:4]
+        madvise arena[0:2] free
+        mprotect arena[0:4] r
+        mprotect arena[0:4] rw
+        write arena[0:4]
+        """,
     "mmap_gathers_first": """\
         mmap 8 at arena[0] rw private anon fixed
         rlimit data 1

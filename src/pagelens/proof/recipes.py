@@ -273,6 +273,33 @@ def unfaulted_target(g: Ground) -> list[Op]:
 
 
 # With their weights.
+def validated(g: Ground) -> list[Op]:
+    """A file's mapping whose flags are looked at (above4g_is_known)."""
+    r = g.random
+    if not g.files:
+        return []
+    pages = r.choice((1, 2, 4))
+    flags = ops.SHARED | ops.PRIVATE | ops.FIXED | r.choice((0, 0x80, 0x80, 0x80, 1 << r.randint(6, 30)))
+    at = g.spot(pages)
+    return [Op("mmap", g.proc, g.name("m"), g.at(at), pages * PAGE_SIZE, 3, flags, file=r.choice(g.files))]
+
+
+def cleaned(g: Ground) -> list[Op]:
+    """Pages that MADV_FREE cleaned, given other rights, then written again (mprotect_wants_dirty)."""
+    r = g.random
+    pages = r.choice((1, 2, 4))
+    at = g.spot(pages)
+    through = r.choice((1, 5, 7))
+    return [
+        g.map(at, pages),
+        g.on("write", at, pages),
+        g.on("madvise", at, r.randint(1, pages), flags=ops.ADVICE_WORDS["free"]),
+        g.on("mprotect", at, pages, prot=through),
+        *([g.on("mprotect", at, pages, prot=r.choice((3, 7)))] if through != 7 else []),
+        g.on("write", at, pages),
+    ]
+
+
 RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "realign": (realign, 2.2),
     "heap neighbour": (heap_neighbour, 3.2),
@@ -289,4 +316,6 @@ RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "source again": (source_again, 0.7),
     "emptied source": (emptied_source, 0.6),
     "unfaulted target": (unfaulted_target, 0.6),
+    "cleaned": (cleaned, 0.7),
+    "validated": (validated, 4.6),
 }
