@@ -107,6 +107,20 @@ def test_a_name_that_was_never_mapped_is_left_out(oracle):
     assert oracle.apply(parse_op("ghost: write arena[0]")) is None
 
 
+def beyond_batches(found):
+    """Without pages of which one child alone has drained the batch of MADV_FREE (docs/fidelity.md, left out, 1):
+    anonymous ones whose flags differ by KPF_SWAPBACKED alone."""
+    anon, swapbacked = 1 << 12, 1 << 14
+    kept = []
+    for d in found:
+        here, there = (
+            int(text.rpartition(" ")[2], 16) if "flags" in text else 0 for text in (d.kernel, d.model)
+        )
+        if d.kind != "frames" or not here & there & anon or here ^ there != swapbacked:
+            kept.append(d)
+    return kept
+
+
 def test_two_children_agree():
     """Kernel against kernel: what differs here is the oracle's own noise, so nothing may."""
     for seed in range(5):
@@ -115,7 +129,7 @@ def test_two_children_agree():
             comparison = Comparison(one, two, soft_dirty=False)
             for _ in range(250):
                 assert comparison.step(generator.next(one)) == []
-            assert comparison.checkpoint() == []
+            assert beyond_batches(comparison.checkpoint()) == []
             assert comparison.agreement.succeeded > 0.6 * comparison.agreement.operations
 
 

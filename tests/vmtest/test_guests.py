@@ -115,7 +115,8 @@ def test_nothing_is_left_of_an_interrupted_run(cached: None, tmp_path: Path, how
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     with subprocess.Popen(
-        [sys.executable, "-m", "vmtest", *words],
+        # A shell that runs us in the background has SIGINT ignored, and so would have this one.
+        ["env", "--default-signal=INT", sys.executable, "-m", "vmtest", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
