@@ -36,7 +36,8 @@ class Rules:
     stack_nohuge: MAP_STACK means VM_NOHUGEPAGE (6.7). guard_prepares: MADV_GUARD_INSTALL makes an anon_vma
     (6.13 to 6.17). keeps_offset: MREMAP_DONTUNMAP leaves the emptied source its page offset, and lets the
     copy of an unfaulted one merge with it (6.13 to 6.18). unmaps_first: mremap_to unmaps the target before it
-    finds that the source has a hole (to 6.16). thp, overcommit: the settings.
+    finds that the source has a hole (to 6.16). unlocks_all: MREMAP_DONTUNMAP of a part of a locked vma unlocks all of
+    it (prep_move_vma splits it first since 7.0, and in 6.12 stable). thp, overcommit: the settings.
     """
 
     unfaulted_joins: bool = True
@@ -47,6 +48,7 @@ class Rules:
     guard_prepares: bool = False
     keeps_offset: bool = True
     unmaps_first: bool = False
+    unlocks_all: bool = True
     thp: str = "madvise"
     overcommit: int = 0
 
@@ -68,6 +70,7 @@ def rules_of(kernel: str, settings: dict[str, Any]) -> Rules:
         guard_prepares=(6, 13) <= release < (6, 18),
         keeps_offset=(6, 13) <= release < (6, 19),
         unmaps_first=release < (6, 17),
+        unlocks_all=release < (6, 12) or (6, 13) <= release < (7, 0),
         thp=str(settings.get("thp") or "madvise"),
         overcommit=int(settings.get("overcommit_memory") or 0),
     )

@@ -92,7 +92,7 @@ def state_of(vma: Vma, thp: str, files: Files = _NO_FILES) -> State:
 
 class Effects:
     """Applies calls. last: final snapshots, asked only for what arguments do not tell (shmat's length).
-    filesystems: those in memory, see `Files`. unmaps_first: see `capture.merging.Rules`."""
+    filesystems: those in memory, see `Files`. unmaps_first, unlocks_all: see `capture.merging.Rules`."""
 
     def __init__(
         self,
@@ -100,11 +100,12 @@ class Effects:
         last: Mapping[int, Snapshot],
         filesystems: object = None,
         unmaps_first: bool = False,
+        unlocks_all: bool = True,
     ) -> None:
         self.thp = thp
         self.last = last
         self.files = Files(filesystems)
-        self.unmaps_first = unmaps_first
+        self.unmaps_first, self.unlocks_all = unmaps_first, unlocks_all
         self._huge_fds: set[tuple[int, int]] = set()  # (mm, fd) of memfd_create(MFD_HUGETLB)
         self._async_fds: set[tuple[int, int]] = set()  # (mm, fd) of userfaultfds with WP_ASYNC
         self.brk: dict[int, int] = {}
@@ -238,7 +239,8 @@ class Effects:
                 if flags & 4:  # MREMAP_DONTUNMAP: the old range stays, empty and not locked
                     state = _empty(space.lives.states[seg.state])._replace(locked=0)
                     space.map(seg.start, seg.end, state, Origin.MREMAP, time, call.seq, fresh=False)
-                    unlock_vma(space, seg, state)
+                    if self.unlocks_all:
+                        unlock_vma(space, seg, state)
         tail = min(old_len, new_len)  # 0: a second mapping of what is shared
         if new_len > tail:
             if model.locked == LOCKED:  # vrm_will_map_new: what a locked mapping grows by is populated

@@ -98,7 +98,8 @@ def _load(capture: Capture) -> Facts:
     settings = dict(capture.meta.get("settings") or {})
     # Address spaces that were there before us may share pages by forks that nobody recorded.
     known = capture.meta.get("calls") or capture.meta.get("method")  # method: captures of old
-    settings["unmaps_first"] = rules_of(str(capture.meta.get("kernel")), settings).unmaps_first
+    rules = rules_of(str(capture.meta.get("kernel")), settings)
+    settings["unmaps_first"], settings["unlocks_all"] = rules.unmaps_first, rules.unlocks_all
     settings["calls"] = known in ("bpf", "ptrace")
     settings["older"] = older
     settings["pids"] = {int(r["mm"]): int(r["pid"]) for r in origins if r["origin"] == "start"}

@@ -71,8 +71,13 @@ class Replay:
         self.facts = facts
         thp = str(facts.settings.get("thp", "madvise"))
         self.thp = thp
+        settings = facts.settings
         self.effects = Effects(
-            thp, facts.last, facts.settings.get("filesystems"), bool(facts.settings.get("unmaps_first"))
+            thp,
+            facts.last,
+            settings.get("filesystems"),
+            bool(settings.get("unmaps_first")),
+            bool(settings.get("unlocks_all", True)),
         )
         self._mm_of: dict[int, int] = {}  # by pid, now
         self.lives = Lives()
