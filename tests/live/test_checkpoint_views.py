@@ -73,7 +73,8 @@ def test_views_of_one_memfd_go_back_once_through_the_writable_one(puppet: Puppet
     done = rollback(puppet.pid, store)
     assert done.accepted == ()
     assert done.dropped_pages == 2
-    assert done.written_pages - before.written_pages == 3  # each once
+    # Each once (through all their views 7); the page of rseq too, where the thread came to another CPU.
+    assert done.written_pages - before.written_pages in (3, 4)
     assert bytes_of(puppet, data, 8) == bytes_of(puppet, code, 8) == b"\1\2\3\4\5\6\0\0"
     assert bytes_of(puppet, shown, 4) == b"\3\4\5\6"
     assert bytes_of(puppet, again, 4) == b"\5\6\0\0"
