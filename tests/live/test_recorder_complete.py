@@ -169,7 +169,12 @@ def test_fast_faults(tmp_path: Path, subjects: Subjects, detail: str) -> None:
     first = int(run.stdout, 16)
     addresses = run.capture.events(["addr", "kind"]).column("addr").drop_null().to_numpy()
     inside = addresses[(addresses >= first) & (addresses < first + pages * 4096)]
-    assert np.array_equal(inside, np.arange(first, first + pages * 4096, 4096, dtype=inside.dtype))
+    _, at = np.unique(inside, return_index=True)
+    firsts = inside[np.sort(at)]
+    assert np.array_equal(firsts, np.arange(first, first + pages * 4096, 4096, dtype=inside.dtype))
+    # A second fault on a page is a hint of NUMA balancing: guests have two nodes, and are slow enough to be scanned.
+    balancing = Path("/proc/sys/kernel/numa_balancing")
+    assert len(inside) == pages or (balancing.exists() and balancing.read_text().strip() != "0")
 
 
 def test_tiny_ring_loses_and_says_so(tmp_path: Path, subjects: Subjects) -> None:
