@@ -121,7 +121,7 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 	f = NULL;
 	if (writes(nr) && ret > 0 && !s->compat) {
 		f = file_of(t, regs->di);
-		acts = by_file(t, f);
+		acts = by_file(f);
 		on = acts ? acts_on(t, owner_of(f)) : 0;
 	}
 	if (!s->enter_time) {           /* a new task's return from its parent's clone */

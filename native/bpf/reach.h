@@ -40,7 +40,7 @@ static __always_inline struct file *file_of(struct task_struct *t, u64 fd)
 
 /* Writes to clear_refs change what page tables say, those to mem what pages hold. The files are known by their
  * operations, whose addresses we learn from writes of our own (they are not in kallsyms everywhere). */
-static __always_inline int by_file(struct task_struct *t, struct file *f)
+static __always_inline int by_file(struct file *f)
 {
 	u64 op;
 
@@ -50,7 +50,7 @@ static __always_inline int by_file(struct task_struct *t, struct file *f)
 	return !op ? ACTS_NOT : op == totals.clear_refs ? ACTS_REFS : op == totals.mem ? ACTS_MEM : ACTS_NOT;
 }
 
-static __always_inline void learn(struct task_struct *t, struct file *f)
+static __always_inline void learn(struct file *f)
 {
 	if (totals.learn == LEARN_REFS)
 		totals.clear_refs = (u64)BPF_CORE_READ(f, f_op);
@@ -141,10 +141,10 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 	if (writes(nr)) {
 		f = file_of(t, regs->di);
 		if (totals.learn && totals.learner == (u32)t->tgid && f) {
-			learn(t, f);
+			learn(f);
 			return 0;
 		}
-		acts = ret > 0 ? by_file(t, f) : ACTS_NOT;
+		acts = ret > 0 ? by_file(f) : ACTS_NOT;
 		if (!acts)
 			return 0;
 		mm = acts_on(t, owner_of(f));

@@ -272,7 +272,6 @@ def unfaulted_target(g: Ground) -> list[Op]:
     ]
 
 
-# With their weights.
 def validated(g: Ground) -> list[Op]:
     """A file's mapping whose flags are looked at (above4g_is_known)."""
     r = g.random
@@ -300,6 +299,7 @@ def cleaned(g: Ground) -> list[Op]:
     ]
 
 
+# With their weights.
 RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "realign": (realign, 2.2),
     "heap neighbour": (heap_neighbour, 3.2),

@@ -141,11 +141,7 @@ static void op_fork(void)
 	c->pid = p;
 	c->live = 1;
 	/* child: pages that fork did not copy are not inherited */
-	char path[64];
-	sprintf(path, "/proc/%d/pagemap", p);
-	int fdq = open(path, O_RDONLY);
-	if (fdq < 0)
-		die(path);
+	int fdq = pagemap_of(p);
 	for (int x = 0; x < NR; x++) {
 		struct reg *r = &c->r[x];
 		if (!r->a)

@@ -100,6 +100,15 @@ static void die(const char *w)
 	kill(0, SIGKILL);
 	_exit(3);
 }
+static int pagemap_of(int pid)
+{
+	char path[64];
+	sprintf(path, "/proc/%d/pagemap", pid);
+	int fd = open(path, O_RDONLY);
+	if (fd < 0)
+		die(path);
+	return fd;
+}
 static u64 entry(int fd, void *a)
 {
 	u64 e = 0;

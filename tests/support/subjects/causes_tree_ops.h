@@ -228,11 +228,7 @@ static void op_file(void)
 	static __thread u8 there[NPROC][NR][NP];
 	for (int q = 0; q < NPROC; q++)
 		if (S->pr[q].live) {
-			char n[64];
-			sprintf(n, "/proc/%d/pagemap", S->pr[q].pid);
-			int fdq = open(n, O_RDONLY);
-			if (fdq < 0)
-				die(n);
+			int fdq = pagemap_of(S->pr[q].pid);
 			for (int x = 0; x < NR; x++) {
 				struct reg *r = &S->pr[q].r[x];
 				if (!r->a || !isfile(r->kind) || r->file != f ||
@@ -307,11 +303,7 @@ static void op_remote(void)
 	n = 1 + rnd(3);
 	if (lo + n > r->n)
 		n = r->n - lo;
-	char path[64];
-	sprintf(path, "/proc/%d/pagemap", q->pid);
-	int fdq = open(path, O_RDONLY);
-	if (fdq < 0)
-		die(path);
+	int fdq = pagemap_of(q->pid);
 	u64 e[4];
 	for (int i = 0; i < n; i++)
 		e[i] = entry(fdq, r->a + (lo + i) * PAGE);
@@ -445,11 +437,7 @@ static void op_remove(void)
 	static __thread u8 there[NPROC][NR][NP];
 	for (int q = 0; q < NPROC; q++)
 		if (S->pr[q].live) {
-			char n[64];
-			sprintf(n, "/proc/%d/pagemap", S->pr[q].pid);
-			int fdq = open(n, O_RDONLY);
-			if (fdq < 0)
-				die(n);
+			int fdq = pagemap_of(S->pr[q].pid);
 			for (int x = 0; x < NR; x++) {
 				struct reg *s = &S->pr[q].r[x];
 				if (!s->a || (s->kind != SMEMFD && s->kind != PMEMFD) || s->file != r->file)
