@@ -10,7 +10,6 @@ int adopt(struct bpf_iter__task *ctx)
 	struct pl_rec_call *r;
 	struct mm_entry *e;
 	struct pl_task *s;
-	void *ring;
 	u32 tgid;
 	u64 ptr;
 
@@ -43,12 +42,9 @@ int adopt(struct bpf_iter__task *ctx)
 	ADD(tasks_started, 1);
 	ADD(adopted, 1);
 	s->state = PL_T_LIVE;
-	ring = my_ring(bpf_get_smp_processor_id());
-	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r) + 16, 0) : NULL;
-	if (!r) {
-		ADD(lost_records, 1);
+	r = reserve(sizeof(*r) + 16);
+	if (!r)
 		return 0;
-	}
 	__builtin_memset(r, 0, sizeof(*r) + 16);
 	fill(&r->h, s, PL_START, 0);
 	r->h.nr = PL_NO_CALL;

@@ -133,7 +133,6 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 {
 	struct pl_rec_call *r;
 	struct file *f = NULL;
-	void *ring;
 	long nr = regs->orig_ax;
 	int acts = ACTS_NOT;
 	u32 mm;
@@ -157,12 +156,9 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 	}
 	if (!mm)
 		return 0;
-	ring = my_ring(bpf_get_smp_processor_id());
-	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r) + 16, 0) : NULL;
-	if (!r) {
-		ADD(lost_records, 1);
+	r = reserve(sizeof(*r) + 16);
+	if (!r)
 		return 0;
-	}
 	__builtin_memset(r, 0, sizeof(*r) + 16);
 	r->h.kind = PL_SYSCALL;
 	r->h.nr = nr;

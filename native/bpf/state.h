@@ -80,6 +80,17 @@ static __always_inline void *my_ring(u32 cpu)
 	return bpf_map_lookup_elem(&rings, &cpu);
 }
 
+/* Room for a record in the ring of the CPU; NULL, and counted as lost, where there is none. */
+static __always_inline void *reserve(u64 size)
+{
+	void *ring = my_ring(bpf_get_smp_processor_id());
+	void *room = ring ? bpf_ringbuf_reserve(ring, size, 0) : NULL;
+
+	if (!room)
+		ADD(lost_records, 1);
+	return room;
+}
+
 static __always_inline int number_of(struct pid *p, int global)
 {
 	int nr = 0;
@@ -162,13 +173,11 @@ static __always_inline void mm_drop(u64 ptr, u32 id)
 static __always_inline void flush_failed(struct pl_task *s)
 {
 	struct pl_rec_fault *r;
-	void *ring;
 
 	if (!s->pend)
 		return;
 	s->failed++;
-	ring = my_ring(bpf_get_smp_processor_id());
-	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r), 0) : NULL;
+	r = reserve(sizeof(*r));
 	if (r) {
 		fill(&r->h, s, PL_FAULT, PL_F_FAILED | PL_F_ERROR | (s->pend >> 8));
 		r->h.extra = s->pend_error;
@@ -176,8 +185,6 @@ static __always_inline void flush_failed(struct pl_task *s)
 		r->h.ip = s->pend_ip;
 		r->addr = s->pend_addr;
 		bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	} else {
-		ADD(lost_records, 1);
 	}
 	s->pend = 0;
 }

@@ -30,7 +30,6 @@ static __always_inline void began_unseen(struct task_struct *t)
 	struct task_struct *leader, *by;
 	struct pl_task *s, *c;
 	struct pl_rec_call *r;
-	void *ring;
 	int thread;
 
 	if (t->flags & (PF_KTHREAD | PF_IO_WORKER) || totals.stopped)
@@ -57,12 +56,9 @@ static __always_inline void began_unseen(struct task_struct *t)
 	c->nr = PL_NO_CALL;
 	c->state = PL_T_LIVE;
 	ADD(tasks_started, 1);
-	ring = my_ring(bpf_get_smp_processor_id());
-	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r), 0) : NULL;
-	if (!r) {
-		ADD(lost_records, 1);
+	r = reserve(sizeof(*r));
+	if (!r)
 		return;
-	}
 	fill(&r->h, s, PL_FORK, 0);
 	r->h.time_ns = bpf_ktime_get_ns();
 	r->h.ip = 0;
@@ -142,13 +138,11 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 {
 	u64 min = t->min_flt - s->base_min, all = counted(t) - s->base, maj = all - min, gup;
 	struct pl_rec_call *r;
-	void *ring;
 
 	flush_failed(s);
 	gup = unaccounted(t, s);
 	s->gup += gup;
-	ring = my_ring(bpf_get_smp_processor_id());
-	r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r), 0) : NULL;
+	r = reserve(sizeof(*r));
 	if (r) {
 		fill(&r->h, s, PL_EXIT, 0);
 		r->h.extra = gup;
@@ -164,8 +158,6 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 		r->dev = s->missed;
 		r->ino = s->nofault;
 		bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-	} else {
-		ADD(lost_records, 1);
 	}
 	mm_drop(s->mm_ptr, s->mm);
 	member_drop(s->tid);
@@ -183,13 +175,10 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 
 static __always_inline void switched(struct pl_task *s, u8 flags, u64 state, u64 now)
 {
-	void *ring = my_ring(bpf_get_smp_processor_id());
-	struct pl_rec_fault *r = ring ? bpf_ringbuf_reserve(ring, sizeof(*r), 0) : NULL;
+	struct pl_rec_fault *r = reserve(sizeof(*r));
 
-	if (!r) {
-		ADD(lost_records, 1);
+	if (!r)
 		return;
-	}
 	fill(&r->h, s, PL_SWITCH, flags);
 	r->h.time_ns = now;
 	r->h.ip = 0;
