@@ -138,6 +138,8 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 		s->nr = PL_NO_CALL;
 		return 0;
 	}
+	if (cfg.batch)
+		flush_batch(s); /* before what may unmap it */
 	now = bpf_ktime_get_ns();
 	fill(&x->call.h, s, PL_SYSCALL, s->compat ? PL_F_COMPAT : 0);
 	x->call.h.nr = nr;

@@ -17,7 +17,8 @@ enum pl_kind {
 	PL_SWITCH = 6,   /* struct pl_rec_fault: addr = prev state (out) or 0 (in) */
 	PL_DAEMON = 7,   /* args and text by daemon; result: which (enum pl_daemon) */
 	PL_START = 8,    /* a task that the recording began with: args as PL_FORK; text: comm */
-	PL_KINDS = 9
+	PL_FAULT_BATCH = 9,   /* struct pl_batch: nframes faults of one task, on one CPU, in one system call or none */
+	PL_KINDS = 10
 };
 
 enum pl_daemon {
@@ -65,6 +66,20 @@ struct pl_rec_call {
 	unsigned long long dev, ino;
 };                              /* 120 */
 
+/* A fault in a batch: two addresses of 48 bits; on top of them 30 bits of ns since the batch's head.time_ns (16 and 14),
+ * and PL_F_USER and PL_F_MAJOR. What does not fit has a record of its own. */
+struct pl_short_fault {
+	unsigned long long addr_time, ip_time_flags;
+};
+#define PL_SHORT_ADDR 48
+#define PL_SHORT_TIME 30
+#define PL_BATCH 32             /* a power of two, less than 128 */
+
+struct pl_batch {
+	struct pl_head h;
+	struct pl_short_fault faults[PL_BATCH];
+};
+
 #define PL_NO_MM 0xffffffffU    /* pl_head.mm: of no recorded address space */
 
 #define PL_MAX_FRAMES 64
@@ -87,6 +102,8 @@ struct pl_task {
 	unsigned long long mm_ptr;
 	unsigned int walking;   /* our own stack walk: the faults it is refused do not count */
 	unsigned int fresh;     /* adopted, and no event since: see first_event() */
+	unsigned int batched, unused;   /* faults that stand in `batch` */
+	struct pl_batch batch;
 };
 
 /* pl_task.nr */
@@ -120,6 +137,6 @@ struct pl_settings {
 	unsigned int switches;
 	unsigned int daemons;
 	unsigned int raw;       /* registers and the top of the stack instead of frames */
-	unsigned int unused;
+	unsigned int batch;     /* neither stacks nor entries: short records, PL_BATCH at a time */
 };
 #endif

@@ -134,6 +134,27 @@ static __always_inline void fill(struct pl_head *h, struct pl_task *s, u8 kind, 
 	h->latency_ns = 0;
 }
 
+/* Sends the faults that stand in a task's batch. Whoever takes the count has them: the task itself, the switch away from
+ * it or, when all is over, `leftover`. Returns how many found no room. */
+static __always_inline u32 flush_batch(struct pl_task *s)
+{
+	u32 n = __sync_lock_test_and_set(&s->batched, 0);
+	void *ring;
+
+	if (!n)
+		return 0;
+	if (n > PL_BATCH)
+		n = PL_BATCH;
+	s->batch.h.nframes = n;
+	ring = my_ring(bpf_get_smp_processor_id());
+	if (ring && !bpf_ringbuf_output(ring, &s->batch, sizeof(s->batch.h) + (n & (2 * PL_BATCH - 1)) * sizeof(struct pl_short_fault),
+					BPF_RB_NO_WAKEUP))
+		return 0;
+	s->recorded -= n;
+	s->lost += n;
+	return n;
+}
+
 static __always_inline u64 user_ip(struct task_struct *t)
 {
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(t);

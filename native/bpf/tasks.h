@@ -7,6 +7,8 @@ static __always_inline void emit_task(struct task_struct *t, struct pl_task *s, 
 	struct scratch *x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	u32 n = 0;
 
+	if (cfg.batch)
+		flush_batch(s);
 	if (!x) {
 		ADD(lost_records, 1);
 		return;
@@ -140,6 +142,8 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 	struct pl_rec_call *r;
 
 	flush_failed(s);
+	if (cfg.batch)
+		flush_batch(s);
 	gup = unaccounted(t, s);
 	s->gup += gup;
 	r = reserve(sizeof(*r));
@@ -197,9 +201,11 @@ int BPF_PROG(task_switch, bool preempt, struct task_struct *prev, struct task_st
 			s = io_worker(prev);
 		if (s)
 			task_gone(prev, s);
-	} else if (cfg.switches) {
+	} else if (cfg.switches || cfg.batch) {
 		s = member(prev);
-		if (s)
+		if (s && cfg.batch)
+			flush_batch(s);
+		if (s && cfg.switches)
 			switched(s, PL_F_OUT, preempt ? 0x100 : prev->__state, bpf_ktime_get_ns());
 	}
 	if (next->start_time >= totals.begun && !bpf_task_storage_get(&tasks, next, 0, 0))

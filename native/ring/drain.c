@@ -87,6 +87,38 @@ static int64_t take_raw(struct pl_drain *d, const struct pl_head *h, const uint6
 	return stack;
 }
 
+/* Each fault of a batch becomes a row of its own. */
+static void take_faults(struct pl_drain *d, const struct pl_head *h, size_t size)
+{
+	const struct pl_batch *b = (const void *)h;
+	struct pl_spool_fault row = { .r.h = *h, .stack_id = -1 };
+	const uint64_t address = (1ULL << PL_SHORT_ADDR) - 1;
+
+	if (h->nframes > PL_BATCH || size < sizeof(*h) + h->nframes * sizeof(b->faults[0])) {
+		d->stats.damaged++;
+		return;
+	}
+	d->stats.taken[PL_FAULT] += h->nframes;
+	if (d->spool.error) {
+		d->stats.dropped_faults += h->nframes;
+		return;
+	}
+	row.r.h.kind = PL_FAULT;
+	row.r.h.nframes = 0;
+	for (unsigned int i = 0; i < h->nframes; i++) {
+		const struct pl_short_fault *f = &b->faults[i];
+
+		uint64_t high = f->ip_time_flags >> PL_SHORT_ADDR; /* 14 bits of the time, 2 flags */
+
+		row.r.h.flags = (unsigned char)(high >> 14);
+		row.r.h.time_ns = h->time_ns + (f->addr_time >> PL_SHORT_ADDR | (high & 0x3fff) << 16);
+		row.r.h.ip = f->ip_time_flags & address;
+		row.r.addr = f->addr_time & address;
+		pl_spool_put(&d->spool, PL_OUT_FAULTS, &row, sizeof(row));
+	}
+	d->stats.faults += h->nframes;
+}
+
 static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 {
 	const struct pl_head *h = (const void *)p;
@@ -94,6 +126,10 @@ static void take(struct pl_drain *d, const unsigned char *p, size_t size)
 	size_t fixed = small ? sizeof(struct pl_rec_fault) : sizeof(struct pl_rec_call);
 	int64_t stack = -1;
 
+	if (h->kind == PL_FAULT_BATCH) {
+		take_faults(d, h, size);
+		return;
+	}
 	if (size < fixed + h->nframes * 8UL + h->ntext || h->kind >= PL_KINDS) {
 		d->stats.damaged++;
 		return;
@@ -363,4 +399,5 @@ PL_EXPORT void pl_record_sizes(uint64_t *sizes)
 	sizes[3] = sizeof(struct pl_totals);
 	sizes[4] = sizeof(struct pl_drain_stats);
 	sizes[5] = sizeof(struct pl_spool_raw);
+	sizes[6] = sizeof(struct pl_batch);
 }

@@ -9,7 +9,8 @@ from pagelens.linux import drain, recording
 
 
 def test_sizes_are_those_of_the_c_core() -> None:
-    fault, call, task, totals, stats, raw = drain.record_sizes()
+    fault, call, task, totals, stats, raw, batch = drain.record_sizes()
+    assert batch == 48 + 32 * 16 == ctypes.sizeof(ctypes.c_uint64 * 71) - 8
     assert raw == records.RAW.itemsize
     assert fault == records.FAULT.itemsize
     assert call == records.CALL.itemsize

@@ -46,11 +46,11 @@ def spawn() -> Iterator[Spawn]:
         yield start
 
 
-def watch(spawn: Spawn, directory: Path, pid: int) -> subprocess.Popen[str]:
+def watch(spawn: Spawn, directory: Path, pid: int, *args: str) -> subprocess.Popen[str]:
     """attach, until it is told to end; returns when it records."""
     watcher = spawn(
         *(sys.executable, "-m", "pagelens.cli.main", "attach", str(pid), "-c", directory / "a.plens"),
-        *("--summary-json", directory / "a.json"),
+        *("--summary-json", directory / "a.json", *args),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(SRC)},
@@ -108,6 +108,48 @@ def test_known_faults_from_the_moment_on(tmp_path: Path, spawn: Spawn) -> None:
     assert run.capture.table("mms").num_rows == 2
 
 
+SPINS = r"""
+#include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(void) {
+  char *p = mmap(0, 4096 * 4096L, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  volatile unsigned long x = 0;
+  char c;
+  madvise(p, 4096 * 4096L, MADV_NOHUGEPAGE);
+  printf("%p\n", (void *)p); fflush(stdout);
+  read(0, &c, 1);
+  for (long i = 0; i < 70; i++) p[i * 4096] = 1;
+  for (;;) x++; }
+"""
+
+
+@pytest.mark.parametrize("detail", ["lean", "normal"])
+def test_faults_before_a_busy_loop(tmp_path: Path, spawn: Spawn, detail: str) -> None:
+    # Lean records stand in the task's batch until it is full or the task leaves its CPU; the end of the recording
+    # fetches them.
+    source = tmp_path / "t.c"
+    source.write_text(SPINS)
+    subprocess.run(["gcc", "-O1", "-o", tmp_path / "t", source], check=True)
+    child = spawn(tmp_path / "t", stdin=subprocess.PIPE)
+    assert child.stdout and child.stdin
+    base = int(child.stdout.readline(), 16)
+    watcher = watch(spawn, tmp_path, child.pid, "--detail", detail)
+    child.stdin.write("x")
+    child.stdin.flush()
+    time.sleep(patience(0.3))
+    watcher.send_signal(signal.SIGINT)
+    _, err = watcher.communicate(timeout=60)
+    assert watcher.returncode == 0, err
+    assert child.poll() is None and clean(child.pid)
+    run = Run(0, "", err, json.loads((tmp_path / "a.json").read_text()), tmp_path / "a.plens")
+    assert_complete(run)
+    rows = run.rows(f"kind = 'fault' and addr >= {base} and addr < {base + 70 * 4096}")
+    assert [(r["addr"] - base) // 4096 for r in rows] == list(range(70))
+    times = [r["time_ns"] for r in rows]
+    assert times == sorted(times)
+
+
 THREADS = r"""
 #include <pthread.h>
 #include <stdio.h>
@@ -137,7 +179,8 @@ def test_thread_churn_attach_and_detach_often(tmp_path: Path, spawn: Spawn) -> N
     child = spawn(tmp_path / "t", tmp_path / "stop")
     assert child.stdout
     child.stdout.readline()
-    runs = [attach(tmp_path, child.pid, "--duration", "0.15") for _ in range(4)]
+    details = ("normal", "lean", "normal", "lean")
+    runs = [attach(tmp_path, child.pid, "--duration", "0.15", "--detail", detail) for detail in details]
     for run in runs:
         assert run.returncode == 0, run.stderr
         assert run.faults["unexplained"] == 0
@@ -201,8 +244,8 @@ def test_tree_under_a_storm_of_forks(tmp_path: Path, spawn: Spawn, subjects: Sub
     # Hundreds of children start and end a second, some between two passes over the tasks: none is lost, none is harmed.
     storm = spawn(subjects("fork_storm"))
     assert storm.stdout and storm.stdout.readline() == "ready\n"
-    for _ in range(3):
-        tree = attach(tmp_path, storm.pid, "--tree", "--duration", "0.4")
+    for detail in ("normal", "lean", "normal"):
+        tree = attach(tmp_path, storm.pid, "--tree", "--duration", "0.4", "--detail", detail)
         assert tree.returncode == 0, tree.stderr
         assert_complete(tree)
         assert tree.faults["recorded"] > 1000

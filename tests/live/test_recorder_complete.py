@@ -177,8 +177,9 @@ def test_fast_faults(tmp_path: Path, subjects: Subjects, detail: str) -> None:
     assert len(inside) == pages or (balancing.exists() and balancing.read_text().strip() != "0")
 
 
-def test_tiny_ring_loses_and_says_so(tmp_path: Path, subjects: Subjects) -> None:
-    run = record(tmp_path, [subjects("toucher"), "65536"], "--ring-size", "4096")
+@pytest.mark.parametrize("detail", ["lean", "normal"])
+def test_tiny_ring_loses_and_says_so(tmp_path: Path, subjects: Subjects, detail: str) -> None:
+    run = record(tmp_path, [subjects("toucher"), "65536"], "--ring-size", "4096", "--detail", detail)
     faults = run.faults
     assert faults["lost"] > 1000
     assert faults["unexplained"] == 0

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pagelens.linux.drain import Drain
-from support.rings import BUSY, DISCARD, FAULT, HEAD, PAGE, ROWS, SWITCH, SYSCALL, Ring, record
+from support.rings import BATCH, BUSY, DISCARD, FAULT, HEAD, PAGE, ROWS, SWITCH, SYSCALL, Ring, record
 
 RAW = 64
 
@@ -62,18 +62,52 @@ def test_damaged_records_are_counted(tmp_path: Path) -> None:
 
 
 def test_random_records(tmp_path: Path) -> None:
-    """Heads of random bytes: each is taken or damaged, and the next pass goes on."""
+    """Heads of random bytes: each is taken or damaged, and the next pass goes on. A batch is several, or none."""
     chance = random.Random(5)
+    more = 0
     with Ring(tmp_path, 64 * PAGE) as ring:
         for _ in range(40):
             for _ in range(100):
                 data = bytearray(chance.randbytes(chance.choice((8, 56, 120, 300, 1500))))
-                data[0] = chance.randrange(1, 11)
+                data[0] = chance.randrange(1, 12)
+                if data[0] == BATCH and data[2] <= 32 and len(data) >= 48 + 16 * data[2]:
+                    more += data[2] - 1
                 ring.put(bytes(data))
             ring.drain.rotate()
             assert ring.consumer == ring.producer
-        assert ring.stats.damaged + sum(ring.stats.taken) == 4000
+        assert ring.stats.damaged + sum(ring.stats.taken) == 4000 + more
         assert min(ring.stats.damaged, sum(ring.stats.taken)) > 100
+
+
+def test_batches_become_faults(tmp_path: Path) -> None:
+    """Of 32 faults, of 1 and of none; more than fit, or than the record has room for, are damaged."""
+
+    def batch(n: int, rows: int) -> bytes:
+        head = HEAD.pack(BATCH, 0, n, 0, 9, 3, 70, 71, 2, 0, 10**15, 0, 0)
+        times = [i * 0x1FFFFFF for i in range(rows)]  # the last takes all 30 bits
+        words = [
+            (
+                0x7FFF_FFFF_F000 + i | (t & 0xFFFF) << 48,
+                0x5555_0000_0000 + i | (t >> 16) << 48 | (i & 3) << 62,
+            )
+            for i, t in enumerate(times)
+        ]
+        return head + b"".join(struct.pack("<QQ", *w) for w in words)
+
+    with Ring(tmp_path, 4 * PAGE) as ring:
+        for n, rows in ((32, 32), (1, 1), (0, 0), (33, 33), (2, 1)):
+            ring.put(batch(n, rows))
+        ring.drain.rotate()
+        assert (ring.stats.faults, ring.stats.taken[FAULT], ring.stats.damaged) == (33, 33, 2)
+        raw = ring.rows(0, "faults")
+        rows = [HEAD.unpack(raw[i : i + 48]) for i in range(0, len(raw), ROWS["faults"])]
+        assert {(r[0], *r[2:10], r[11]) for r in rows} == {(FAULT, 0, 0, 9, 3, 70, 71, 2, 0, 0)}
+        assert [r[1] for r in rows] == [i & 3 for i in range(32)] + [0]
+        assert [r[10] for r in rows] == [10**15 + i * 0x1FFFFFF for i in range(32)] + [10**15]
+        assert [r[12] for r in rows] == [0x5555_0000_0000 + i for i in range(32)] + [0x5555_0000_0000]
+        columns = np.frombuffer(raw, "<i8").reshape(-1, 8)
+        assert columns[:, 6].tolist() == [0x7FFF_FFFF_F000 + i for i in range(32)] + [0x7FFF_FFFF_F000]
+        assert set(columns[:, 7].tolist()) == {-1}
 
 
 def test_raw_stacks(tmp_path: Path) -> None:

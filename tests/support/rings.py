@@ -11,7 +11,7 @@ from pagelens.linux.drain import Drain, DrainStats
 
 PAGE = 4096
 BUSY, DISCARD = 1 << 31, 1 << 30
-FAULT, SYSCALL, SWITCH = 1, 2, 6
+FAULT, SYSCALL, SWITCH, BATCH = 1, 2, 6, 9
 HEAD = struct.Struct("<BBBBhHIIIIQQQ")
 ROWS = {
     "faults": 64,

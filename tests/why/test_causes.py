@@ -101,6 +101,10 @@ CASES: list[tuple[str, str, Evidence]] = [
     ("invalid-end-of-file", "likely", evidence(failed=True, area=Area.FILE)),
     ("gave-up", "likely", evidence(failed=True)),
     ("spurious", "certain", evidence(write=True, prior=Prior.ANON, race=Race.THREAD)),
+    ("spurious", "likely", evidence(write=True, prior=Prior.ANON, race=Race.LATE)),
+    ("spurious", "likely", evidence(area=Area.FILE, prior=Prior.FILE, race=Race.LATE)),
+    ("file-page-disk", "likely", evidence(area=Area.FILE, prior=Prior.FILE, race=Race.LATE, major=True)),
+    ("after-free", "certain", evidence(write=True, prior=Prior.ANON, mark=Mark.FREE, race=Race.LATE)),
     ("spurious", "likely", evidence(**COW)),
     ("kernel-access", "certain", evidence(write=True, user=False, in_call=True)),
     ("unknown", "unknown", evidence(area=Area.UNSEEN)),
@@ -169,7 +173,7 @@ def test_rules_overlap_only_where_evidence_cannot_decide() -> None:
         "prior": tuple(Prior),
         "forked": tuple(Forked),
         "mark": tuple(Mark),
-        "race": (Race.NONE, Race.THREAD),
+        "race": (Race.NONE, Race.THREAD, Race.LATE),
         "huge": tuple(Huge),
         "dropped": (False, True),
         "numa": (False, True),
@@ -195,6 +199,8 @@ def _consistent(g: dict[str, object]) -> bool:
     if g["guarded"] is not Guarded.NONE and not (g["present"] and g["write"]):
         return False
     if g["dropped"] and g["prior"] is not Prior.NONE:
+        return False
+    if g["race"] is Race.LATE and (g["present"] or g["prior"] is Prior.NONE):
         return False
     if g["mark"] is not Mark.NONE and g["prior"] is Prior.NONE:
         return False

@@ -300,8 +300,12 @@ def map_lookup(fd: int, key: Any, value: Any) -> bool:
 def _missing(what: str, code: int) -> CapabilityMissingError:
     reason = os.strerror(code) if code else "no reason given"
     detail = ""
-    if _log and _log.lines and code not in (errno.EPERM, errno.EACCES):
-        last = [line for text in _log.lines[-3:] for line in text.splitlines()[-2:]]
+    # EACCES is also what the verifier gives for a program that it does not like: then its log says why.
+    refused = code in (errno.EPERM, errno.EACCES) and not any(
+        "LOAD LOG" in x for x in (_log.lines if _log else ())
+    )
+    if _log and _log.lines and not refused:
+        last = [line for text in _log.lines[-4:] for line in text.splitlines()[-4:]]
         detail = "; " + " | ".join(last)[-300:]
-    fix = "run as root, or: sudo setcap cap_bpf,cap_perfmon+ep on the interpreter" if code in (1, 13) else ""
+    fix = "run as root, or: sudo setcap cap_bpf,cap_perfmon+ep on the interpreter" if refused else ""
     return CapabilityMissingError(f"{what}: {reason}{detail}", capability="bpf", fix=fix)

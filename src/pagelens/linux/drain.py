@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pagelens.linux.native import library
 
-KINDS = 9  # PL_KINDS of native/bpf/record.h
+KINDS = 10  # PL_KINDS of native/bpf/record.h
 
 
 class DrainStats(ctypes.Structure):
@@ -58,8 +58,9 @@ def _core() -> ctypes.CDLL:
 
 
 def record_sizes() -> list[int]:
-    """Bytes of: a spooled fault, a spooled call, the task state, the totals, the drain's figures, a raw stack."""
-    sizes = (ctypes.c_uint64 * 6)()
+    """Bytes of: a spooled fault, a spooled call, the task state, the totals, the drain's figures, a raw stack,
+    a batch of faults."""
+    sizes = (ctypes.c_uint64 * 7)()
     _core().pl_record_sizes(ctypes.byref(sizes))
     return list(sizes)
 

@@ -17,7 +17,6 @@ SYS_PERF_EVENT_OPEN = 298  # x86-64
 TYPE_SOFTWARE = 1
 PAGE_FAULTS_MIN = 5
 PAGE_FAULTS_MAJ = 6
-SAMPLE_ADDR = 1 << 3
 FLAG_FD_CLOEXEC = 8
 _DISABLED = 1 << 0
 
@@ -76,9 +75,7 @@ def open_fault_event(config: int, cpu: int) -> int:
 
     CapabilityMissingError without CAP_PERFMON.
     """
-    attr = EventAttr(
-        type=TYPE_SOFTWARE, config=config, sample_period=1, sample_type=SAMPLE_ADDR, flags=_DISABLED
-    )
+    attr = EventAttr(type=TYPE_SOFTWARE, config=config, sample_period=1, flags=_DISABLED)
     try:
         return event_open(attr, -1, cpu)
     except OSError as error:

@@ -20,7 +20,7 @@ from pagelens.linux.drain import Drain, DrainStats
 
 # Programs of each level of detail.
 _LEAN = ("fault_minor", "fault_major", "call_enter", "call_exit", "task_new", "task_exec", "task_switch")
-_ALWAYS = (*_LEAN, "adopt", "collect")
+_ALWAYS = (*_LEAN, "adopt", "collect", "leftover")
 _ENTRIES = ("entry_user", "entry_kernel")
 _OF_TASKS = ("task_new", "task_exec")
 _DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
@@ -37,7 +37,7 @@ class _Settings(ctypes.Structure):
         ("switches", ctypes.c_uint32),
         ("daemons", ctypes.c_uint32),
         ("raw", ctypes.c_uint32),
-        ("unused", ctypes.c_uint32),
+        ("batch", ctypes.c_uint32),
     )
 
 
@@ -86,6 +86,7 @@ class _Task(ctypes.Structure):
         ("compat", ctypes.c_uint32),
         ("mm_ptr", ctypes.c_uint64),
         ("walking", ctypes.c_uint64),
+        ("batch", ctypes.c_uint64 * 71),  # with its count
     )
 
 
@@ -132,6 +133,7 @@ class BpfRecording:
             settings.stacks = MAX_FRAMES if options.stacks and not lean else 0
             settings.raw = 1 if options.detail == "full" and options.stacks else 0
             settings.entry = 0 if lean else 1
+            settings.batch = 1 if lean else 0
             settings.switches = 1 if options.switches else 0
             obj.set_max_entries("rings", len(self._rings))
             obj.load()
@@ -194,12 +196,21 @@ class BpfRecording:
         without the spool's columns). They are then in `totals`."""
         self._totals.stopped = 1
         found = self._object.read_iterator("collect")
+        if self.options.detail == "lean":
+            self._grace()  # who was completing a fault then has put it into its batch
+            self._object.read_iterator("leftover")
         # A task that is released already, but has not left its CPU for the last time, is in no list: it is
         # counted when it does (finish_task_switch), so we stay attached for it.
         until = time.monotonic() + 2
         while self.live_tasks() > 0 and time.monotonic() < until:
             time.sleep(0.001)
         return found
+
+    def _grace(self) -> None:
+        # An update of a map of maps, even to what it is, returns when no program runs any more that had begun before
+        # (maybe_wait_bpf_programs, kernel/bpf/syscall.c).
+        cpu, ring = next((cpu, ring) for cpu, ring in enumerate(self._rings) if ring >= 0)
+        bpf.map_update(self._object.map_fd("rings"), ctypes.c_uint32(cpu), ctypes.c_uint32(ring))
 
     def _learn_files(self) -> None:
         # Writes of our own that change nothing (a refused one, an empty one) show the programs which files those are.

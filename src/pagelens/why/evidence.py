@@ -100,6 +100,7 @@ class Race(enum.IntEnum):
     CALL = 2  # another thread's memory system call on this range overlapped it
     MAYBE = 4  # no latencies: another thread's fault on the same page was just before it
     HANDLER = 3  # a userfaultfd ioctl overlapped it
+    LATE = 5  # another thread's fault mapped the same page just before this one's handler began
 
 
 class Guarded(enum.IntEnum):

@@ -47,6 +47,8 @@ PF_PK = 0x20  # error code: a protection key forbade it
 _SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
 EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
 NEARBY = 100_000  # ns: a fault that takes longer has slept
+# ns: the CPU finds an entry absent some time before the handler's first event, a stolen virtual CPU much before it.
+LATE = 1_000_000
 UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
 
 
@@ -70,10 +72,13 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     _thread_race(run, past, race, again, begun, write)
     # A read of another thread came first: the page was there when this write was looked at.
     raced_read = (race[again] == Race.NONE) & write[again] & ~present[again]
-    raced_read &= (past.touch[again] > begun) & (prior[again] == Prior.ZERO)
+    late = _late(run, past, again, begun)
+    raced_read &= ((past.touch[again] > begun) | late) & (prior[again] == Prior.ZERO)
     present[again[raced_read]] = True
     _call_race(facts, run, race)
     _perhaps_race(run, past, race)
+    late &= (race[again] == Race.NONE) & ~present[again] & (write[past.before[again]] | ~write[again])
+    race[again[late]] = int(Race.LATE)
     guarded = _guarded(run, past, present & write & ~faults.failed)
     uffd = _handlers(facts, run, race, present, guarded)
 
@@ -163,6 +168,17 @@ def _thread_race(run: Replayed, past: History, race: I64, rows: I64, begun: I64,
     hit &= faults.mm[prev] == faults.mm[rows]
     hit &= write[prev] | ~write[rows]
     race[rows[hit]] = int(Race.THREAD)
+
+
+def _late(run: Replayed, past: History, rows: I64, begun: I64) -> Bool:
+    # Another thread's fault on the page had completed when the handler of this one began, but perhaps not when the CPU
+    # looked the page up.
+    faults = run.faults
+    prev = past.before[rows]
+    ahead = begun - faults.time[prev]
+    late = ~faults.failed[rows] & (faults.latency[rows] > 0) & (ahead >= 0) & (ahead < LATE)
+    late &= (faults.tid[prev] != faults.tid[rows]) & (faults.mm[prev] == faults.mm[rows])
+    return np.asarray(late)
 
 
 def _perhaps_race(run: Replayed, past: History, race: I64) -> None:

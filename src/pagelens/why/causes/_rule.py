@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pagelens.why.evidence import Area, Evidence, Forked, Guarded, Prior, Race
+from pagelens.why.evidence import Area, Evidence, Forked, Guarded, Huge, Mark, Prior, Race
 from pagelens.why.verdict import CERTAIN
 
 
@@ -40,7 +40,16 @@ class Rule:
 
 def ordinary(e: Evidence) -> bool:
     """Completed, and neither a handler in user space nor another thread's fault did the work."""
-    return not e.failed and not e.uffd and e.race is not Race.THREAD and e.area is not Area.UNSEEN
+    raced = e.race is Race.THREAD or overtaken(e)
+    return not e.failed and not e.uffd and not raced and e.area is not Area.UNSEEN
+
+
+def overtaken(e: Evidence) -> bool:
+    """Another thread's fault had just mapped the page, and nothing that is known took it away since."""
+    there = e.race is Race.LATE and e.prior not in (Prior.NONE, Prior.SWAPPED)
+    mine = not (e.write and private(e)) or e.prior is Prior.ANON
+    gone = e.dropped or e.mark is not Mark.NONE or e.major or e.huge is Huge.MADE
+    return there and mine and not gone and not e.present and allowed(e)
 
 
 def returned(e: Evidence) -> bool:

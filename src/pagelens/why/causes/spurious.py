@@ -4,7 +4,7 @@ entry).
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, allowed, ordinary, private
+from pagelens.why.causes._rule import Finding, Rule, allowed, ordinary, overtaken, private
 from pagelens.why.evidence import Area, Evidence, Forked, Guarded, Prior, Race
 from pagelens.why.verdict import LIKELY
 
@@ -14,6 +14,9 @@ def _holds(e: Evidence) -> Finding | None:
         return None
     if e.race is Race.THREAD:
         return Finding("another thread's fault on the same page completed while this one was under way")
+    if overtaken(e):
+        why = "less than 1 ms before the kernel looked at this fault another thread's had mapped the page"
+        return Finding(why, LIKELY)
     if not (ordinary(e) and e.present and allowed(e)) or e.area in (
         Area.UNMAPPED,
         Area.SPECIAL,
