@@ -90,7 +90,9 @@ class Bench:
             "perf completed, entries, stacks": [*self.perf(f"{completed},{entries}", "-g"), *work],
             "normal": [*self.ours("--detail", "normal"), *work],
         }
-        best = middle(variants, 4 * self.rounds)  # what is added is a tenth of the whole: least of five is chance
+        best = middle(
+            variants, 4 * self.rounds
+        )  # what is added is a tenth of the whole: least of five is chance
         alone = best.pop("alone")
         print(f"## {FAULTS:,} first-touch faults: {alone / 1000:.0f} ms alone; added:")
         for name, value in best.items():
