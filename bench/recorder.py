@@ -1,10 +1,10 @@
 """What recording costs the recorded program, against perf in the same run.
 
 Each figure is user+system time of the program's own work (it measures itself, so that start-up and our own
-processes do not count), the least (of faults the median) of several interleaved rounds: on a busy machine wall time
+processes do not count), the median of several interleaved rounds: on a busy machine wall time
 says little.
 
-  ./dev bench recorder            (about two minutes)
+  ./dev bench recorder            (about six minutes)
   python bench/recorder.py 3 faults summary      rounds, and only these parts
 """
 
@@ -44,16 +44,6 @@ def middle(variants: dict[str, Command], rounds: int) -> dict[str, float]:
         for name, command in variants.items():
             found[name].append(used(command))
     return {name: statistics.median(values) for name, values in found.items()}
-
-
-def least(variants: dict[str, Command], rounds: int) -> dict[str, float]:
-    """The least of `rounds` interleaved measurements of each."""
-    best: dict[str, float] = {}
-    for _ in range(rounds):
-        for name, command in variants.items():
-            value = used(command)
-            best[name] = min(best.get(name, value), value)
-    return best
 
 
 class Bench:
@@ -128,12 +118,12 @@ class Bench:
                 "lean": [*self.ours("--detail", "lean"), *work],
                 "normal": [*self.ours("--detail", "normal"), *work],
             }
-            best = least(variants, max(2, self.rounds - 2))
+            best = middle(variants, 2 * self.rounds)
             holder = subprocess.Popen(
                 [*self.ours("--detail", "normal"), "sleep", "60"], stderr=subprocess.DEVNULL, env=ENV
             )
             time.sleep(2)
-            best["bystander"] = least({"x": work}, max(2, self.rounds - 2))["x"]
+            best["bystander"] = middle({"x": work}, 2 * self.rounds)["x"]
             holder.terminate()
             holder.wait()
             added = {k: (v - best["alone"]) / count for k, v in best.items() if k != "alone"}
@@ -143,7 +133,7 @@ class Bench:
     def cpu_bound(self) -> None:
         """A program that only computes."""
         work = [self.subject, "spin", "8"]
-        best = least({"alone": work, "normal": [*self.ours(), *work]}, 2)
+        best = middle({"alone": work, "normal": [*self.ours(), *work]}, self.rounds)
         share = best["normal"] / best["alone"] - 1
         print(f"## CPU-bound, {best['alone'] / 1e6:.1f} s: {100 * share:+.2f} % (asked: under 1 %)")
 
