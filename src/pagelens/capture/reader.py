@@ -7,7 +7,8 @@ capture, is its version known, was the recorder killed) and the snapshots as `vm
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,24 +74,32 @@ class Capture(CaptureDirectory):
             table = self.table(name)
             return table.filter(pc.equal(table.column("snapshot"), number))
 
-        vmas = []
-        for v in mine("vmas").sort_by("vma").to_pylist():
-            prot, shared = Vma.parse_perms(v["perms"])
-            flags = None if v["vm_flags"] is None else frozenset(v["vm_flags"].split())
-            vmas.append(
-                Vma(v["start"], v["end"], prot, shared, v["offset"], v["dev"], v["inode"], v["name"], flags)
-            )
-        return Snapshot(
-            pid=row["pid"],
-            time_ns=row["time_ns"],
-            vmas=VmaList(vmas),
-            pages=_pages(mine("pages")),
-            accounting=_accounting(mine("accounting"), row["status"]),
-            method=row["method"],
-            complete=row["complete"],
-            notes=tuple((row["notes"] or "").splitlines()),
-            until_ns=-1 if row.get("until_ns") is None else row["until_ns"],
-        )
+        vmas = [vma_of(v) for v in mine("vmas").sort_by("vma").to_pylist()]
+        accounting = _accounting(mine("accounting"), row["status"])
+        return replace(snapshot_of(row, vmas, _pages(mine("pages"))), accounting=accounting)
+
+
+def vma_of(row: dict[str, Any]) -> Vma:
+    """The vma of a row of `vmas`."""
+    prot, shared = Vma.parse_perms(row["perms"])
+    flags = None if row["vm_flags"] is None else frozenset(row["vm_flags"].split())
+    return Vma(
+        row["start"], row["end"], prot, shared, row["offset"], row["dev"], row["inode"], row["name"], flags
+    )
+
+
+def snapshot_of(row: dict[str, Any], vmas: Iterable[Vma], pages: PageRuns | None) -> Snapshot:
+    """The snapshot of a row of `snapshots` and what belongs to it, without accounting."""
+    return Snapshot(
+        pid=row["pid"],
+        time_ns=row["time_ns"],
+        vmas=VmaList(vmas),
+        pages=pages,
+        method=row["method"],
+        complete=row["complete"],
+        notes=tuple((row["notes"] or "").splitlines()),
+        until_ns=-1 if row.get("until_ns") is None else row["until_ns"],
+    )
 
 
 def read_part(path: Path, columns: Sequence[str] | None = None) -> Any:

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.capture.merging import rules_of
-from pagelens.capture.reader import Capture, plain, read_batches, rows_of
+from pagelens.capture.reader import Capture, plain, read_batches, rows_of, snapshot_of, vma_of
 from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
-from pagelens.vm.vma import Vma, VmaList
+from pagelens.vm.vma import Vma
 from pagelens.why.facts import I64, Call, Facts, Faults, FrameShot, Task
 from pagelens.why.replay import CLONE_VM, in_order, with_new_mm
 
@@ -214,11 +214,7 @@ def _snapshots(capture: Capture, *, frames: bool) -> tuple[dict[int, Snapshot], 
     vmas: dict[int, list[Vma]] = defaultdict(list)
     columns = ["snapshot", "vma", "start", "end", "perms", "offset", "dev", "inode", "name", "vm_flags"]
     for v in capture.table("vmas", columns).to_pylist():
-        prot, shared = Vma.parse_perms(v["perms"])
-        flags = None if v["vm_flags"] is None else frozenset(v["vm_flags"].split())
-        vmas[v["snapshot"]].append(
-            Vma(v["start"], v["end"], prot, shared, v["offset"], v["dev"], v["inode"], v["name"], flags)
-        )
+        vmas[v["snapshot"]].append(vma_of(v))
     pages = _pages(capture, frames)
     first: dict[int, Snapshot] = {}
     last: dict[int, Snapshot] = {}
@@ -227,15 +223,7 @@ def _snapshots(capture: Capture, *, frames: bool) -> tuple[dict[int, Snapshot], 
         if into is first and row["mm"] in first:
             continue
         number = row["snapshot"]
-        into[row["mm"]] = Snapshot(
-            row["pid"],
-            row["time_ns"],
-            VmaList(vmas[number]),
-            pages.get(number),
-            method=row["method"],
-            complete=row["complete"],
-            until_ns=-1 if row.get("until_ns") is None else row["until_ns"],
-        )
+        into[row["mm"]] = snapshot_of(row, vmas[number], pages.get(number))
     return first, last
 
 
