@@ -2,6 +2,9 @@
 #ifndef PL_FAULTS
 #define PL_FAULTS
 
+#define WRITE_PRESENT 3         /* bits of the error code */
+#define GFP_OF_USERS 0x0a       /* __GFP_HIGHMEM | __GFP_MOVABLE: the same bits from 6.1 to 7.2 */
+
 /* The user registers, and what can be read of PL_RAW_STACK bytes from the stack pointer up; returns the bytes. For
  * code without frame pointers: unwound later (native/unwind.c). Near the end of a stack the copy ends with its page. */
 static __always_inline long raw_stack(struct task_struct *t, u64 *to)
@@ -74,6 +77,14 @@ static __always_inline int batch_fault(struct pl_task *s, u8 flags, u64 now, u64
 	return 1;
 }
 
+/* A write to a present page copies it or makes it writable: whether the kernel took a page meanwhile, tells which. */
+static __always_inline u8 pages_of(struct pl_task *s)
+{
+	if (!cfg.pages || (s->pend_error & WRITE_PRESENT) != WRITE_PRESENT)
+		return 0;
+	return PL_F_WATCHED | (s->new_page ? PL_F_NEW_PAGE : 0);
+}
+
 static __always_inline int completed(struct perf_context *ctx, u8 major)
 {
 	struct task_struct *t = bpf_get_current_task_btf();
@@ -121,7 +132,7 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 		r->h.ip = ip;
 		r->addr = addr;
 		if (s->pend) {
-			r->h.flags |= PL_F_LATENCY | PL_F_ERROR;
+			r->h.flags |= PL_F_LATENCY | PL_F_ERROR | pages_of(s);
 			r->h.extra = s->pend_error;
 			r->h.latency_ns = now - s->pend_time;
 			s->pend = 0;
@@ -149,7 +160,7 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 	r->h.ip = ip;
 	r->addr = addr;
 	if (cfg.entry && s->pend) {
-		r->h.flags |= PL_F_LATENCY | PL_F_ERROR;
+		r->h.flags |= PL_F_LATENCY | PL_F_ERROR | pages_of(s);
 		r->h.extra = s->pend_error;
 		r->h.latency_ns = now - s->pend_time;
 		s->pend = 0;
@@ -196,7 +207,22 @@ static __always_inline int fault_entry(u64 addr, struct pt_regs *regs, u64 error
 	s->pend_error = error;
 	s->pend_ip = user ? regs->ip : user_ip(t);
 	s->pend_time = bpf_ktime_get_ns();
+	s->new_page = 0;
 	s->pend = 1 | (user ? PL_F_USER << 8 : 0);
+	return 0;
+}
+
+/* wp_page_copy() (mm/memory.c) takes one page of GFP_HIGHUSER_MOVABLE, as nothing that interrupts a fault does. */
+SEC("tp_btf/mm_page_alloc")
+int BPF_PROG(page_taken, void *page, unsigned int order, unsigned int gfp)
+{
+	struct pl_task *s;
+
+	if (order || (gfp & GFP_OF_USERS) != GFP_OF_USERS || !page)
+		return 0;
+	s = member(bpf_get_current_task_btf());
+	if (s && s->pend && (s->pend_error & WRITE_PRESENT) == WRITE_PRESENT)
+		s->new_page = 1;
 	return 0;
 }
 

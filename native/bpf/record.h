@@ -38,9 +38,11 @@ enum pl_daemon {
 #define PL_F_LATENCY 8   /* latency_ns is known */
 #define PL_F_ERROR 16    /* error_code is known */
 #define PL_F_COMPAT 32   /* 32-bit system call */
+#define PL_F_NEW_PAGE 32 /* fault: the kernel took a page for it (if PL_F_WATCHED) */
 #define PL_F_OUT 64      /* switch: left the CPU */
 #define PL_F_RAW 64      /* fault: the frames are PL_RAW_REGS registers, then the top of the user stack */
 #define PL_F_FILE 128    /* dev and ino are those of a file */
+#define PL_F_WATCHED 128 /* fault: a write to a present page, and allocations were watched */
 
 struct pl_head {
 	unsigned char kind, flags, nframes, ntext;
@@ -102,7 +104,8 @@ struct pl_task {
 	unsigned long long mm_ptr;
 	unsigned int walking;   /* our own stack walk: the faults it is refused do not count */
 	unsigned int fresh;     /* adopted, and no event since: see first_event() */
-	unsigned int batched, unused;   /* faults that stand in `batch` */
+	unsigned int batched;   /* faults that stand in `batch` */
+	unsigned int new_page;  /* the kernel took a page for the fault under way */
 	struct pl_batch batch;
 };
 
@@ -138,5 +141,6 @@ struct pl_settings {
 	unsigned int daemons;
 	unsigned int raw;       /* registers and the top of the stack instead of frames */
 	unsigned int batch;     /* neither stacks nor entries: short records, PL_BATCH at a time */
+	unsigned int pages;     /* page_taken() is attached */
 };
 #endif

@@ -29,6 +29,7 @@ def facts(pages: list[int], end: dict[int, PageState], fork_at: int | None = Non
         user=np.ones(n, bool),
         major=np.zeros(n, bool),
         failed=np.zeros(n, bool),
+        new=np.full(n, -1),
     )
     vmas = VmaList([Vma(BASE, BASE + 64 * 4096, Prot(3))])
     order = sorted(end)

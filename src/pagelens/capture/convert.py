@@ -178,6 +178,11 @@ def _events(faults: Rows, calls: Rows, switches: Rows, details: list[str | None]
         "major": column((flags & Flag.MAJOR) != 0, ~is_fault | failed, pa.bool_()),
         "failed": column(failed, ~is_fault, pa.bool_()),
         "latency_ns": column(latency, (flags & Flag.LATENCY) == 0, pa.int64()),
+        "new_pages": column(
+            ((flags & Flag.NEW_PAGE) != 0).astype("i1"),
+            ~is_fault | failed | ((flags & Flag.WATCHED) == 0),
+            pa.int8(),
+        ),
         "in_syscall": column(nr, (nr < 0) | is_syscall, pa.int16()),
         "args": _args(calls, kind, n_fault, order),
         "result": column(

@@ -21,7 +21,7 @@ from pagelens.linux.drain import Drain, DrainStats
 # Programs of each level of detail.
 _LEAN = ("fault_minor", "fault_major", "call_enter", "call_exit", "task_new", "task_exec", "task_switch")
 _ALWAYS = (*_LEAN, "adopt", "collect", "leftover")
-_ENTRIES = ("entry_user", "entry_kernel")
+_ENTRIES = ("entry_user", "entry_kernel", "page_taken")
 _OF_TASKS = ("task_new", "task_exec")
 _DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
 DETAILS = ("lean", "normal", "full")
@@ -38,6 +38,7 @@ class _Settings(ctypes.Structure):
         ("daemons", ctypes.c_uint32),
         ("raw", ctypes.c_uint32),
         ("batch", ctypes.c_uint32),
+        ("pages", ctypes.c_uint32),
     )
 
 
@@ -134,6 +135,7 @@ class BpfRecording:
             settings.raw = 1 if options.detail == "full" and options.stacks else 0
             settings.entry = 0 if lean else 1
             settings.batch = 1 if lean else 0
+            settings.pages = 1 if "page_taken" in obj.loaded else 0
             settings.switches = 1 if options.switches else 0
             obj.set_max_entries("rings", len(self._rings))
             obj.load()

@@ -92,6 +92,7 @@ class EventLog:
                         "major": e.major,
                         "failed": e.failed,
                         "latency_ns": None,
+                        "new_pages": None,
                         "in_syscall": None,
                         "args": list(e.args) if e.kind != "fault" else None,
                         "result": e.result,

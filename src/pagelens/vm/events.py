@@ -46,6 +46,13 @@ EVENTS: tuple[Column, ...] = (
     Column("failed", "bool", "", "not a fault", "did not complete: signal, or a kernel access that gave up"),
     Column("latency_ns", "int64", "ns", "--detail lean; call never returned", "entry to completion"),
     Column(
+        "new_pages",
+        "int8",
+        "pages",
+        "not a completed write to a present page; --detail lean; not BPF",
+        "taken by the kernel for it: 1, the page was copied; 0, it was made writable (reused)",
+    ),
+    Column(
         "in_syscall", "int16", "", "not in a system call", "number of the system call that the thread was in"
     ),
     Column(

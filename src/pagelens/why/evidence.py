@@ -85,7 +85,7 @@ class Sharers(enum.IntEnum):
 
 
 class Outcome(enum.IntEnum):
-    """Copied or reused, by the frame numbers of two snapshots."""
+    """Copied or reused: by what the kernel took for the fault, or by the frame numbers of two snapshots."""
 
     UNDECIDED = 0
     COPIED = 1

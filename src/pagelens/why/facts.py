@@ -24,7 +24,8 @@ Bool = npt.NDArray[np.bool_]
 class Faults:
     """Fault events, any order. time: ns, done (entered, for a failed one). latency: ns, -1 unknown.
     Numbers that fit are int32 or int16 in practice (a million rows are 60 MB so).
-    error: x86 error code, -1 unknown. call: system call number, -1 outside of one."""
+    error: x86 error code, -1 unknown. call: system call number, -1 outside of one. new: pages that the kernel took for a
+    write to a present page, -1 unknown."""
 
     seq: I64
     time: I64
@@ -38,6 +39,7 @@ class Faults:
     user: Bool
     major: Bool
     failed: Bool
+    new: I64
 
     def __len__(self) -> int:
         return len(self.seq)
@@ -60,6 +62,7 @@ FAULT_COLUMNS = (
     "user",
     "major",
     "failed",
+    "new",
 )
 
 

@@ -314,7 +314,9 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
         kin = Kin(run)
         share[both] = kin.sharers(both, _last_seen(facts, run), time[both])
         _before(facts, run, past, kin, forked, share, time)
-        open_ = np.flatnonzero((forked != Forked.NONE) & (share != Sharers.LIVE))
+        decided = np.flatnonzero((forked != Forked.NONE) & (faults.new >= 0))
+        outcome[decided] = np.where(faults.new[decided] > 0, int(Outcome.COPIED), int(Outcome.REUSED))
+        open_ = np.flatnonzero((forked != Forked.NONE) & (share != Sharers.LIVE) & (faults.new < 0))
         outcome[open_] = outcomes(facts, run, kin, open_, time[open_])
     return forked, share, outcome
 

@@ -38,6 +38,7 @@ _TYPES: dict[str, tuple[str, int, type]] = {
     "user": ("user_mode", 0, np.bool_),
     "major": ("major", 0, np.bool_),
     "failed": ("failed", 0, np.bool_),
+    "new": ("new_pages", -1, np.int8),
 }
 _CALL_COLUMNS = [
     "seq",
@@ -168,6 +169,9 @@ class _Columns:
             return
         whole = count == len(rows)
         for name, (column, null, _) in _TYPES.items():
+            if column not in batch.schema.names:  # a capture of old
+                self._arrays[name][self._used : self._used + count] = null
+                continue
             values = plain(batch.column(column), null)
             self._arrays[name][self._used : self._used + count] = values if whole else values[rows]
         self._used += count

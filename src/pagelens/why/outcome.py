@@ -1,8 +1,9 @@
 """Outcome: whether a write after a fork copied its page or reused it, by the frame numbers of two snapshots.
 
-The fault does not tell: the kernel reuses a page that nobody else maps unless somebody still holds a reference
-(wp_can_reuse_anon_folio). But frames are read at each fork, and in the snapshots at the end: some show the page before
-the write (in its writer, or in a relative that still had the same), others after it. Equal: reused. Different: copied.
+The kernel reuses a page that nobody else maps unless somebody still holds a reference (wp_can_reuse_anon_folio). With
+BPF the fault itself tells (`new_pages`: whether a page was taken for it). Where it does not (perf, captures of old),
+frames are read at each fork, and in the snapshots at the end: some show the page before the write (in its writer, or in
+a relative that still had the same), others after it. Equal: reused. Different: copied.
 
 A frame is known for a page while nobody has written, dropped or populated it between: `sharing` counts those.
 """
