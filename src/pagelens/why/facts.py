@@ -24,8 +24,8 @@ Bool = npt.NDArray[np.bool_]
 class Faults:
     """Fault events, any order. time: ns, done (entered, for a failed one). latency: ns, -1 unknown.
     Numbers that fit are int32 or int16 in practice (a million rows are 60 MB so).
-    error: x86 error code, -1 unknown. call: system call number, -1 outside of one. new: pages that the kernel took for a
-    write to a present page, -1 unknown."""
+    error: x86 error code, -1 unknown. call: system call number, -1 outside of one. new: pages that the kernel took for
+    a write to a present page, -1 unknown."""
 
     seq: I64
     time: I64
