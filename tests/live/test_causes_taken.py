@@ -165,3 +165,81 @@ print(base, -refused)
         *((page, "first-write", "certain") for page in range(4, 8)),
         *((page, "after-dontneed", "certain") for page in range(8, 16) if not refused),
     ]
+
+
+def test_a_call_that_populates_with_reads_maps_what_lies_around(tmp_path: Path) -> None:
+    run, (base, first) = _run(
+        tmp_path,
+        """
+base = private(64); a = -(base // P) % 16            # where a window of 16 begins
+done(libc.madvise(base + (a + 20) * P, 2 * P, 22))  # MADV_POPULATE_READ of two pages: 16 to 31 are mapped
+done(libc.madvise(base, 64 * P, 4))
+get(base, a + 18); get(base, a + 33)
+print(base, a)
+""",
+    )
+    assert _causes(run, base, 0, 64) == [
+        (first + 18, "after-dontneed", "likely"),
+        (first + 33, "file-page-cached", "certain"),
+    ]
+
+
+def test_what_did_not_exist_when_a_neighbour_was_read(tmp_path: Path) -> None:
+    run, (base, first) = _run(
+        tmp_path,
+        """
+base = libc.mmap(None, 64 * P, 3, 0x21, -1, 0); a = -(base // P) % 16
+get(base, a); put(base, a + 3)
+child = os.fork()
+if child == 0: put(base, a + 2); os._exit(0)
+done(os.waitpid(child, 0)[1])
+done(libc.madvise(base, 64 * P, 4))
+put(base, a + 2)                                     # the child had made it after that read: it never was here
+put(base, a + 3)
+print(base, a)
+""",
+    )
+    assert _causes(run, base, first + 2, first + 4) == [
+        (first + 3, "shared-page", "certain"),
+        (first + 2, "shared-page", "certain"),
+        (first + 2, "shared-page", "certain"),
+        (first + 3, "after-dontneed", "certain"),
+    ]
+
+
+def test_paged_out_before_it_was_dropped(tmp_path: Path) -> None:
+    run, (base,) = _run(
+        tmp_path,
+        """
+base = private(64)
+get(base, 1)
+done(libc.madvise(base, 64 * P, 21))                 # MADV_PAGEOUT: whether it could, depends on who else maps it
+done(libc.madvise(base, 64 * P, 4))
+get(base, 1)
+print(base)
+""",
+    )
+    result = why.classify(run.capture)
+    faults = result.run.faults
+    (_, again) = ((faults.addr >= base) & (faults.addr < base + 64 * 4096)).nonzero()[0].tolist()
+    assert set(result.of(again).candidates) == {"after-dontneed", "after-pageout"}
+
+
+def test_what_was_freed_comes_back_as_the_zero_page(tmp_path: Path) -> None:
+    run, (base, *gone) = _run(
+        tmp_path,
+        """
+base = anon(32)
+for i in range(32): put(base, i)
+done(libc.madvise(base, 32 * P, 8)); done(libc.madvise(base, 32 * P, 21))  # MADV_FREE, MADV_PAGEOUT
+pagemap = os.pread(os.open("/proc/self/pagemap", os.O_RDONLY), 8 * 32, base // P * 8)
+gone = [i for i in range(32) if not pagemap[8 * i + 7] >> 7]
+for i in gone: get(base, i)
+for i in gone: put(base, i)
+print(base, *gone)
+""",
+    )
+    if not gone:
+        pytest.skip("the kernel kept what MADV_FREE gave it")
+    last = _causes(run, base, 0, 32)[32:]
+    assert [cause for _, cause, _ in last] == ["after-pageout"] * len(gone) + ["zero-page-write"] * len(gone)

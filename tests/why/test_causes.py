@@ -73,6 +73,8 @@ CASES: list[tuple[str, str, Evidence]] = [
     ("after-cold", "likely", evidence(prior=Prior.ANON, mark=Mark.COLD)),
     ("after-truncate", "certain", evidence(area=Area.SHMEM, dropped=True, origin=Origin.CUT)),
     ("after-truncate", "certain", evidence(area=Area.FILE, dropped=True, origin=Origin.CUT)),
+    ("ambiguous", "ambiguous", evidence(area=Area.FILE, dropped=True, paged=True, origin=Origin.DONTNEED)),
+    ("ambiguous", "ambiguous", evidence(area=Area.SHMEM, dropped=True, paged=True, origin=Origin.CUT)),
     ("swap-in", "certain", evidence(prior=Prior.SWAPPED)),
     ("swap-in", "likely", evidence(prior=Prior.ANON, major=True)),
     ("userfaultfd", "certain", evidence(write=True, uffd=True, race=Race.HANDLER)),

@@ -165,6 +165,9 @@ class Effects:
             grows=bool(flags & MAP_GROWSDOWN),
             huge=self.thp == "always" and not nohuge and area is Area.ANON,
             populated=time if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 7 else -1,
+            populated_read=time
+            if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 7 and (shared or not prot & 2)
+            else -1,
             populated_own=time if flags & (MAP_POPULATE | MAP_LOCKED) and prot & 2 and not shared else -1,
             locked=LOCKED if flags & MAP_LOCKED else 0,
             made=call.seq,
@@ -255,6 +258,8 @@ class Effects:
             space.drop(start, end, time, call.seq)
         elif advice in marks:
             space.change(start, end, lambda s: s._replace(mark=marks[advice], mark_time=time))
+            if advice == 8:
+                space.change(start, end, lambda s: s._replace(free_time=time))
         elif advice == 14:
             space.change(start, end, lambda s: s._replace(huge=self.thp != "never"))
         elif advice in (12, 13):  # MERGEABLE, UNMERGEABLE
@@ -373,4 +378,5 @@ def _registered(flags: frozenset[str]) -> int:
 
 def _empty(state: State) -> State:
     # The same mapping without what was in it.
-    return state._replace(populated=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
+    state = state._replace(populated=-1, populated_read=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1)
+    return state._replace(free_time=-1, wp_time=-1)

@@ -155,6 +155,7 @@ class Evidence:
     prior: Prior
     origin: Origin
     dropped: bool  # touched before DONTNEED (or the like) took it away
+    paged: bool  # MADV_PAGEOUT was asked for it before that, and may have taken it
     near: bool  # no fault of its own had mapped it: that of a neighbour, most likely
     mark: Mark
     forked: Forked

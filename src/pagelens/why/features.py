@@ -80,6 +80,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     late &= (race[again] == Race.NONE) & ~present[again] & (write[past.before[again]] | ~write[again])
     race[again[late]] = int(Race.LATE)
     guarded = _guarded(run, past, present & write & ~faults.failed)
+    _zeroed(run, past, prior, guarded)
     uffd = _handlers(facts, run, race, present, guarded)
 
     # fork leaves out the entries of areas that nobody has written to (vma_needs_copy): the child maps them for itself.
@@ -123,6 +124,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "prior": prior,
         "origin": gone.origin,
         "dropped": dropped,
+        "paged": gone.paged & dropped,
         "near": gone.near,
         "mark": mark,
         "forked": forked,
@@ -235,6 +237,19 @@ def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
     out[rewrites & (state_column(run.lives, run.state, "clear_time", -1) > own)] = int(Guarded.CLEARED)
     out[rewrites & (state_column(run.lives, run.state, "wp_time", -1) > own)] = int(Guarded.UFFD)
     return out
+
+
+def _zeroed(run: Replayed, past: History, prior: I64, guarded: I64) -> None:
+    # A read of a page that MADV_FREE had given away, and that was gone: it brought the zero page, not one's own.
+    rows = np.flatnonzero(guarded == Guarded.BACK)
+    if not len(rows):
+        return
+    free = state_column(run.lives, run.state[rows], "free_time", -1)
+    area = state_column(run.lives, run.state[rows], "area", int(Area.UNMAPPED))
+    back = past.before[rows]
+    read = (run.faults.error[back] & 2) == 0
+    rows = rows[read & (area == Area.ANON) & (free > past.own[back]) & (free < run.faults.time[back])]
+    prior[rows], guarded[rows] = int(Prior.ZERO), int(Guarded.NONE)
 
 
 def _handlers(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64) -> Bool:

@@ -33,7 +33,8 @@ class History:
 
     prior: Prior. before: row of the fault before this one on the page (-1 none), touch: ns of the last row
     in this life (-1), own: ns of the last write in this life (-1). inherited: bool, by links. taken: the life that
-    began when advice or a cut took the page away, after which nobody touched it (-1).
+    began when advice or a cut took the page away, after which nobody touched it (-1). paged: MADV_PAGEOUT may have
+    taken it before that.
     origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
     unsure: prior rests on a fault whose access was not recorded. copied: what forks copied.
     """
@@ -44,6 +45,7 @@ class History:
     own: I64
     inherited: Bool
     taken: I64
+    paged: Bool
     origin: I64
     life: I64
     times: I64
@@ -106,6 +108,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     drop = np.zeros(len(todo), bool)
     taker = np.full(len(todo), -1, np.int32)  # the life that began when the page was taken away
     taken = np.full(n, -1, np.int32)
+    paged = np.zeros(n, bool)
     over = np.full(len(todo), -1, np.int32)  # the life that a fork began, where that lies between
     for _ in range(64):
         link = table.link[cur_life]
@@ -138,6 +141,7 @@ def trace(facts: Facts, run: Replayed) -> History:
             had[doubt] = copied.into(run.key[todo[doubt]], over[doubt])
         had &= taken[todo] < 0
         taken[todo[had]] = taker[had]
+        paged[todo[had]] = time[hit[had]] < table.paged[taker[had]]
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
         over, taker = over[rest], taker[rest]
@@ -153,7 +157,18 @@ def trace(facts: Facts, run: Replayed) -> History:
     origin = np.take(origins, life)
     origin[dropped] = origins[taken[dropped]]
     return History(
-        prior, before, touch, own, inherited, taken, origin, life, np.append(table.time, -1), unsure, copied
+        prior,
+        before,
+        touch,
+        own,
+        inherited,
+        taken,
+        paged,
+        origin,
+        life,
+        np.append(table.time, -1),
+        unsure,
+        copied,
     )
 
 
@@ -220,6 +235,7 @@ class _Table:
         self.time = np.array(lives.time or [-1], np.int64)
         self.origin = np.array(lives.origin or [0], np.int64)
         self.populated = np.array(lives.populated or [False], bool)
+        self.paged = np.array(lives.paged or [-1], np.int64)
 
 
 def _state(kind: I64, owned: Bool, area: I64) -> I64:

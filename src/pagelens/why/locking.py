@@ -9,7 +9,11 @@ from pagelens.why.space import LOCKED, ONFAULT, Seg, Space, State
 def populate(state: State, time: int, write: bool) -> State:
     """A state whose pages a call has made present at `time` (ns); write: with write faults."""
     own = write and state.area in (Area.ANON, Area.FILE)
-    return state._replace(populated=time, populated_own=time if own else state.populated_own)
+    return state._replace(
+        populated=time,
+        populated_read=state.populated_read if write else time,
+        populated_own=time if own else state.populated_own,
+    )
 
 
 def lock(state: State, time: int, on_fault: bool = False, fill: bool = True) -> State:

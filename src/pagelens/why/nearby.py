@@ -26,6 +26,7 @@ from pagelens.why.space import DROP_LINK, FORK_LINK, UNSEEN_KEY, Lives
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
+_MOST = 1 << 16  # pages of one call whose windows are looked at
 WINDOW = 16  # pages: fault_around_bytes
 AROUND = (Area.FILE, Area.SHARED_FILE, Area.SHMEM)
 
@@ -97,8 +98,17 @@ class Copied:
         return False
 
 
+def _by_calls(run: Replayed) -> I64:
+    # int64[n, 4]: mm, key, ns, page number of one page in each window of what calls populated with read faults.
+    out = []
+    for mm, space in run.spaces.items():
+        for key, page, count, time in space.around:
+            out += [(mm, key + i, time, page + i) for i in {*range(0, min(count, _MOST), WINDOW), count - 1}]
+    return np.array(out, np.int64).reshape(-1, 4)
+
+
 class Around:
-    """The read faults of files and shared memory, each of which mapped its neighbours."""
+    """The reads of files and shared memory, by faults and by calls that populate: each mapped its neighbours."""
 
     def __init__(self, run: Replayed, life: I64, copied: Copied) -> None:
         """life: of each fault, index into the lives (-1 none)."""
@@ -108,14 +118,21 @@ class Around:
         held = np.isin(area, AROUND) & ~faults.failed & (life >= 0)
         rows = np.flatnonzero(held & (faults.error >= 0) & ((faults.error & 3) == 0))
         key, mapping = origins(lives, run.key[rows])
-        mm = faults.mm[rows].astype(np.int64)
-        order = np.lexsort((key, mm))
+        mm, time = faults.mm[rows].astype(np.int64), faults.time[rows]
         page = (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+        calls = _by_calls(run)
+        if len(calls):
+            more, held_by = origins(lives, calls[:, 1])
+            key, mapping = np.append(key, more), np.append(mapping, held_by)
+            mm, time, page = (
+                np.append(*pair) for pair in ((mm, calls[:, 0]), (time, calls[:, 2]), (page, calls[:, 3]))
+            )
+        order = np.lexsort((key, mm))
         # from_pte of do_fault_around: 16 pages from an aligned one on, or from the start of the vma.
         start = page - (key - np.array(lives.key or [0], np.int64)[mapping])
         low = np.maximum(page & -WINDOW, start)
         self._mm, self._key, self._time, self._page, self._low = (
-            column[order] for column in (mm, key, faults.time[rows], page, low)
+            column[order] for column in (mm, key, time, page, low)
         )
         # Shared memory without a name has a page only once somebody, whoever, has touched it.
         nameless = [s.area is Area.SHMEM and s.file is None for s in lives.states]
@@ -139,8 +156,9 @@ class Around:
         key, _ = origins(run.lives, run.key[rows])
         asked = zip(run.faults.mm[rows].tolist(), key.tolist(), until.tolist(), nameless, strict=True)
         for i, (mm, page, when, bare) in enumerate(asked):
-            if not bare or self._there(page, when):
-                out[i] = self._one(mm, page, when)
+            seen = self._one(mm, page, when)
+            if seen >= 0 and (not bare or self._there(page, seen)):
+                out[i] = seen
         return out
 
     def _there(self, key: int, when: int) -> bool:

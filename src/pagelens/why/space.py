@@ -39,9 +39,11 @@ class State(NamedTuple):
     uffd: int = 0  # UFFD_* bits: how the range is registered with userfaultfd
     guard: bool = False
     populated: int = -1
+    populated_read: int = -1  # with read faults, which map what lies around in a file or in shared memory
     populated_own: int = -1  # populated with write faults: every page one's own since then
     mark: Mark = Mark.NONE
     mark_time: int = -1
+    free_time: int = -1  # MADV_FREE, whatever advice came later
     prot_time: int = -1
     sync_time: int = -1
     wp_time: int = -1  # write-protected: by UFFDIO_WRITEPROTECT or PAGEMAP_SCAN
@@ -66,6 +68,14 @@ class Seg:
         self.start, self.end, self.key, self.state = start, end, key, state
 
 
+def _paged(state: State) -> int:
+    # Since when a page must have been left alone (ns) for MADV_PAGEOUT to have taken it; -1 where it was not asked for.
+    # Of anonymous memory it takes what MADV_FREE had given away; the rest goes to swap, where what drops it finds it.
+    if state.mark is not Mark.PAGEOUT:
+        return -1
+    return state.free_time if state.area is Area.ANON else state.mark_time
+
+
 def _keys(seg: Seg) -> tuple[int, int]:
     return seg.key, seg.key + ((seg.end - seg.start) >> PAGE_SHIFT)
 
@@ -84,6 +94,9 @@ class Lives:
         self.link: list[int] = []
         self.parent: list[int] = []  # key of the first page in the life before, -1 without
         self.populated: list[bool] = []  # the life before had been populated by a call
+        self.paged: list[
+            int
+        ] = []  # MADV_PAGEOUT may have taken what was not touched since then (ns), -1 none
         self._next = 0
 
     @property
@@ -109,6 +122,7 @@ class Lives:
         link: int = NO_LINK,
         parent: int = -1,
         populated: bool = False,
+        paged: int = -1,
     ) -> int:
         """A new life for `pages` pages; returns the key of the first."""
         key = self._next
@@ -121,6 +135,7 @@ class Lives:
         self.link.append(link)
         self.parent.append(parent)
         self.populated.append(populated)
+        self.paged.append(paged)
         return key
 
 
@@ -136,6 +151,9 @@ class Space:
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
         self.drops: list[tuple[int, int, int]] = []  # (first key, key behind the last, ns): shared no more
         self.filled: list[tuple[int, int, int]] = []  # likewise, of shared memory: populated by a call
+        self.around: list[
+            tuple[int, int, int, int]
+        ] = []  # populated with reads: key and number of its first page, pages, ns
         self.mergeable = False  # PR_SET_MEMORY_MERGE
         self.future: int = 0  # mlockall(MCL_FUTURE): LOCKED or ONFAULT
         self._columns: tuple[I64, I64, I64, I64] | None = None
@@ -202,12 +220,16 @@ class Space:
         if fresh and self.future == LOCKED and state.prot and state.populated < 0:
             private = state.area in (Area.ANON, Area.FILE)
             owned = time if state.prot & 2 and private else -1
-            state = state._replace(populated=time, populated_own=owned)
+            state = state._replace(
+                populated=time, populated_read=-1 if owned >= 0 else time, populated_own=owned
+            )
         if fresh and self.mergeable:
             state = state._replace(mergeable=True)
         key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
         seg = Seg(start, end, key, self.lives.intern(state))
         self.insert(seg)
+        if state.populated_read >= 0 and state.area is not Area.ANON:
+            self._read_by_call(seg, state.populated_read)
         if state.populated >= 0 and state.area is Area.SHMEM:
             self.filled.append((*_keys(seg), state.populated))
 
@@ -223,8 +245,13 @@ class Space:
                 self.drops.append((*_keys(seg), new.populated_own))
             if new.populated != old.populated and new.area is Area.SHMEM:
                 self.filled.append((*_keys(seg), new.populated))
+            if new.populated_read != old.populated_read and new.area is not Area.ANON:
+                self._read_by_call(seg, new.populated_read)
             seg.state = self.lives.intern(new)
         self._columns = None
+
+    def _read_by_call(self, seg: Seg, time: int) -> None:
+        self.around.append((seg.key, seg.start >> PAGE_SHIFT, (seg.end - seg.start) >> PAGE_SHIFT, time))
 
     def drop(self, start: int, end: int, time: int, seq: int, origin: Origin = Origin.DONTNEED) -> None:
         """The pages go, the mapping stays: MADV_DONTNEED and its like."""
@@ -234,11 +261,12 @@ class Space:
             state = self.lives.states[seg.state]
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             seg.key = self.lives.begin(
-                pages, self.mm, origin, time, seq, DROP_LINK, seg.key, state.populated >= 0
+                pages, self.mm, origin, time, seq, DROP_LINK, seg.key, state.populated >= 0, _paged(state)
             )
-            seg.state = self.lives.intern(
-                state._replace(populated=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1, wp_time=-1)
+            state = state._replace(
+                populated=-1, populated_read=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1
             )
+            seg.state = self.lives.intern(state._replace(free_time=-1, wp_time=-1))
         self._columns = None
 
     def fork(self, mm: int, time: int, seq: int) -> Space:
@@ -253,7 +281,7 @@ class Space:
             # dup_userfaultfd: without EVENT_FORK the child is not registered
             state = state._replace(uffd=0, wp_time=-1, locked=0)
             if state.wipeonfork or state.area not in (Area.ANON, Area.FILE):  # shared memory is mapped anew
-                state = state._replace(populated=-1, populated_own=-1, mark=Mark.NONE)
+                state = state._replace(populated=-1, populated_read=-1, populated_own=-1, mark=Mark.NONE)
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             key = self.lives.begin(pages, mm, Origin.FORK, time, seq, link, parent)
             child.segs.append(Seg(seg.start, seg.end, key, self.lives.intern(state)))
@@ -271,7 +299,9 @@ class Space:
             return None
         start = addr & ~(PAGE_SIZE - 1)
         key = self.lives.begin((above.start - start) >> PAGE_SHIFT, self.mm, Origin.GROWTH, time, seq)
-        state = state._replace(populated=-1, populated_own=-1)  # growth brings the page of the fault alone
+        state = state._replace(
+            populated=-1, populated_read=-1, populated_own=-1
+        )  # growth brings the page of the fault alone
         seg = Seg(start, above.start, key, self.lives.intern(state))
         self.insert(seg)
         return seg

@@ -25,10 +25,12 @@ Bool = npt.NDArray[np.bool_]
 @dataclass(frozen=True, slots=True)
 class Taken:
     """Columns beside the faults. dropped: the page had been mapped until something took it away, and origin says what.
-    holed: a hole in the file of a private mapping. marked: mapped when advice was given. near: by a neighbour."""
+    paged: MADV_PAGEOUT may have done so before. holed: a hole in the file of a private mapping. marked: mapped when
+    advice was given. near: by a neighbour."""
 
     dropped: Bool
     origin: I64
+    paged: Bool
     holed: Bool
     marked: Bool
     near: Bool
@@ -42,6 +44,7 @@ def taken_away(run: Replayed, past: History, area: I64, prior: I64, present: Boo
     there = (prior == Prior.FILE) | (prior == Prior.POPULATED)
     holed = absent & (area == Area.FILE) & (hole > past.touch) & there
     dropped, origin = past.dropped | holed, past.origin.copy()
+    paged = past.paged.copy()
     marked, near = np.zeros(n, bool), np.zeros(n, bool)
     rows = np.flatnonzero(absent & (prior == Prior.NONE))
     drops = last_drops(run.lives)[past.life[rows]]
@@ -59,22 +62,23 @@ def taken_away(run: Replayed, past: History, area: I64, prior: I64, present: Boo
             near[row] = True
             if seen < drop:
                 dropped[row] = True
-                origin[row] = _taker(run, int(past.life[row]), int(run.key[row]), seen)
+                taker = _taker(run, int(past.life[row]), int(run.key[row]), seen)
+                origin[row], paged[row] = run.lives.origin[taker], seen < run.lives.paged[taker]
             elif seen < hole[row] and not seen < mark_time[row] < hole[row]:
                 holed[row] = dropped[row] = True
             else:
                 marked[row] = True
                 dropped[row] = False
     origin[holed] = int(Origin.CUT)
-    return Taken(dropped, origin, holed, marked, near)
+    return Taken(dropped, origin, paged, holed, marked, near)
 
 
 def _taker(run: Replayed, life: int, key: int, since: int) -> int:
-    # Origin of the first life of the page that a drop began after `since`.
+    # The first life of the page that a drop began after `since`.
     lives = run.lives
     found = life
     while lives.link[life] != NO_LINK and lives.time[life] > since:
         found = life if lives.link[life] == DROP_LINK else found
         key += lives.parent[life] - lives.key[life]
         life = int(np.searchsorted(lives.key, key, side="right")) - 1
-    return lives.origin[found]
+    return found

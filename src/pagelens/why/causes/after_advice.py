@@ -51,6 +51,8 @@ def _free(e: Evidence) -> Finding | None:
 def _pageout(e: Evidence) -> Finding | None:
     if found := _read_back(e, Mark.PAGEOUT):
         return found
+    if _absent(e) and e.paged and e.dropped and e.prior is Prior.NONE:
+        return _finding(e, "MADV_PAGEOUT had reclaimed the page, before anything dropped it")
     if not (_absent(e) and e.mark is Mark.PAGEOUT and (e.prior is not Prior.NONE or e.near)):
         return None
     if e.near:
