@@ -243,3 +243,50 @@ print(base, *gone)
         pytest.skip("the kernel kept what MADV_FREE gave it")
     last = _causes(run, base, 0, 32)[32:]
     assert [cause for _, cause, _ in last] == ["after-pageout"] * len(gone) + ["zero-page-write"] * len(gone)
+
+
+def test_what_a_fork_left_out_is_not_dropped_for_grandchildren_either(tmp_path: Path) -> None:
+    run, (base,) = _run(
+        tmp_path,
+        """
+base = anon(8)
+get(base, 1)                                         # the zero page, in a mapping that nobody has written to
+child = os.fork()
+if child == 0:
+    done(libc.madvise(base, 8 * P, 4))               # it never was here
+    grandchild = os.fork()
+    if grandchild == 0: put(base, 1); os._exit(0)
+    os._exit(os.waitpid(grandchild, 0)[1])
+done(os.waitpid(child, 0)[1])
+print(base)
+""",
+    )
+    assert [cause for _, cause, _ in _causes(run, base, 0, 8)] == ["first-read", "first-write"]
+
+
+@pytest.mark.requires("userfaultfd")
+def test_what_a_handler_had_copied_is_ones_own(tmp_path: Path) -> None:
+    run, (base,) = _run(
+        tmp_path,
+        """
+import fcntl, struct, threading
+base, source = anon(4), anon(1)
+put(source, 0)
+fd = libc.syscall(323, os.O_CLOEXEC)                 # userfaultfd
+fcntl.ioctl(fd, 0xC018AA3F, struct.pack("3Q", 0xAA, 0, 0))
+fcntl.ioctl(fd, 0xC020AA00, struct.pack("4Q", base, 4 * P, 1, 0))
+def answer():
+    os.read(fd, 32)
+    fcntl.ioctl(fd, 0xC028AA03, struct.pack("5Q", base, source, P, 0, 0))  # UFFDIO_COPY
+thread = threading.Thread(target=answer); thread.start()
+libc.memchr.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]; libc.memchr(base, 0, 1)
+thread.join(); os.close(fd)
+r, w = os.pipe()
+child = os.fork()
+if child == 0: os.read(r, 1); os._exit(0)
+put(base, 0)
+os.write(w, b"x"); done(os.waitpid(child, 0)[1])
+print(base)
+""",
+    )
+    assert [cause for _, cause, _ in _causes(run, base, 0, 1)] == ["userfaultfd", "fork-cow-parent"]

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.before import shared_before
 from pagelens.why.evidence import (
     Area,
@@ -34,22 +33,17 @@ from pagelens.why.replay import (
     state_column,
 )
 from pagelens.why.sharing import Kin
-from pagelens.why.space import UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 from pagelens.why.taken import taken_away
+from pagelens.why.userfaults import brought_by_copy, handled
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 
-# ioctls that resolve a userfault: COPY, ZEROPAGE, MOVE, WRITEPROTECT, CONTINUE, POISON, WAKE (low 16 bits).
-_RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
-_COPIES = {0xAA03, 0xAA05}  # COPY, MOVE: destination, source, length
 PF_PK = 0x20  # error code: a protection key forbade it
-_SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
 EXIT_WORK = 100_000  # ns of CPU that an exit needs at most, as a rule
 NEARBY = 100_000  # ns: a fault that takes longer has slept
 # ns: the CPU finds an entry absent some time before the handler's first event, a stolen virtual CPU much before it.
 LATE = 1_000_000
-UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
 
 
 def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
@@ -80,8 +74,9 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     late &= (race[again] == Race.NONE) & ~present[again] & (write[past.before[again]] | ~write[again])
     race[again[late]] = int(Race.LATE)
     guarded = _guarded(run, past, present & write & ~faults.failed)
-    _zeroed(run, past, prior, guarded)
-    uffd = _handlers(facts, run, race, present, guarded)
+    _zeroed(run, past, prior, guarded, present & write & ~faults.failed)
+    uffd, copied = handled(facts, run, race, present, guarded)
+    brought_by_copy(run, past, prior, copied)
 
     # fork leaves out the entries of areas that nobody has written to (vma_needs_copy): the child maps them for itself.
     uncopied = past.inherited & (past.before < 0) & ~present & ~blind
@@ -239,65 +234,21 @@ def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
     return out
 
 
-def _zeroed(run: Replayed, past: History, prior: I64, guarded: I64) -> None:
+def _zeroed(run: Replayed, past: History, prior: I64, guarded: I64, rewrites: Bool) -> None:
     # A read of a page that MADV_FREE had given away, and that was gone: it brought the zero page, not one's own.
-    rows = np.flatnonzero(guarded == Guarded.BACK)
+    # rewrites: completed writes to present pages.
+    faults = run.faults
+    free = state_column(run.lives, run.state, "free_time", -1)
+    rows = np.flatnonzero(rewrites & (free >= 0) & (prior == Prior.ANON) & (past.before >= 0))
     if not len(rows):
         return
-    free = state_column(run.lives, run.state[rows], "free_time", -1)
-    area = state_column(run.lives, run.state[rows], "area", int(Area.UNMAPPED))
-    back = past.before[rows]
-    read = (run.faults.error[back] & 2) == 0
-    rows = rows[read & (area == Area.ANON) & (free > past.own[back]) & (free < run.faults.time[back])]
+    rows = rows[state_column(run.lives, run.state[rows], "area", int(Area.UNMAPPED)) == Area.ANON]
+    back, free = past.before[rows], free[rows]
+    read = ((faults.error[back] & 3) == 0) & (faults.error[back] >= 0) & ~faults.major[back]
+    own = np.maximum(past.own[back], state_column(run.lives, run.state[rows], "populated_own", -1))
+    since = np.maximum(own, past.begun(rows))
+    rows = rows[read & (free > since) & (free < faults.time[back])]
     prior[rows], guarded[rows] = int(Prior.ZERO), int(Guarded.NONE)
-
-
-def _handlers(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64) -> Bool:
-    """Faults that a userfaultfd had to do with; race becomes HANDLER where an ioctl resolved that very page.
-
-    An absent page must have waited for a handler; a present one must have been write-protected, and waited
-    unless the protection is asynchronous (then the kernel takes it away itself).
-    """
-    faults = run.faults
-    mode = state_column(run.lives, run.state, "uffd", 0)
-    if not mode.any():
-        return np.zeros(len(faults), bool)
-    slow = (faults.latency >= UFFD_SLOW) & ~faults.failed
-    missing = ~present & slow & ((mode & (UFFD_MISSING | UFFD_MINOR)) != 0)
-    protected = present & ((mode & UFFD_WP) != 0) & ((faults.error & 2) != 0) & ~faults.failed
-    armed = (guarded == Guarded.UFFD) | ((mode & UFFD_BEFORE) != 0)
-    at_once = (mode & (UFFD_ASYNC | UFFD_BEFORE)) != 0
-    uffd: Bool = missing | (protected & armed & (slow | at_once))
-    rows = np.flatnonzero(missing | (protected & slow))
-    ioctls = [c for c in facts.calls if c.name == "ioctl" and (c.args[1] & 0xFFFF) in _RESOLVES]
-    if not len(rows) or not ioctls:
-        return uffd
-    spans = np.array(
-        [(c.args[3], c.args[4 + (c.args[1] & 0xFFFF in _COPIES)], c.start, c.end) for c in ioctls], np.int64
-    )
-    pages = np.minimum(np.maximum(spans[:, 1] >> PAGE_SHIFT, 1), _SPAN_LIMIT)
-    at = np.repeat(np.arange(len(pages)), pages)
-    step = np.arange(len(at)) - np.repeat(np.cumsum(pages) - pages, pages)
-    page = (spans[at, 0] >> PAGE_SHIFT) + step
-    order = np.lexsort((spans[at, 2], page))
-    page, start, end = page[order], spans[at, 2][order], spans[at, 3][order]
-    lo = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="left")
-    hi = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="right")
-    some = rows[lo < hi]
-    spans_of = zip(
-        some.tolist(), _begun(run, some).tolist(), lo[lo < hi].tolist(), hi[lo < hi].tolist(), strict=True
-    )
-    for row, begun, a, b in spans_of:
-        first = a + int(
-            np.searchsorted(end[a:b], begun)
-        )  # one page's calls end in the order in which they began
-        if first < b and start[first] <= faults.time[row]:
-            race[row] = int(Race.HANDLER)
-            uffd[row] = True
-    # Where handlers are recorded, an absent page that none has resolved was not theirs: closing the descriptor ends the
-    # registration, and close is not recorded.
-    uffd[missing & (race != Race.HANDLER) & np.isin(faults.mm, [c.mm for c in ioctls])] = False
-    return uffd
 
 
 def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, I64]:

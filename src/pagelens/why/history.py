@@ -109,7 +109,9 @@ def trace(facts: Facts, run: Replayed) -> History:
     taker = np.full(len(todo), -1, np.int32)  # the life that began when the page was taken away
     taken = np.full(n, -1, np.int32)
     paged = np.zeros(n, bool)
-    over = np.full(len(todo), -1, np.int32)  # the life that a fork began, where that lies between
+    over = np.full(
+        len(todo), -1, np.int32
+    )  # the first life that a fork began between the page and what took it away
     for _ in range(64):
         link = table.link[cur_life]
         # A child maps shared memory anew: what its parent had of it is not its own story.
@@ -117,7 +119,7 @@ def trace(facts: Facts, run: Replayed) -> History:
         todo, cur_key, cur_life, drop, link = todo[go], cur_key[go], cur_life[go], drop[go], link[go]
         if not go.all():
             over, taker = over[go], taker[go]
-        np.copyto(over, cur_life, where=(link == FORK_LINK) & (over < 0), casting="unsafe")
+        np.copyto(over, cur_life, where=(link == FORK_LINK) & drop, casting="unsafe")
         np.copyto(taker, cur_life, where=link == DROP_LINK, casting="unsafe")
         if not len(todo):
             break
