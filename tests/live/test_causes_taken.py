@@ -290,3 +290,24 @@ print(base)
 """,
     )
     assert [cause for _, cause, _ in _causes(run, base, 0, 1)] == ["userfaultfd", "fork-cow-parent"]
+
+
+def test_a_hole_before_what_was_dropped(tmp_path: Path) -> None:
+    run, (base, first) = _run(
+        tmp_path,
+        """
+base = private(64); a = -(base // P) % 16
+get(base, a + 16); get(base, a + 32); put(base, a + 33)
+done(libc.fallocate(fd, 3, a * P, 48 * P))           # PUNCH_HOLE: takes what is still the file's
+os.pwrite(fd, b"x" * 48 * P, a * P)
+done(libc.madvise(base, 64 * P, 4))
+get(base, a + 16); put(base, a + 34); get(base, a + 33)
+print(base, a)
+""",
+    )
+    again = _causes(run, base, first + 16, first + 48)
+    assert again[-3:] == [
+        (first + 16, "after-truncate", "certain"),
+        (first + 34, "after-truncate", "likely"),
+        (first + 33, "after-dontneed", "certain"),
+    ]

@@ -260,6 +260,8 @@ class Effects:
             space.change(start, end, lambda s: s._replace(mark=marks[advice], mark_time=time))
             if advice == 8:
                 space.change(start, end, lambda s: s._replace(free_time=time))
+            elif advice == 21:
+                space.change(start, end, lambda s: s._replace(freed_out=s.free_time))
         elif advice == 14:
             space.change(start, end, lambda s: s._replace(huge=self.thp != "never"))
         elif advice in (12, 13):  # MERGEABLE, UNMERGEABLE
@@ -379,4 +381,4 @@ def _registered(flags: frozenset[str]) -> int:
 def _empty(state: State) -> State:
     # The same mapping without what was in it.
     state = state._replace(populated=-1, populated_read=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1)
-    return state._replace(free_time=-1, wp_time=-1)
+    return state._replace(free_time=-1, freed_out=-1, wp_time=-1)

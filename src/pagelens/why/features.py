@@ -102,6 +102,9 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     if mark.any():
         known_page = (prior != Prior.NONE) | gone.marked
         mark = np.where((mark_time > since) & known_page, mark, int(Mark.NONE))
+        # MADV_FREE once more, of what MADV_PAGEOUT had taken already.
+        gone_before = (mark == Mark.FREE) & (state_column(run.lives, run.state, "freed_out", -1) > since)
+        mark = np.where(gone_before, int(Mark.PAGEOUT), mark)
     columns: dict[str, npt.NDArray[np.generic] | int] = {
         "known": known,
         "present": present,

@@ -108,7 +108,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     drop = np.zeros(len(todo), bool)
     taker = np.full(len(todo), -1, np.int32)  # the life that began when the page was taken away
     taken = np.full(n, -1, np.int32)
-    paged = np.zeros(n, bool)
+    paged, holed = np.zeros(n, bool), np.zeros(n, bool)
     over = np.full(
         len(todo), -1, np.int32
     )  # the first life that a fork began between the page and what took it away
@@ -144,6 +144,9 @@ def trace(facts: Facts, run: Replayed) -> History:
         had &= taken[todo] < 0
         taken[todo[had]] = taker[had]
         paged[todo[had]] = time[hit[had]] < table.paged[taker[had]]
+        # A hole had taken it before, unless it was a copy.
+        of_file = last_own[hit[had]] < group[hit[had]]
+        holed[todo[had]] = of_file & (time[hit[had]] < table.holed[taker[had]])
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
         over, taker = over[rest], taker[rest]
@@ -158,6 +161,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     origins = np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8)
     origin = np.take(origins, life)
     origin[dropped] = origins[taken[dropped]]
+    origin[holed & dropped] = int(Origin.CUT)
     return History(
         prior,
         before,
@@ -238,6 +242,7 @@ class _Table:
         self.origin = np.array(lives.origin or [0], np.int64)
         self.populated = np.array(lives.populated or [False], bool)
         self.paged = np.array(lives.paged or [-1], np.int64)
+        self.holed = np.array(lives.holed or [-1], np.int64)
 
 
 def _state(kind: I64, owned: Bool, area: I64) -> I64:

@@ -44,6 +44,7 @@ class State(NamedTuple):
     mark: Mark = Mark.NONE
     mark_time: int = -1
     free_time: int = -1  # MADV_FREE, whatever advice came later
+    freed_out: int = -1  # free_time when MADV_PAGEOUT came: it took what had been left alone since
     prot_time: int = -1
     sync_time: int = -1
     wp_time: int = -1  # write-protected: by UFFDIO_WRITEPROTECT or PAGEMAP_SCAN
@@ -97,6 +98,7 @@ class Lives:
         self.paged: list[
             int
         ] = []  # MADV_PAGEOUT may have taken what was not touched since then (ns), -1 none
+        self.holed: list[int] = []  # a hole had taken what was still the file's then (ns), -1 none
         self._next = 0
 
     @property
@@ -123,6 +125,7 @@ class Lives:
         parent: int = -1,
         populated: bool = False,
         paged: int = -1,
+        holed: int = -1,
     ) -> int:
         """A new life for `pages` pages; returns the key of the first."""
         key = self._next
@@ -136,6 +139,7 @@ class Lives:
         self.parent.append(parent)
         self.populated.append(populated)
         self.paged.append(paged)
+        self.holed.append(holed)
         return key
 
 
@@ -261,12 +265,21 @@ class Space:
             state = self.lives.states[seg.state]
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             seg.key = self.lives.begin(
-                pages, self.mm, origin, time, seq, DROP_LINK, seg.key, state.populated >= 0, _paged(state)
+                pages,
+                self.mm,
+                origin,
+                time,
+                seq,
+                DROP_LINK,
+                seg.key,
+                state.populated >= 0,
+                _paged(state),
+                state.hole_time,
             )
             state = state._replace(
                 populated=-1, populated_read=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1
             )
-            seg.state = self.lives.intern(state._replace(free_time=-1, wp_time=-1))
+            seg.state = self.lives.intern(state._replace(free_time=-1, freed_out=-1, wp_time=-1))
         self._columns = None
 
     def fork(self, mm: int, time: int, seq: int) -> Space:

@@ -63,7 +63,8 @@ def taken_away(run: Replayed, past: History, area: I64, prior: I64, present: Boo
             if seen < drop:
                 dropped[row] = True
                 taker = _taker(run, int(past.life[row]), int(run.key[row]), seen)
-                origin[row], paged[row] = run.lives.origin[taker], seen < run.lives.paged[taker]
+                paged[row] = seen < run.lives.paged[taker]
+                origin[row] = Origin.CUT if seen < run.lives.holed[taker] else run.lives.origin[taker]
             elif seen < hole[row] and not seen < mark_time[row] < hole[row]:
                 holed[row] = dropped[row] = True
             else:
