@@ -39,8 +39,11 @@ def huge_pages(facts: Facts, run: Replayed, past: History, present: Bool, write:
     new = np.ones(len(rows), bool)
     new[1:] = (life[1:] != life[:-1]) | (block[1:] != block[:-1])
     group = np.cumsum(new) - 1
-    absent = np.bincount(group, weights=(~present[rows]).astype(np.float64))
     first = rows[new]
+    # Another thread's fault that was under way when the first one completed says nothing against a huge page.
+    begun = faults.time[rows] - np.maximum(faults.latency[rows], 0)
+    beside = ~new & ~present[rows] & (begun <= faults.time[first][group])
+    absent = np.bincount(group, weights=(~present[rows] & ~beside).astype(np.float64))
     alone = absent == 1
     shown = _huge_in_last(facts, run, first)
     made = ~present[first] & (shown | (alone & (faults.latency[first] >= HUGE_SLOW)))
@@ -58,6 +61,7 @@ def huge_pages(facts: Facts, run: Replayed, past: History, present: Bool, write:
     out[rows[later & zero[group]]] = int(Huge.READ)
     out[rows[later & ((made & ~zero)[group] | owned)]] = int(Huge.INSIDE)
     out[first[made | zero]] = int(Huge.MADE)
+    out[rows[beside & (made | zero)[group]]] = int(Huge.MADE)
     return out
 
 
