@@ -86,6 +86,9 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     private = (area == Area.ANON) | (area == Area.FILE)
     uncalled = not facts.settings.get("calls", True)
     shares = (present & write) | (blind & (uncalled | (prior != Prior.NONE)))
+    huge, own = huge_pages(facts, run, past, present, write)
+    # What came with a huge page that this process wrote is its own since then.
+    np.maximum(past.own, own, out=past.own)
     forked, share, outcome = _forks(facts, run, past, private & shares & ~faults.failed, prior)
     mark_time = state_column(run.lives, run.state, "mark_time", -1)
     mark = state_column(run.lives, run.state, "mark", 0)
@@ -95,7 +98,6 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     if len(back):
         since = since.copy()
         since[back] = past.own[past.before[back]]
-    huge = huge_pages(facts, run, past, present, write)
     gone = taken_away(run, past, area, prior, present, mark_time)
     dropped = gone.dropped | dropped_in_block(run, past, huge, present)
     prior[gone.holed] = int(Prior.NONE)

@@ -25,13 +25,14 @@ Bool = npt.NDArray[np.bool_]
 HUGE_SLOW = 20_000  # ns: zeroing 2 MiB takes longer than this, zeroing 4 KiB never does (both measured)
 
 
-def huge_pages(facts: Facts, run: Replayed, past: History, present: Bool, write: Bool) -> I64:
-    """Huge of each fault."""
+def huge_pages(facts: Facts, run: Replayed, past: History, present: Bool, write: Bool) -> tuple[I64, I64]:
+    """Huge of each fault, and ns at which a write of this address space had made all of its block its own (-1)."""
     faults = run.faults
     out = np.full(len(faults), int(Huge.NO), np.int8)
     rows = np.flatnonzero(((run.flags & BLOCK) != 0) & ~faults.failed & (past.life >= 0))
+    own = np.full(len(faults), -1, np.int64)
     if not len(rows):
-        return out
+        return out, own
     block = (faults.addr[rows] // np.uint64(HPAGE_SIZE)).astype(np.int64)
     order = np.lexsort((faults.time[rows], block, past.life[rows]))
     rows, block = rows[order], block[order]
@@ -58,11 +59,15 @@ def huge_pages(facts: Facts, run: Replayed, past: History, present: Bool, write:
     at = np.flatnonzero(whole)
     np.minimum.at(since, group[at], at)
     owned = np.arange(len(rows)) > since[group]
+    by = np.append(rows, -1)[since]  # the write over the huge zero page
+    when = np.where(by >= 0, faults.time[by], np.where(made & ~zero & write[first], faults.time[first], -1))
+    inside = later & ((made & ~zero)[group] | owned)
+    own[rows[inside]] = when[group[inside]]
     out[rows[later & zero[group]]] = int(Huge.READ)
     out[rows[later & ((made & ~zero)[group] | owned)]] = int(Huge.INSIDE)
     out[first[made | zero]] = int(Huge.MADE)
     out[rows[beside & (made | zero)[group]]] = int(Huge.MADE)
-    return out
+    return out, own
 
 
 def dropped_in_block(run: Replayed, past: History, huge: I64, present: Bool) -> Bool:
