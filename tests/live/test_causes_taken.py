@@ -311,3 +311,24 @@ print(base, a)
         (first + 34, "after-truncate", "likely"),
         (first + 33, "after-dontneed", "certain"),
     ]
+
+
+def test_a_neighbours_fault_does_not_map_what_was_removed(tmp_path: Path) -> None:
+    run, (base, first) = _run(
+        tmp_path,
+        """
+memfd = os.memfd_create("m")
+for i in range(64): os.pwrite(memfd, b"x", i * P)
+base = libc.mmap(None, 64 * P, 3, 1, memfd, 0); a = -(base // P) % 16
+done(libc.madvise(base + (a + 2) * P, 3 * P, 9))     # MADV_REMOVE: 2 to 4 are not in the file any more
+get(base, a + 8)                                     # maps 0 to 15 without them
+done(libc.madvise(base, 64 * P, 4))
+put(base, a + 3); put(base, a + 9)
+print(base, a)
+""",
+    )
+    assert _causes(run, base, 0, 64) == [
+        (first + 8, "shared-page", "certain"),
+        (first + 3, "shared-page", "certain"),
+        (first + 9, "after-dontneed", "likely"),
+    ]

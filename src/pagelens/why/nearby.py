@@ -114,6 +114,10 @@ class Around:
         """life: of each fault, index into the lives (-1 none)."""
         faults, lives = run.faults, run.lives
         self._run, self._copied = run, copied
+        self._parts: dict[
+            tuple[str, int], I64
+        ] = {}  # of each file: first byte, byte behind the last, ns, by MADV_REMOVE
+        self._touches: dict[tuple[str, int], tuple[I64, I64]] = {}  # of each file: page and ns of its faults
         area = state_column(lives, run.state, "area", int(Area.UNMAPPED))
         held = np.isin(area, AROUND) & ~faults.failed & (life >= 0)
         rows = np.flatnonzero(held & (faults.error >= 0) & ((faults.error & 3) == 0))
@@ -157,9 +161,48 @@ class Around:
         asked = zip(run.faults.mm[rows].tolist(), key.tolist(), until.tolist(), nameless, strict=True)
         for i, (mm, page, when, bare) in enumerate(asked):
             seen = self._one(mm, page, when)
+            # Nor has it one where MADV_REMOVE has taken it, until somebody touches it again.
+            while seen >= 0 and (gone := self._removed(int(rows[i]), seen)) >= 0:
+                seen = self._one(mm, page, gone)
             if seen >= 0 and (not bare or self._there(page, seen)):
                 out[i] = seen
         return out
+
+    def _removed(self, row: int, seen: int) -> int:
+        # ns at which MADV_REMOVE took the page of a fault out of its file before `seen`, and no fault came since; -1.
+        # Who cuts a file by its descriptor also writes to it so, which is not recorded: that page is taken to be there.
+        run = self._run
+        state = run.lives.states[run.state[row]]
+        if state.file is None or not run.removed_parts:
+            return -1
+        at = int(run.faults.addr[row]) + state.shift
+        start, end, time, by_mapping = self._parts_of(state.file)
+        cuts = np.flatnonzero((start <= at) & (at < end) & (time < seen))
+        if not len(cuts) or not by_mapping[cuts[-1]]:
+            return -1
+        gone = int(time[cuts[-1]])
+        return -1 if self._touched(state.file, at >> PAGE_SHIFT, gone, seen) else gone
+
+    def _parts_of(self, file: tuple[str, int]) -> I64:
+        if file not in self._parts:
+            parts = self._run.removed_parts
+            rows = [(part.start, part.end, *how) for part, *how in parts if part.file == file]
+            self._parts[file] = np.array(rows, np.int64).reshape(-1, 4).T
+        return self._parts[file]
+
+    def _touched(self, file: tuple[str, int], page: int, after: int, until: int) -> bool:
+        # Whether any fault was on that page of the file between two times (ns).
+        run, states = self._run, self._run.lives.states
+        if file not in self._touches:
+            mine = np.array([s.file == file for s in states] + [False], bool)
+            shift = np.array([s.shift for s in states] + [0], np.int64)
+            rows = np.flatnonzero(mine[run.state] & ~run.faults.failed)
+            where = (run.faults.addr[rows].astype(np.int64) + shift[run.state[rows]]) >> PAGE_SHIFT
+            order = np.lexsort((run.faults.time[rows], where))
+            self._touches[file] = (where[order], run.faults.time[rows][order])
+        where, time = self._touches[file]
+        low, high = np.searchsorted(where, [page, page + 1])
+        return bool(np.any((time[low:high] > after) & (time[low:high] < until)))
 
     def _there(self, key: int, when: int) -> bool:
         if self._made.get(key, 1 << 62) < when:

@@ -62,6 +62,7 @@ class Replayed:
     family: Family
     first_keys: dict[int, tuple[list[int], list[Seg]]]
     frame_segs: list[list[Seg]]  # beside Facts.frames: what was mapped then
+    removed_parts: list[tuple[FileCut, int, bool]]  # what left files, ns, and whether by MADV_REMOVE
 
 
 class Replay:
@@ -85,6 +86,7 @@ class Replay:
         self.family = Family()
         self.first_keys: dict[int, tuple[list[int], list[Seg]]] = {}
         self.frame_segs: list[list[Seg]] = []
+        self.removed_parts: list[tuple[FileCut, int, bool]] = []
         self._users: dict[int, int] = defaultdict(int)
         self._started: dict[int, int] = defaultdict(int)
         faults = with_new_mm(facts)
@@ -153,6 +155,7 @@ class Replay:
             self.family,
             self.first_keys,
             self.frame_segs,
+            self.removed_parts,
         )
 
     def _begin(self, mm: int) -> Space:
@@ -206,6 +209,7 @@ class Replay:
 
     def _cut_out(self, what: FileCut, call: Call, time: int) -> None:
         # Every mapping of the file, whoever cut it.
+        self.removed_parts.append((what, time, call.name == "madvise"))
         for mm, space in self.spaces.items():
             if mm not in self.family.end and space.maps(what.file):
                 self._flush(space, time)
