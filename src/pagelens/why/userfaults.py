@@ -21,7 +21,7 @@ Bool = npt.NDArray[np.bool_]
 _RESOLVES = {0xAA03, 0xAA04, 0xAA05, 0xAA06, 0xAA07, 0xAA08, 0xAA02}
 _COPIES = {0xAA03, 0xAA05}  # COPY, MOVE: destination, source, length
 _SPAN_LIMIT = 4096  # pages of one ioctl that are matched one by one
-UFFD_SLOW = 4_000  # ns: a handler cannot be woken and answer in less
+UFFD_SLOW = 4_000  # ns: a handler that sleeps cannot be woken and answer in less
 
 
 def handled(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64) -> tuple[Bool, Bool]:
@@ -36,12 +36,14 @@ def handled(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64)
     if not mode.any():
         return np.zeros(len(faults), bool), np.zeros(len(faults), bool)
     slow = (faults.latency >= UFFD_SLOW) & ~faults.failed
-    missing = ~present & slow & ((mode & (UFFD_MISSING | UFFD_MINOR)) != 0)
+    absent = ~present & ~faults.failed & ((mode & (UFFD_MISSING | UFFD_MINOR)) != 0)
+    missing = absent & slow
     protected = present & ((mode & UFFD_WP) != 0) & ((faults.error & 2) != 0) & ~faults.failed
     armed = (guarded == Guarded.UFFD) | ((mode & UFFD_BEFORE) != 0)
     at_once = (mode & (UFFD_ASYNC | UFFD_BEFORE)) != 0
     uffd: Bool = missing | (protected & armed & (slow | at_once))
-    rows = np.flatnonzero(missing | (protected & slow))
+    # A handler that runs already may answer at once: then its ioctl lies within the fault.
+    rows = np.flatnonzero(absent | (protected & slow))
     ioctls = [c for c in facts.calls if c.name == "ioctl" and (c.args[1] & 0xFFFF) in _RESOLVES]
     copied = np.zeros(len(faults), bool)
     if not len(rows) or not ioctls:
@@ -70,7 +72,7 @@ def handled(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64)
         first = a + int(
             np.searchsorted(end[a:b], begun)
         )  # one page's calls end in the order in which they began
-        if first < b and start[first] <= faults.time[row]:
+        if first < b and start[first] <= faults.time[row] and (slow[row] or start[first] >= begun):
             race[row] = int(Race.HANDLER)
             uffd[row] = True
             copied[row] = copies[first]
