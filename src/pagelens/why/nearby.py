@@ -135,8 +135,8 @@ class Around:
         # from_pte of do_fault_around: 16 pages from an aligned one on, or from the start of the vma.
         start = page - (key - np.array(lives.key or [0], np.int64)[mapping])
         low = np.maximum(page & -WINDOW, start)
-        self._mm, self._key, self._time, self._page, self._low = (
-            column[order] for column in (mm, key, time, page, low)
+        self._mm, self._key, self._time, self._page, self._low, self._mapping = (
+            column[order] for column in (mm, key, time, page, low, mapping)
         )
         # Shared memory without a name has a page only once somebody, whoever, has touched it.
         nameless = [s.area is Area.SHMEM and s.file is None for s in lives.states]
@@ -212,11 +212,14 @@ class Around:
 
     def _one(self, mm: int, key: int, until: int) -> int:
         parents = self._run.family.parent
+        mapping = bisect.bisect_right(self._run.lives.key, key) - 1
         while True:
             a, b = np.searchsorted(self._mm, [mm, mm + 1])
             low, high = a + np.searchsorted(self._key[a:b], [key - WINDOW + 1, key + WINDOW])
             page = self._page[low:high] + key - self._key[low:high]
             within = (page >= self._low[low:high]) & (page < self._low[low:high] + WINDOW)
+            # Keys of two mappings may follow one another.
+            within &= self._mapping[low:high] == mapping
             before = self._time[low:high][within & (self._time[low:high] < until)]
             if len(before):
                 return int(before.max())
