@@ -108,19 +108,9 @@ SEC("iter/task")
 int leftover(struct bpf_iter__task *ctx)
 {
 	struct task_struct *t = ctx->task;
-	struct pl_task *s;
-	u32 n;
 
-	if (!t)
-		return 0;
-	s = bpf_task_storage_get(&tasks, t, 0, 0);
-	if (!s || s->state != PL_T_NEW)
-		return 0;
-	n = flush_batch(s);
-	if (n) {        /* they were among the recorded */
-		ADD(recorded, -n);
-		ADD(lost, n);
-	}
+	if (t)
+		flush_rest(t);
 	return 0;
 }
 

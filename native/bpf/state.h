@@ -155,6 +155,21 @@ static __always_inline u32 flush_batch(struct pl_task *s)
 	return n;
 }
 
+/* What stands in the batch of a task whose recording has been ended (`collect`): it was counted among the recorded. */
+static __always_inline void flush_rest(struct task_struct *t)
+{
+	struct pl_task *s = bpf_task_storage_get(&tasks, t, 0, 0);
+	u32 n;
+
+	if (!s || s->state != PL_T_NEW)
+		return;
+	n = flush_batch(s);
+	if (n) {
+		ADD(recorded, -n);
+		ADD(lost, n);
+	}
+}
+
 static __always_inline u64 user_ip(struct task_struct *t)
 {
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(t);

@@ -201,6 +201,8 @@ int BPF_PROG(task_switch, bool preempt, struct task_struct *prev, struct task_st
 			s = io_worker(prev);
 		if (s)
 			task_gone(prev, s);
+		else if (cfg.batch)
+			flush_rest(prev);
 	} else if (cfg.switches || cfg.batch) {
 		s = member(prev);
 		if (s && cfg.batch)

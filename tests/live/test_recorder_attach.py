@@ -150,6 +150,17 @@ def test_faults_before_a_busy_loop(tmp_path: Path, spawn: Spawn, detail: str) ->
     assert times == sorted(times)
 
 
+def test_threads_that_end_as_the_recording_does(tmp_path: Path, spawn: Spawn, subjects: Subjects) -> None:
+    # Some thread is always between its last fault and its end: when the recording ends, its batch is still waited for.
+    child = spawn(subjects("late_faults"))
+    assert child.stdout and child.stdout.readline() == "ready\n"
+    for detail in ("normal", *["lean"] * 12):
+        run = attach(tmp_path, child.pid, "--duration", "0.1", "--snapshot", "none", "--detail", detail)
+        assert_complete(run)
+        assert run.faults["recorded"] > 100
+    assert child.poll() is None and clean(child.pid)
+
+
 THREADS = r"""
 #include <pthread.h>
 #include <stdio.h>

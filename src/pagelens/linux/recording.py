@@ -206,7 +206,16 @@ class BpfRecording:
         until = time.monotonic() + 2
         while self.live_tasks() > 0 and time.monotonic() < until:
             time.sleep(0.001)
+        # Likewise one whose last faults stand in its batch yet, or that was amid a fault: it is waited for.
+        until = time.monotonic() + 0.5
+        while self._untold() > 0 and time.monotonic() < until:
+            time.sleep(0.002)
         return found
+
+    def _untold(self) -> int:
+        # Faults that the tasks which are gone count as recorded, and of which the drain knows nothing yet.
+        told = self.drain.stats()
+        return int(self._totals.recorded - told.faults - told.dropped_faults)
 
     def _grace(self) -> None:
         # An update of a map of maps, even to what it is, returns when no program runs any more that had begun before
