@@ -22,7 +22,8 @@ int adopt(struct bpf_iter__task *ctx)
 		return 0;
 	s = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!s) {
-		ADD(tasks_untracked, 1);
+		if (!(t->__state & TASK_DEAD))  /* else it has come to its end just now */
+			ADD(unmarked, 1);
 		return 0;
 	}
 	if (s->state != PL_T_NEW || s->tid)
@@ -42,6 +43,14 @@ int adopt(struct bpf_iter__task *ctx)
 	ADD(tasks_started, 1);
 	ADD(adopted, 1);
 	s->state = PL_T_LIVE;
+	if (t->__state & TASK_DEAD && __sync_lock_test_and_set(&s->state, PL_T_NEW) == PL_T_LIVE) {
+		/* It ended before it was marked, or its last switch is yet to come, and will find it unmarked. */
+		mm_drop(ptr, s->mm);
+		member_drop(s->tid);
+		ADD(tasks_started, -1);
+		ADD(adopted, -1);
+		return 0;
+	}
 	r = reserve(sizeof(*r) + 16);
 	if (!r)
 		return 0;
@@ -71,7 +80,8 @@ int collect(struct bpf_iter__task *ctx)
 	s = member(t);
 	if (!s)
 		return 0;
-	s->state = PL_T_NEW;    /* from here on nothing of it is recorded */
+	if (__sync_lock_test_and_set(&s->state, PL_T_NEW) != PL_T_LIVE) /* from here on nothing of it is recorded */
+		return 0;       /* it has just ended by itself */
 	r.args[0] = t->min_flt - s->base_min;
 	r.args[1] = counted(t) - s->base - r.args[0];
 	rest = r.args[0] + r.args[1] - s->recorded - s->lost - s->gup - s->missed;

@@ -129,6 +129,7 @@ struct pl_totals {
 	unsigned long long learn;               /* which file its next write is to (LEARN_); 0: none */
 	unsigned long long adopted;             /* tasks that `adopt` has marked */
 	unsigned long long begun;               /* ns: tasks that are younger began under our eyes */
+	unsigned long long unmarked;            /* tasks that `adopt` could not mark in this pass */
 };
 
 enum { LEARN_REFS = 1, LEARN_MEM };

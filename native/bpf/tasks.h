@@ -47,7 +47,11 @@ static __always_inline void began_unseen(struct task_struct *t)
 	if (!s)
 		return;
 	c = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!c || c->state != PL_T_NEW || c->tid)
+	if (!c) {
+		ADD(tasks_untracked, 1);
+		return;
+	}
+	if (c->state != PL_T_NEW || c->tid)
 		return;
 	c->tid = ns_pid(t);
 	c->pid = thread ? s->pid : c->tid;
@@ -85,10 +89,8 @@ int BPF_PROG(task_new, struct task_struct *child, u64 clone_flags)
 	if (!s || totals.stopped)
 		return 0;
 	c = bpf_task_storage_get(&tasks, child, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!c) {
-		ADD(tasks_untracked, 1);
-		return 0;
-	}
+	if (!c)
+		return 0;       /* whoever used storage on this CPU was preempted amid it: began_unseen() tries again */
 	c->tid = ns_pid(child);
 	c->pid = clone_flags & 0x10000 ? s->pid : c->tid;      /* CLONE_THREAD */
 	if (clone_flags & 0x100) {                              /* CLONE_VM */
@@ -141,6 +143,8 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 	u64 min = t->min_flt - s->base_min, all = counted(t) - s->base, maj = all - min, gup;
 	struct pl_rec_call *r;
 
+	if (__sync_lock_test_and_set(&s->state, PL_T_NEW) != PL_T_LIVE)
+		return;         /* `adopt` has just taken its mark back */
 	flush_failed(s);
 	if (cfg.batch)
 		flush_batch(s);
@@ -173,7 +177,6 @@ static __always_inline void task_gone(struct task_struct *t, struct pl_task *s)
 	ADD(missed, s->missed);
 	ADD(failed, s->failed);
 	ADD(nofault, s->nofault);
-	s->state = PL_T_NEW;
 	ADD(tasks_gone, 1);     /* last: user space waits for it */
 }
 

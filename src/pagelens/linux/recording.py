@@ -26,6 +26,7 @@ _OF_TASKS = ("task_new", "task_exec")
 _DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
 DETAILS = ("lean", "normal", "full")
 _RINGS = 128 << 20  # bytes for the rings of all CPUs together: the drain may be kept from a CPU for a while
+_TRIES = 5  # passes over the tasks, while some cannot be marked
 MAX_FRAMES = 64
 
 
@@ -69,6 +70,7 @@ class Totals(ctypes.Structure):
             "learn",
             "adopted",
             "begun",
+            "unmarked",
         )
     )
 
@@ -127,6 +129,7 @@ class BpfRecording:
         self._rings = [-1] * (max(cpus) + 1)
         self._object = bpf.BpfObject()
         self._drain: Drain | None = None
+        self._unmarked = 0
         try:
             obj = self._object
             options.absent = obj.select(_ALWAYS if lean else (*_ALWAYS, *_ENTRIES, *_DAEMONS))
@@ -190,7 +193,12 @@ class BpfRecording:
         for pid in pids:
             bpf.map_update(targets, ctypes.c_uint32(pid), ctypes.c_uint8(1))
         before = int(self._totals.adopted)
-        self._object.read_iterator("adopt")
+        for _ in range(_TRIES):  # whoever used marks on this CPU may have been preempted amid it
+            self._totals.unmarked = 0
+            self._object.read_iterator("adopt")
+            if not self._totals.unmarked:
+                break
+        self._unmarked += int(self._totals.unmarked)
         return int(self._totals.adopted) - before
 
     def collect(self) -> bytes:
@@ -258,6 +266,7 @@ class BpfRecording:
         tasks = sum(skipped.get(name, 0) for name in _OF_TASKS)
         return {
             **{name: int(getattr(self._totals, name)) for name, *_ in Totals._fields_},
+            "tasks_untracked": int(self._totals.tasks_untracked) + self._unmarked,
             "skipped_tasks": tasks,
             "skipped_events": sum(skipped.values()) - tasks,
         }
