@@ -96,6 +96,8 @@ static __always_inline int completed(struct perf_context *ctx, u8 major)
 
 	if (!s) {
 		s = io_worker(t);
+		if (!s && t->start_time >= totals.begun)
+			s = began_unseen(t, 1);
 		if (!s)
 			return 0;
 	}

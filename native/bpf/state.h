@@ -265,6 +265,65 @@ static __always_inline struct pl_task *io_worker(struct task_struct *t)
 	return s;
 }
 
+/* Since 7.0 the programs of most tracepoints can be preempted, and are skipped for whatever else that CPU meets
+ * meanwhile; and where a task was preempted amid its use of a storage, the CPU has no new storage for anyone
+ * (bpf_task_storage_trylock). So a task without a mark becomes a member when it is about to run for the first time, or
+ * with its first fault: its counters were 0 until then. most: faults that it may have counted. Not found is one whose
+ * starter has ended. */
+static __always_inline struct pl_task *began_unseen(struct task_struct *t, u64 most)
+{
+	struct task_struct *leader, *by;
+	struct pl_task *s, *c;
+	struct pl_rec_call *r;
+	int thread;
+
+	if (t->flags & (PF_KTHREAD | PF_IO_WORKER) || totals.stopped)
+		return NULL;
+	if (counted(t) > most)
+		return NULL;    /* it has run before: nobody of ours */
+	thread = t->pid != t->tgid;
+	leader = t->group_leader;
+	by = t->real_parent;
+	if (!leader || !by)
+		return NULL;
+	s = thread ? member(leader) : member(by);
+	if (!s)
+		return NULL;
+	c = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!c) {
+		if (most)
+			ADD(tasks_untracked, 1);
+		return NULL;
+	}
+	if (c->state != PL_T_NEW || c->tid)
+		return NULL;
+	c->tid = ns_pid(t);
+	c->pid = thread ? s->pid : c->tid;
+	c->mm_ptr = (u64)t->mm;
+	c->mm = c->mm_ptr == s->mm_ptr ? s->mm : ADD(next_mm, 1) + 1;
+	mm_use(c->mm_ptr, c->mm);
+	member_add(c->tid, c->mm);
+	c->nr = PL_NO_CALL;
+	c->state = PL_T_LIVE;
+	ADD(tasks_started, 1);
+	r = reserve(sizeof(*r));
+	if (!r)
+		return c;
+	fill(&r->h, s, PL_FORK, 0);
+	r->h.time_ns = bpf_ktime_get_ns();
+	r->h.ip = 0;
+	r->result = 0;
+	r->args[0] = c->pid;
+	r->args[1] = c->tid;
+	/* CLONE_THREAD, CLONE_VM: the others are not known any more. */
+	r->args[2] = (thread ? 0x10000 : 0) | (c->mm == s->mm ? 0x100 : 0);
+	r->args[3] = c->mm;
+	r->args[4] = r->args[5] = 0;
+	r->dev = r->ino = 0;
+	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
+	return c;
+}
+
 /* Counter increments since the last look that neither an event nor a call explains. */
 static __always_inline u64 unaccounted(struct task_struct *t, struct pl_task *s)
 {

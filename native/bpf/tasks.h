@@ -24,61 +24,6 @@ static __always_inline void emit_task(struct task_struct *t, struct pl_task *s, 
 	emit_tail(x, 0, n);
 }
 
-/* Since 7.0 the programs of most tracepoints can be preempted, and are skipped for whatever else that CPU meets
- * meanwhile; the one of sched_switch cannot be. So a task whose start was skipped becomes a member when it is about to
- * run for the first time: it has done nothing yet, and its counters are 0. Not found is one whose starter has ended. */
-static __always_inline void began_unseen(struct task_struct *t)
-{
-	struct task_struct *leader, *by;
-	struct pl_task *s, *c;
-	struct pl_rec_call *r;
-	int thread;
-
-	if (t->flags & (PF_KTHREAD | PF_IO_WORKER) || totals.stopped)
-		return;
-	if (t->min_flt || t->maj_flt)
-		return; /* it has run before: nobody of ours */
-	thread = t->pid != t->tgid;
-	leader = t->group_leader;
-	by = t->real_parent;
-	if (!leader || !by)
-		return;
-	s = thread ? member(leader) : member(by);
-	if (!s)
-		return;
-	c = bpf_task_storage_get(&tasks, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!c) {
-		ADD(tasks_untracked, 1);
-		return;
-	}
-	if (c->state != PL_T_NEW || c->tid)
-		return;
-	c->tid = ns_pid(t);
-	c->pid = thread ? s->pid : c->tid;
-	c->mm_ptr = (u64)t->mm;
-	c->mm = c->mm_ptr == s->mm_ptr ? s->mm : ADD(next_mm, 1) + 1;
-	mm_use(c->mm_ptr, c->mm);
-	member_add(c->tid, c->mm);
-	c->nr = PL_NO_CALL;
-	c->state = PL_T_LIVE;
-	ADD(tasks_started, 1);
-	r = reserve(sizeof(*r));
-	if (!r)
-		return;
-	fill(&r->h, s, PL_FORK, 0);
-	r->h.time_ns = bpf_ktime_get_ns();
-	r->h.ip = 0;
-	r->result = 0;
-	r->args[0] = c->pid;
-	r->args[1] = c->tid;
-	/* CLONE_THREAD, CLONE_VM: the others are not known any more. */
-	r->args[2] = (thread ? 0x10000 : 0) | (c->mm == s->mm ? 0x100 : 0);
-	r->args[3] = c->mm;
-	r->args[4] = r->args[5] = 0;
-	r->dev = r->ino = 0;
-	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
-}
-
 SEC("tp_btf/task_newtask")
 int BPF_PROG(task_new, struct task_struct *child, u64 clone_flags)
 {
@@ -90,7 +35,7 @@ int BPF_PROG(task_new, struct task_struct *child, u64 clone_flags)
 		return 0;
 	c = bpf_task_storage_get(&tasks, child, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 	if (!c)
-		return 0;       /* whoever used storage on this CPU was preempted amid it: began_unseen() tries again */
+		return 0;       /* see began_unseen() */
 	c->tid = ns_pid(child);
 	c->pid = clone_flags & 0x10000 ? s->pid : c->tid;      /* CLONE_THREAD */
 	if (clone_flags & 0x100) {                              /* CLONE_VM */
@@ -214,7 +159,7 @@ int BPF_PROG(task_switch, bool preempt, struct task_struct *prev, struct task_st
 			switched(s, PL_F_OUT, preempt ? 0x100 : prev->__state, bpf_ktime_get_ns());
 	}
 	if (next->start_time >= totals.begun && !bpf_task_storage_get(&tasks, next, 0, 0))
-		began_unseen(next);
+		began_unseen(next, 0);
 	if (cfg.switches) {
 		s = member(next);
 		if (s)
