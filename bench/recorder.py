@@ -1,8 +1,8 @@
 """What recording costs the recorded program, against perf in the same run.
 
 Each figure is user+system time of the program's own work (it measures itself, so that start-up and our own
-processes do not count), the median of several interleaved rounds: on a busy machine wall time
-says little.
+processes do not count), the median of several interleaved rounds: on a busy machine wall time says
+little.
 
   ./dev bench recorder            (about six minutes)
   python bench/recorder.py 3 faults summary      rounds, and only these parts
@@ -80,9 +80,8 @@ class Bench:
             "perf completed, entries, stacks": [*self.perf(f"{completed},{entries}", "-g"), *work],
             "normal": [*self.ours("--detail", "normal"), *work],
         }
-        best = middle(
-            variants, 4 * self.rounds
-        )  # what is added is a tenth of the whole: least of five is chance
+        # What is added is a tenth of the whole: few rounds are chance.
+        best = middle(variants, 4 * self.rounds)
         alone = best.pop("alone")
         print(f"## {FAULTS:,} first-touch faults: {alone / 1000:.0f} ms alone; added:")
         for name, value in best.items():

@@ -165,10 +165,8 @@ def _thread_race(run: Replayed, past: History, race: I64, rows: I64, begun: I64,
     # rows: faults on pages that have faulted before, begun: when they were entered.
     faults = run.faults
     prev = past.before[rows]
-    hit = ~faults.failed[rows] & (faults.latency[rows] > 0)
-    hit &= (faults.time[prev] > begun) & (faults.tid[prev] != faults.tid[rows])
-    hit &= faults.mm[prev] == faults.mm[rows]
-    hit &= write[prev] | ~write[rows]
+    hit = ~faults.failed[rows] & (faults.latency[rows] > 0) & _another_threads(run, prev, rows)
+    hit &= (faults.time[prev] > begun) & (write[prev] | ~write[rows])
     race[rows[hit]] = int(Race.THREAD)
 
 
@@ -179,8 +177,13 @@ def _late(run: Replayed, past: History, rows: I64, begun: I64) -> Bool:
     prev = past.before[rows]
     ahead = begun - faults.time[prev]
     late = ~faults.failed[rows] & (faults.latency[rows] > 0) & (ahead >= 0) & (ahead < LATE)
-    late &= (faults.tid[prev] != faults.tid[rows]) & (faults.mm[prev] == faults.mm[rows])
-    return np.asarray(late)
+    return np.asarray(late & _another_threads(run, prev, rows))
+
+
+def _another_threads(run: Replayed, prev: I64, rows: I64) -> Bool:
+    # Whether the faults `prev` are of another thread of the same address space as `rows`.
+    faults = run.faults
+    return np.asarray((faults.tid[prev] != faults.tid[rows]) & (faults.mm[prev] == faults.mm[rows]))
 
 
 def _perhaps_race(run: Replayed, past: History, race: I64) -> None:
@@ -188,8 +191,7 @@ def _perhaps_race(run: Replayed, past: History, race: I64) -> None:
     faults = run.faults
     rows = np.flatnonzero((past.before >= 0) & (faults.latency < 0) & ~faults.failed & (race == Race.NONE))
     prev = past.before[rows]
-    close = (faults.tid[prev] != faults.tid[rows]) & (faults.mm[prev] == faults.mm[rows])
-    close &= faults.time[rows] - faults.time[prev] < NEARBY
+    close = _another_threads(run, prev, rows) & (faults.time[rows] - faults.time[prev] < NEARBY)
     race[rows[close]] = int(Race.MAYBE)
 
 

@@ -95,10 +95,9 @@ class Lives:
         self.link: list[int] = []
         self.parent: list[int] = []  # key of the first page in the life before, -1 without
         self.populated: list[bool] = []  # the life before had been populated by a call
-        self.paged: list[
-            int
-        ] = []  # MADV_PAGEOUT may have taken what was not touched since then (ns), -1 none
-        self.holed: list[int] = []  # a hole had taken what was still the file's then (ns), -1 none
+        # MADV_PAGEOUT may have taken what was not touched since then, a hole what was still the file's: ns, -1 none.
+        self.paged: list[int] = []
+        self.holed: list[int] = []
         self._next = 0
 
     @property
@@ -155,9 +154,8 @@ class Space:
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
         self.drops: list[tuple[int, int, int]] = []  # (first key, key behind the last, ns): shared no more
         self.filled: list[tuple[int, int, int]] = []  # likewise, of shared memory: populated by a call
-        self.around: list[
-            tuple[int, int, int, int]
-        ] = []  # populated with reads: key and number of its first page, pages, ns
+        # Populated with reads: key and number of its first page, pages, ns.
+        self.around: list[tuple[int, int, int, int]] = []
         self.mergeable = False  # PR_SET_MEMORY_MERGE
         self.future: int = 0  # mlockall(MCL_FUTURE): LOCKED or ONFAULT
         self._columns: tuple[I64, I64, I64, I64] | None = None

@@ -58,8 +58,8 @@ def handled(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64)
     order = np.lexsort((spans[at, 2], page))
     page, start, end = page[order], spans[at, 2][order], spans[at, 3][order]
     copies = np.array([(c.args[1] & 0xFFFF) in _COPIES for c in ioctls], bool)[at][order]
-    lo = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="left")
-    hi = np.searchsorted(page, (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64), side="right")
+    wanted = (faults.addr[rows] >> np.uint64(PAGE_SHIFT)).astype(np.int64)
+    lo, hi = np.searchsorted(page, wanted, side="left"), np.searchsorted(page, wanted, side="right")
     some = rows[lo < hi]
     spans_of = zip(
         some.tolist(),
