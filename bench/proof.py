@@ -11,6 +11,7 @@ import time
 from pagelens.model.runner import ModelWorld
 from pagelens.proof.campaign import Bench, Result
 from pagelens.proof.compare import windows
+from pagelens.proof.machine import Local
 from pagelens.proof.mix import Mix
 from pagelens.proof.oracle import Oracle
 from pagelens.proof.probes import probe_profile
@@ -39,9 +40,9 @@ def timed(name: str, operations: int, work) -> float:
 
 def main() -> None:
     """Print the rates."""
-    cpu = max(os.sched_getaffinity(0))
-    profile = probe_profile(cpu=cpu).profile
-    bench = Bench(profile, cpu)
+    here = Local(max(os.sched_getaffinity(0)))
+    profile = probe_profile(machine=here).profile
+    bench = Bench(profile, here)
     programs = []
     result = Result(1)
 
@@ -53,7 +54,7 @@ def main() -> None:
 
     def kernel_only() -> None:
         for program in programs:
-            with Oracle(cpu) as oracle:
+            with Oracle(here) as oracle:
                 for op in program:
                     oracle.apply(op)
                     for proc in oracle.alive():
@@ -61,7 +62,7 @@ def main() -> None:
 
     def kernel_blind() -> None:
         for program in programs:
-            with Oracle(cpu) as oracle:
+            with Oracle(here) as oracle:
                 for op in program:
                     oracle.apply(op)
 

@@ -23,7 +23,7 @@ from pagelens.proof.probes import (
     probe_program,
 )
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SIZE
-from support.scenarios import CPU, wrong_on_this_kernel
+from support.scenarios import HERE, wrong_on_this_kernel
 from support.system import setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ SHARED, ANON = 0x01, 0x22
 
 @pytest.fixture(scope="module")
 def probed() -> Probed:
-    return probe_profile(cpu=CPU)
+    return probe_profile(machine=HERE)
 
 
 def test_random_programs_agree(probed: Probed, guest: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,8 +45,8 @@ def test_random_programs_agree(probed: Probed, guest: None, capsys: pytest.Captu
     seed = int(os.environ.get("PAGELENS_FUZZ_SEED") or random.SystemRandom().randrange(1 << 32))
     with capsys.disabled():
         print(f"\nfuzz: seed {seed} of generator {GENERATOR}, {probed.text}")
-    without = frozenset({"exec_only"} if has_protection_keys(CPU) else ())
-    result = fuzz(Bench(probed.profile, CPU), seed, 600, Mix(without=without), small=False)
+    without = frozenset({"exec_only"} if has_protection_keys(HERE) else ())
+    result = fuzz(Bench(probed.profile, HERE), seed, 600, Mix(without=without), small=False)
     assert result.scenario == "", f"seed {seed}"
     assert result.agreement.succeeded >= 0.6 * result.agreement.operations
 
@@ -63,8 +63,8 @@ def test_sticky_soft_dirty(probed: Probed) -> None:
     profile = probed.profile
     other = profile.with_rules(sticky_softdirty=not profile.sticky_softdirty)
     program = probe_program("sticky_softdirty")
-    assert disagreements(program, profile, CPU) == []
-    assert disagreements(program, other, CPU) != []
+    assert disagreements(program, profile, HERE) == []
+    assert disagreements(program, other, HERE) != []
 
 
 def test_the_vma_limit_of_mremap(probed: Probed) -> None:
@@ -74,7 +74,7 @@ def test_the_vma_limit_of_mremap(probed: Probed) -> None:
     profile = probed.profile
     other = profile.with_rules(mremap_counts_exactly=not profile.mremap_counts_exactly)
     caught = False
-    with setting("/proc/sys/vm/max_map_count", str(limit)), Oracle(CPU) as oracle:
+    with setting("/proc/sys/vm/max_map_count", str(limit)), Oracle(HERE) as oracle:
         right, inverted = ModelWorld(profile, oracle.setting), ModelWorld(other, oracle.setting)
         last = limit - 2 - 3  # the harness has two vmas; three are left
         for i in range(last):
@@ -100,7 +100,7 @@ def test_the_vma_limit_of_mremap(probed: Probed) -> None:
 def test_where_a_file_without_a_method_of_its_own_lies(probed: Probed) -> None:
     """get_unmapped_area of a whole huge page (thp_align_file_test): secret memory has no method of its own."""
     profile = probed.profile
-    with Oracle(CPU) as oracle:
+    with Oracle(HERE) as oracle:
         fd = oracle.call("main", MEMFD_SECRET, 0).result
         if fd < 0:
             pytest.skip("missing capability: memfd_secret")
@@ -139,7 +139,7 @@ def test_strict_overcommit(probed: Probed) -> None:
             munmap c[0:{size}]
             q = fork
             """)
-        with Oracle(CPU) as oracle:
+        with Oracle(HERE) as oracle:
             world = ModelWorld(probed.profile, oracle.setting)
             world.machine.committed = figures["Committed_AS"]
             comparison = Comparison(oracle, world, soft_dirty=probed.profile.soft_dirty)

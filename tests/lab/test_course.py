@@ -16,7 +16,7 @@ from pagelens.cli import main as cli
 from pagelens.lab.exercises import EXERCISES
 from pagelens.model.profile import PROFILES, Profile
 from pagelens.proof.probes import probe_profile
-from support.scenarios import CPU, wrong_in_the_model, wrong_on_this_kernel
+from support.scenarios import HERE, wrong_in_the_model, wrong_on_this_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "docs" / "lab"
@@ -66,7 +66,7 @@ def test_every_page_has_its_parts_and_every_exercise_its_page() -> None:
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return probe_profile(cpu=CPU).profile
+    return probe_profile(machine=HERE).profile
 
 
 @pytest.mark.parametrize("path", sorted(LAB.glob("*.plscn")), ids=lambda p: p.stem)

@@ -10,6 +10,7 @@ import pytest
 from pagelens.lab.exercises import EXERCISES
 from pagelens.lab.grade import Grader, Report
 from pagelens.model.profile import get_profile
+from pagelens.proof.machine import Local
 from pagelens.proof.probes import probe_profile
 
 SOLUTIONS = Path(__file__).parent / "solutions"
@@ -26,7 +27,7 @@ def graded(exercise: str, path: Path, programs: int, profile: str = "linux-6.18"
 
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_a_right_solution_passes_against_this_kernel(exercise: str) -> None:
-    profile = probe_profile(cpu=CPU).profile
+    profile = probe_profile(machine=Local(CPU)).profile
     report = Grader(EXERCISES[exercise], profile, cpu=CPU).grade(solution(exercise), programs=3)
     assert report.failure is None, report.failure.text()
     assert (report.disputed, report.notes) == (0, [])

@@ -2,13 +2,16 @@
 
 import os
 import platform
+import signal
+from pathlib import Path
 
 import pytest
 
 from pagelens.model.profile import PROFILES
-from pagelens.model.scenario import parse_op
-from pagelens.proof.campaign import Bench, fuzz
+from pagelens.model.scenario import parse, parse_op
+from pagelens.proof.campaign import Bench, Result, fuzz
 from pagelens.proof.checkpoint import Disagreement
+from pagelens.proof.machine import Local
 from pagelens.proof.mix import Mix
 from pagelens.proof.probes import (
     NOT_PROBED,
@@ -21,7 +24,7 @@ from pagelens.proof.probes import (
 )
 from pagelens.proof.reach import RULES
 
-CPU = max(os.sched_getaffinity(0))
+HERE = Local(max(os.sched_getaffinity(0)))
 UNREACHED = {"thp_align_file_test", "mremap_counts_exactly"}  # NOT_PROBED says why
 GUARDS = ("pagemap_guard_bit", "guard_file", "guard_vma_flag")
 # Rules that no probe can show without what this kernel may lack.
@@ -30,17 +33,17 @@ NEEDS = {"sticky_softdirty": "soft-dirty"}
 
 @pytest.fixture(scope="module")
 def probed() -> Probed:
-    return probe_profile(cpu=CPU)
+    return probe_profile(machine=HERE)
 
 
 @pytest.fixture(scope="module")
 def mix() -> Mix:
-    return Mix(without=frozenset({"exec_only"} if has_protection_keys(CPU) else ()))
+    return Mix(without=frozenset({"exec_only"} if has_protection_keys(HERE) else ()))
 
 
 def test_random_programs_agree(probed, mix):
     """4,000 operations with fixed seeds; longer campaigns are in docs/fidelity.md."""
-    result = fuzz(Bench(probed.profile, CPU), 1, 4000, mix)
+    result = fuzz(Bench(probed.profile, HERE), 1, 4000, mix)
     assert result.scenario == ""
     assert result.disagreements == []
     assert result.agreement.operations >= 4000
@@ -78,7 +81,7 @@ def test_what_does_not_repeat_is_counted_apart(repeats):
 
 
 def test_the_same_seed_gives_the_same_program(probed, mix):
-    bench = Bench(probed.profile, CPU)
+    bench = Bench(probed.profile, HERE)
     first, second = (fuzz(bench, 42, 300, mix) for _ in range(2))
     assert first.used == second.used
     assert first.agreement.kinds["pages"].total == second.agreement.kinds["pages"].total
@@ -97,11 +100,11 @@ def test_an_inverted_rule_is_caught(rule, probed):
     if rule in NEEDS and not probed.profile.soft_dirty:
         pytest.skip(f"this kernel lacks {NEEDS[rule]}, without which {rule} cannot be seen")
     program = probe_program(rule)
-    assert disagreements(program, probed.profile, CPU) == []
+    assert disagreements(program, probed.profile, HERE) == []
     inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
     if rule in GUARDS and not probed.profile.guard_pages:
         pytest.skip("this kernel has no guard pages, without which the rule cannot be seen")
-    assert disagreements(program, inverted, CPU) != []
+    assert disagreements(program, inverted, HERE) != []
 
 
 def test_every_rule_has_a_probe_or_a_reason():
@@ -120,21 +123,39 @@ def test_random_programs_catch_an_inverted_rule(rule, probed, mix):
     if rule == "pku" and "exec_only" in mix.without:
         pytest.skip("this processor has protection keys; such mappings are left out of random programs")
     inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
-    result = fuzz(Bench(inverted, CPU), 5000, 20_000, mix, small=False)
+    result = fuzz(Bench(inverted, HERE), 5000, 20_000, mix, small=False)
     assert result.failed_seeds
 
 
 @pytest.mark.parametrize("rule", ["mprotect_unaccounts", "stack_nohugepage"])
 def test_a_caught_rule_is_shrunk_to_a_few_lines(rule, probed, mix):
     inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
-    result = fuzz(Bench(inverted, CPU), 5000, 20_000, mix)
+    result = fuzz(Bench(inverted, HERE), 5000, 20_000, mix)
     assert 1 <= len(result.failing) <= 12
     assert result.scenario.startswith(f"# seed {result.seed}:")
-    assert disagreements(result.failing, inverted, CPU) != []
-    assert disagreements(result.failing, probed.profile, CPU) == []
+    assert disagreements(result.failing, inverted, HERE) != []
+    assert disagreements(result.failing, probed.profile, HERE) == []
 
 
 def test_another_kernels_profile_is_caught(mix):
     other = "linux-6.1" if not platform.release().startswith("6.1.") else "linux-6.18"
-    wrong = probe_profile(other, CPU)
-    assert fuzz(Bench(wrong.profile, CPU), 3, 20_000, mix, small=False).failed_seeds
+    wrong = probe_profile(other, HERE)
+    assert fuzz(Bench(wrong.profile, HERE), 3, 20_000, mix, small=False).failed_seeds
+
+
+def test_a_child_that_dies_is_no_agreement(probed):
+    """A child that somebody kills amid a program is counted, with how it ended, and nothing is left behind."""
+    program = parse(
+        "mmap 4 at arena[0] rw private anon fixed\nwrite arena[0]\nwrite arena[1]", "t"
+    ).operations
+    pids = []
+
+    def watch(index, _op, comparison):
+        if index == 1:
+            pids.extend(comparison.kernel.pids)
+            os.kill(pids[0], signal.SIGKILL)
+
+    (found,) = Bench(probed.profile, HERE).run(program, Result(0), watch)
+    assert (found.kind, found.index, found.model) == ("child", 2, "there")
+    assert found.kernel == f"the oracle child 'main' (pid {pids[0]}) is gone: ended by SIGKILL"
+    assert not Path(f"/proc/{pids[0]}").exists()

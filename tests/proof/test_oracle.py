@@ -8,15 +8,16 @@ import pytest
 from pagelens.model.op import ARENA_BASE
 from pagelens.model.scenario import parse, parse_op
 from pagelens.proof.compare import Comparison
+from pagelens.proof.machine import Local
 from pagelens.proof.oracle import Oracle
 from pagelens.proof.randomprog import Generator
 
-CPU = max(os.sched_getaffinity(0))
+HERE = Local(max(os.sched_getaffinity(0)))
 
 
 @pytest.fixture
 def oracle():
-    with Oracle(CPU) as oracle:
+    with Oracle(HERE) as oracle:
         yield oracle
 
 
@@ -125,7 +126,7 @@ def test_two_children_agree():
     """Kernel against kernel: what differs here is the oracle's own noise, so nothing may."""
     for seed in range(5):
         generator = Generator(seed)
-        with Oracle(CPU) as one, Oracle(CPU) as two:
+        with Oracle(HERE) as one, Oracle(HERE) as two:
             comparison = Comparison(one, two, soft_dirty=False)
             for _ in range(250):
                 assert comparison.step(generator.next(one)) == []
@@ -134,7 +135,7 @@ def test_two_children_agree():
 
 
 def test_nothing_is_left_behind():
-    with Oracle(CPU) as oracle:
+    with Oracle(HERE) as oracle:
         oracle.apply(parse_op("q = fork"))
         pids = sorted(oracle.pids)
         assert len(pids) == 2

@@ -8,14 +8,14 @@ from pagelens.model.profile import PROFILES
 from pagelens.model.scenario import format_scenario, parse, parse_op
 from pagelens.proof.probes import probe_profile
 from pagelens.proof.verify import verify
-from support.scenarios import CPU, wrong_in_the_model, wrong_on_this_kernel
+from support.scenarios import HERE, wrong_in_the_model, wrong_on_this_kernel
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "model" / "scenarios").glob("*.plscn"))
 
 
 @pytest.fixture(scope="module")
 def profile():
-    return probe_profile(cpu=CPU).profile
+    return probe_profile(machine=HERE).profile
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda p: p.stem)
@@ -31,7 +31,7 @@ def test_in_the_model_of_every_kernel(path, name):
 
 def test_a_scenario_that_is_wrong_is_found(profile):
     text = "a = mmap 2 rw private anon\nwrite a[0]\nexpect faults 2\nexpect page a[1] present\n"
-    verdict = verify(parse(text), profile, CPU)
+    verdict = verify(parse(text), profile, HERE)
     assert verdict.disagreements == []
     assert [u.where for u in verdict.unmet] == ["kernel", "model"] * 2
     assert not verdict.good

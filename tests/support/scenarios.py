@@ -10,15 +10,16 @@ from pagelens.model.op import Op
 from pagelens.model.profile import Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse
+from pagelens.proof.machine import Local
 from pagelens.proof.verify import verify
 
-CPU = max(os.sched_getaffinity(0))
+HERE = Local(max(os.sched_getaffinity(0)))
 
 
 def wrong_on_this_kernel(path: Path, profile: Profile) -> list[str]:
     """Where kernel and model disagree, and expectations that either does not meet. Every one has been looked at."""
     scenario = parse(path.read_text(), path.name)
-    verdict = verify(scenario, profile, CPU)
+    verdict = verify(scenario, profile, HERE)
     assert verdict.checked + len(verdict.skipped) == sum(not isinstance(n.item, Op) for n in scenario.lines)
     return [str(one) for one in (*verdict.disagreements, *verdict.unmet)]
 

@@ -28,6 +28,7 @@ def _in_kernel(args: argparse.Namespace) -> int:
         limit=args.timeout,
         silence=args.silence,
         append=args.append,
+        port=args.port,
     )
 
     def to(stream: int) -> Callable[[bytes], object]:
@@ -98,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--append", default="", help="more for the kernel's command line")
     one.add_argument("--results", type=Path, help="where to put what the command left in $VMTEST_RESULTS")
+    one.add_argument(
+        "--port",
+        type=Path,
+        metavar="SOCKET",
+        help="a Unix socket to make here; /run/vmtest/extra in the guest",
+    )
     one.add_argument("-v", "--verbose", action="store_true", help="say how long it took")
     one.add_argument("kernel", help="6.1, 6.12, 7.2, or the path of a bzImage")
     one.add_argument("command", nargs=argparse.REMAINDER)

@@ -63,6 +63,7 @@ class Machine:
     limit: float = 900.0
     silence: float = 60.0
     append: str = ""
+    port: Path | None = None  # a Unix socket that becomes the port `extra` of the guest
 
 
 def run(
@@ -108,7 +109,9 @@ class _Run:
         append = (
             "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off nokaslr random.trust_cpu=on "
             f"tsc=reliable tsc_early_khz={tsc.khz()} no_timer_check rcupdate.rcu_cpu_stall_timeout=30 "
-            "apparmor=0 selinux=0 audit=0 maxcpus=1 noreplace-smp " + LIGHT + m.append
+            f"apparmor=0 selinux=0 audit=0 maxcpus=1 noreplace-smp vmtest.ports={4 + (m.port is not None)} "
+            + LIGHT
+            + m.append
         )
         # It goes when we go, even by SIGKILL.
         command = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
@@ -119,7 +122,7 @@ class _Run:
             "-object", f"memory-backend-ram,id=m0,size={half}M", "-numa", "node,nodeid=0,cpus=0,memdev=m0",
             "-object", f"memory-backend-ram,id=m1,size={half}M", "-numa", "node,nodeid=1,cpus=1,memdev=m1",
             "-kernel", str(m.kernel.image), "-initrd", str(s / "initramfs"), "-append", append,
-            "-serial", f"file:{s / 'console'}", "-device", "virtio-serial-pci,max_ports=5",
+            "-serial", f"file:{s / 'console'}", "-device", "virtio-serial-pci,max_ports=6",
             "-drive", f"file={root_image()},if=virtio,format=raw,snapshot=on,cache=unsafe",
             "-drive", f"file={s / 'work.ext4'},if=virtio,format=raw,snapshot=on,cache=unsafe",
         ]  # fmt: skip
@@ -128,6 +131,9 @@ class _Run:
             command += ["-device", f"virtserialport,chardev={port},name={port}"]
         command += ["-chardev", f"file,id=results,path={s / 'results.tar'}"]
         command += ["-device", "virtserialport,chardev=results,name=results.port"]
+        if m.port is not None:
+            command += ["-chardev", f"socket,id=extra,path={m.port},server=on,wait=off"]
+            command += ["-device", "virtserialport,chardev=extra,name=extra"]
         return command
 
     def _control(self, data: bytes) -> None:

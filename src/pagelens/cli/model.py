@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 import random
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pagelens.model.runner import ModelWorld
     from pagelens.model.scenario import Scenario
     from pagelens.proof.campaign import Bench, Result
+    from pagelens.proof.machine import Machine
 
 SHOWS = ("maps", "smaps", "pagemap", "tables", "events")
 
@@ -30,6 +33,7 @@ class Command:
     verify  a scenario on this kernel and in the model, compared after each step
     fuzz    random programs on both, until they disagree; a disagreement is shrunk to a scenario
     grade   an exercise of the paging lab (docs/lab): your fault handler, mmap, munmap against both
+    serve   in a virtual machine: its kernel is what `verify --on` and `fuzz --on` compare with, run here
 
     No privilege is needed. The kernel side runs in a child of our own that is fenced from huge pages, KSM,
     NUMA balancing and randomised addresses; nothing on the system is changed.
@@ -38,6 +42,7 @@ class Command:
       $ echo 'write arena[0]' | pagelens model step
       $ pagelens model verify cow.plscn
       $ pagelens model fuzz --seed 1 --ops 20000
+      $ pagelens model fuzz --on vm.sock       # there: pagelens model serve /dev/vport0p1
       $ pagelens model grade fault --template -o fault.py; pagelens model grade fault fault.py
 
     The scenario language is in docs/scenarios.md. Exit code 1: an expectation failed, model and kernel
@@ -46,7 +51,7 @@ class Command:
 
     def configure(self, parser: argparse.ArgumentParser) -> None:
         """Subcommands."""
-        subs = parser.add_subparsers(dest="what", required=True, metavar="run|step|verify|fuzz|grade")
+        subs = parser.add_subparsers(dest="what", required=True, metavar="run|step|verify|fuzz|grade|serve")
         run = subs.add_parser("run", help="a scenario in the model", allow_abbrev=False)
         run.add_argument("scenario", metavar="SCENARIO", help="a file in the scenario language; - for stdin")
         _kernel(run, "which kernel to be (default: the profile nearest to this kernel)")
@@ -70,6 +75,7 @@ class Command:
         verify.add_argument(
             "--profile", metavar="P", help="compare with this profile (default: found by probing)"
         )
+        _on(verify)
         _output(verify)
         fuzz = subs.add_parser("fuzz", help="random programs on both", allow_abbrev=False)
         fuzz.add_argument("--seed", type=int, metavar="N", help="first seed (default: a fresh one, printed)")
@@ -87,7 +93,12 @@ class Command:
         )
         fuzz.add_argument("--no-shrink", action="store_true", help="keep the failing program as it was")
         fuzz.add_argument("--save", metavar="FILE", help="write the failing scenario to FILE as well")
+        _on(fuzz)
         _output(fuzz)
+        served = subs.add_parser("serve", help="be the machine that --on speaks of", allow_abbrev=False)
+        served.add_argument(
+            "port", metavar="PORT", help="a virtio-serial port, a serial line or a pseudo-terminal, raw"
+        )
         from pagelens.cli.model_grade import configure
 
         grade = subs.add_parser("grade", help="an exercise of the paging lab", allow_abbrev=False)
@@ -109,12 +120,25 @@ class Command:
                 from pagelens.cli.model_grade import grade
 
                 return grade(args)
+            case "serve":
+                from pagelens.proof.distant import serve
+
+                serve(args.port)
+                return 0
             case _:
                 return _fuzz(args)
 
 
 def _kernel(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--kernel", metavar="P", help=text)
+
+
+def _on(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--on",
+        metavar="SOCKET",
+        help="the kernel of a virtual machine where `model serve` runs (default: this kernel)",
+    )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
@@ -208,28 +232,40 @@ def _step_row(number: int, text: str, outcome: Any) -> dict[str, Any]:
     }
 
 
-def _bench(profile: str | None) -> tuple[Bench, str]:
+@contextlib.contextmanager
+def _machine(args: argparse.Namespace) -> Iterator[Machine]:
     import os
 
+    from pagelens.proof.distant import connected
+    from pagelens.proof.machine import Local
+
+    if args.on is None:
+        yield Local(max(os.sched_getaffinity(0)))
+        return
+    with connected(args.on) as machine:
+        yield machine
+
+
+def _bench(profile: str | None, machine: Machine) -> tuple[Bench, str]:
     from pagelens.proof.campaign import Bench
     from pagelens.proof.probes import probe_profile
 
-    cpu = max(os.sched_getaffinity(0))
-    probed = probe_profile(profile, cpu)
+    probed = probe_profile(profile, machine)
     if probed.unsettled:
         sys.stderr.write(
             f"pagelens: neither value of {', '.join(probed.unsettled)} explains this kernel;"
             " using the profile's\n"
         )
-    return Bench(probed.profile, cpu), probed.text
+    return Bench(probed.profile, machine), probed.text
 
 
 def _verify(args: argparse.Namespace) -> int:
     from pagelens.proof.verify import verify
 
     scenario = _load(args.scenario)
-    bench, how = _bench(args.profile)
-    verdict = verify(scenario, bench.profile, bench.cpu)
+    with _machine(args) as machine:
+        bench, how = _bench(args.profile, machine)
+        verdict = verify(scenario, bench.profile, machine)
     lines = [f"kernel {verdict.kernel} against model {how}: {scenario.title or scenario.name}"]
     lines += [f"disagree: {d}" for d in verdict.disagreements]
     lines += [f"expected: {u}" for u in verdict.unmet]
@@ -263,16 +299,18 @@ def _fuzz(args: argparse.Namespace) -> int:
     if args.processes > 14:
         raise UsageError("--processes is at most 14")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
-    bench, how = _bench(args.profile)
-    without = frozenset({"exec_only"}) if has_protection_keys(bench.cpu) else frozenset[str]()
-    result = fuzz(
-        bench, seed, args.ops, Mix(args.processes, without), go_on=args.go_on, small=not args.no_shrink,
-        progress=_progress(args.ops),
-    )  # fmt: skip
+    with _machine(args) as machine:
+        release = str(machine.facts()["release"])
+        bench, how = _bench(args.profile, machine)
+        without = frozenset({"exec_only"}) if has_protection_keys(machine) else frozenset[str]()
+        result = fuzz(
+            bench, seed, args.ops, Mix(args.processes, without), go_on=args.go_on, small=not args.no_shrink,
+            progress=_progress(args.ops),
+        )  # fmt: skip
     if args.save and result.failing:
         write_file(Path(args.save), result.scenario.encode(), args.force)
     value = {
-        "kernel": platform.release(),
+        "kernel": release,
         "profile": bench.profile.name,
         "seed": result.seed if result.failing else seed,
         "operations": result.agreement.operations,
@@ -284,18 +322,18 @@ def _fuzz(args: argparse.Namespace) -> int:
         "succeeded": result.agreement.succeeded,
         "reached": {rule: result.reached[rule] for rule in RULES},
     }
-    emit_object(args, value, _fuzz_text(result, seed, how))
+    emit_object(args, value, _fuzz_text(result, seed, release, how))
     return 1 if result.failed_seeds else 0
 
 
-def _fuzz_text(result: Result, seed: int, how: str) -> str:
+def _fuzz_text(result: Result, seed: int, release: str, how: str) -> str:
     from pagelens.proof.mix import GENERATOR
     from pagelens.proof.reach import RULES
 
     reached = sorted(RULES, key=lambda rule: result.reached[rule])
     done = result.agreement
     lines = [
-        f"kernel {platform.release()} against model {how}, seed {seed} of generator {GENERATOR}:"
+        f"kernel {release} against model {how}, seed {seed} of generator {GENERATOR}:"
         f" {done.operations:,} operations in {result.programs:,} programs,"
         f" {100 * done.succeeded // max(done.operations, 1)} % succeeded,"
         f" {counted(len(result.failed_seeds), 'disagreement')}",

@@ -84,7 +84,7 @@ def _grader(exercise: Any, kernel: str | None, seconds: float) -> Any:
     if kernel is not None:
         return Grader(exercise, get_profile(kernel), kernel=False, seconds=seconds)
     from pagelens.cli.model import nearest_profile
-    from pagelens.proof.children import oracle_path
+    from pagelens.proof.machine import Local, oracle_path
     from pagelens.proof.probes import probe_profile
 
     cpu = default_cpu()
@@ -95,7 +95,7 @@ def _grader(exercise: Any, kernel: str | None, seconds: float) -> Any:
         return Grader(
             exercise, get_profile(nearest_profile(os.uname().release)), kernel=False, seconds=seconds
         )
-    return Grader(exercise, probe_profile(None, cpu).profile, cpu=cpu, seconds=seconds)
+    return Grader(exercise, probe_profile(None, Local(cpu)).profile, cpu=cpu, seconds=seconds)
 
 
 def _as_dict(report: Any, file: str) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from pagelens.model.profile import Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import format_scenario, parse
 from pagelens.proof.compare import Comparison
+from pagelens.proof.machine import Local
 from pagelens.proof.oracle import Oracle
 
 RANDOM_PROGRAMS = 40
@@ -138,7 +139,7 @@ class Grader:
     ) -> Failure | None:
         report.programs += 1
         with ExitStack() as stack:
-            oracle = stack.enter_context(Oracle(self.cpu)) if self.kernel and limit is None else None
+            oracle = stack.enter_context(Oracle(Local(self.cpu))) if self.kernel and limit is None else None
             world = ModelWorld(self.profile, oracle.setting if oracle else None)
             if limit is not None:
                 world.machine.max_map_count = limit

@@ -9,6 +9,8 @@ Rejected: a regular expression a line (ten times slower), psutil (it drops field
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,7 +24,17 @@ _GATE = 1 << 63
 _COUNTS = frozenset({"Threads", "voluntary_ctxt_switches", "nonvoluntary_ctxt_switches"})
 
 
-def read(proc: Process) -> tuple[VmaList, Accounting]:
+class Files(Protocol):
+    """/proc/PID: `linux.procfs.Process`, or one of another machine (`proof.children.Files`)."""
+
+    def read(self, name: str) -> bytes:
+        """The whole of a file."""
+
+    def stat(self) -> TaskStat:
+        """The counters."""
+
+
+def read(proc: Files) -> tuple[VmaList, Accounting]:
     """The vmas with their VmFlags, and all fields per vma in bytes, rows as the vmas; plus `status`."""
     vmas, fields, rows = parse(proc.read("smaps"))
     return vmas, Accounting.from_rows(fields, rows, status(proc))
@@ -90,7 +102,7 @@ def _flags(line: bytes) -> frozenset[str]:
     return frozenset(line.decode()[8:].split())
 
 
-def rollup(proc: Process) -> dict[str, int]:
+def rollup(proc: Files) -> dict[str, int]:
     """Totals from smaps_rollup, in bytes: one walk, far less text than smaps (but no Size, no VmFlags)."""
     total: dict[str, int] = {}
     for line in proc.read("smaps_rollup").splitlines()[1:]:
@@ -101,14 +113,14 @@ def rollup(proc: Process) -> dict[str, int]:
     return total
 
 
-def totals(proc: Process) -> Accounting:
+def totals(proc: Files) -> Accounting:
     """Totals only (smaps_rollup) with `status`."""
     total = rollup(proc)
     fields = tuple(name for name in SMAPS_FIELDS if name in total)
     return Accounting(fields, None, total, status(proc))
 
 
-def status(proc: Process) -> dict[str, int]:
+def status(proc: Files) -> dict[str, int]:
     """Memory fields of /proc/PID/status in bytes (VmRSS, RssAnon, VmPTE, …), thread count, fault counters."""
     out: dict[str, int] = {}
     for line in proc.read("status").splitlines():

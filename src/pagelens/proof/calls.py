@@ -6,10 +6,6 @@ the command itself, which lie in the child's slot.
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
-import resource
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -26,14 +22,7 @@ _IPC_CREAT, _SHM_RDONLY, _SHM_EXEC = 0o1000, 0o10000, 0o100000
 
 def clear_refs(oracle: Oracle, op: Op) -> Outcome:
     """A write into /proc/PID/clear_refs, from outside."""
-    fd = oracle.process(op.proc).fd("clear_refs", os.O_WRONLY)
-    try:
-        os.write(fd, b"%d\n" % op.flags)
-        result = 0
-    except OSError as exc:
-        result = -(exc.errno or errno.EIO)
-    finally:
-        os.close(fd)
+    result = oracle.process(op.proc).write("clear_refs", b"%d\n" % op.flags)
     oracle.settle(op.proc)
     return Outcome(result)
 
@@ -69,13 +58,8 @@ def shmat(oracle: Oracle, op: Op) -> Outcome:
 
 def rlimit(oracle: Oracle, op: Op) -> Outcome:
     """prlimit of the soft limit, within the hard one."""
-    pid = oracle.leader_pid(op.proc)
-    hard = resource.prlimit(pid, op.flags)[1]
-    try:
-        resource.prlimit(pid, op.flags, (-1 if op.length >> 63 else op.length, hard))
-    except (OSError, ValueError):
-        return Outcome(-errno.EPERM)
-    return Outcome(0)
+    soft = -1 if op.length >> 63 else op.length
+    return Outcome(oracle.machine.limit(oracle.leader_pid(op.proc), op.flags, soft))
 
 
 def uncap(oracle: Oracle, op: Op) -> Outcome:
@@ -84,24 +68,11 @@ def uncap(oracle: Oracle, op: Op) -> Outcome:
     return oracle.call(op.proc, _CAPSET, words + 2 * 8, words + 3 * 8, 0x2008_0522)
 
 
-class _Vector(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
 def remote(oracle: Oracle, op: Op) -> Outcome:
-    """process_vm_readv or process_vm_writev by this process; faults are counted here, not in the child."""
+    """process_vm_readv or process_vm_writev by the harness; faults are counted there, not in the child."""
     assert op.place is not None
-    write = op.name == "poke"
-    buffer = ctypes.create_string_buffer(max(op.length, 1))
-    ours = _Vector(ctypes.addressof(buffer), op.length)
-    theirs = _Vector(oracle.names.resolve(op.place), op.length)
-    function = _libc.process_vm_writev if write else _libc.process_vm_readv
-    function.restype = ctypes.c_ssize_t
-    done = function(oracle.leader_pid(op.proc), ctypes.byref(ours), 1, ctypes.byref(theirs), 1, 0)
-    return Outcome(done if done >= 0 else -ctypes.get_errno())
+    pid, addr = oracle.leader_pid(op.proc), oracle.names.resolve(op.place)
+    return Outcome(oracle.machine.remote(pid, addr, op.length, op.name == "poke"))
 
 
 SPECIAL: dict[str, Callable[[Oracle, Op], Outcome]] = {

@@ -17,8 +17,10 @@ from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import format_scenario
 from pagelens.proof.agreement import Agreement
 from pagelens.proof.checkpoint import Disagreement
+from pagelens.proof.children import ChildGoneError
 from pagelens.proof.compare import Comparison
 from pagelens.proof.fences import Fence
+from pagelens.proof.machine import Machine
 from pagelens.proof.mix import Mix
 from pagelens.proof.oracle import Oracle
 from pagelens.proof.randomprog import Generator
@@ -68,20 +70,20 @@ Watch = Callable[[int, Op, Comparison], None]
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What a comparison is made with: the profile, the CPU of the child, whether soft-dirty is compared."""
+    """What a comparison is made with: the profile, the machine of the child, whether checkpoints are compared."""
 
     profile: Profile
-    cpu: int | None = None
+    machine: Machine | None = None
     checkpoints: bool = True
 
     def run(self, program: Sequence[Op], result: Result, watch: Watch | None = None) -> list[Disagreement]:
         """One given program, to its first disagreement; counts go into `result`."""
-        with Oracle(self.cpu) as oracle:
+        with Oracle(self.machine) as oracle:
             result.fences = oracle.fences
             comparison = self._comparison(oracle, result)
             try:
                 for i, op in enumerate(program):
-                    if found := comparison.step(op):
+                    if found := _step(comparison, op):
                         return found
                     if watch is not None:
                         watch(i, op, comparison)
@@ -97,14 +99,14 @@ class Bench:
         """One random program, to its first disagreement: (the operations done, what differs)."""
         generator = Generator(seed, mix)
         program: list[Op] = []
-        with Oracle(self.cpu) as oracle:
+        with Oracle(self.machine) as oracle:
             result.fences = oracle.fences
             comparison = self._comparison(oracle, result)
             try:
                 while len(program) < length:
                     op = generator.next(oracle)
                     program.append(op)
-                    found = comparison.step(op)
+                    found = _step(comparison, op)
                     _count(result.used, op, comparison.outcomes[0])
                     found = found or self._checked(len(program), op, comparison)
                     if found:
@@ -133,6 +135,14 @@ class Bench:
 
         small = shrink(program, fails)
         return small, self.run(small, Result(0))
+
+
+def _step(comparison: Comparison, op: Op) -> list[Disagreement]:
+    try:
+        return comparison.step(op)
+    except ChildGoneError as exc:
+        # Nothing that a program does ends a process without its asking.
+        return [Disagreement("child", comparison.index, op, op.proc, "child", str(exc), "there")]
 
 
 def _frees_tables(op: Op) -> bool:

@@ -7,21 +7,18 @@ hold the others up).
 
 from __future__ import annotations
 
-import functools
-import os
-import select
 import struct
-import time
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import pagelens
-from pagelens.linux.procfs import Process
+from pagelens.linux.procfs import TaskStat
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
-from pagelens.model.world import Key
+from pagelens.model.world import Key, Span
+from pagelens.proof.machine import Local, Look, Machine, Want
 from pagelens.vm.closing import Closing
-from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError
+from pagelens.vm.errors import PagelensError, TargetGoneError
 from pagelens.vm.vma import Vma, VmaList
 
 # As in native/oracle/oracle.c.
@@ -37,13 +34,43 @@ VFORK = 0x100 | FORK | 0x4000  # VM and VFORK as well
 THREAD = 0x100 | 0x200 | 0x400 | 0x800 | 0x10000 | 0x40000  # VM, FS, FILES, SIGHAND, THREAD, SYSVSEM
 _TOUCHES = frozenset({READ, WRITE, EXEC})
 _GETPID = 39
-_PATIENCE = (
-    60_000  # milliseconds for an answer: on a machine with thirty waiting for two CPUs, ten seconds are few
-)
 
 
 class OracleError(PagelensError):
     """The child does not do what it should; a bug, or a kernel that forbids what it needs."""
+
+
+class Files:
+    """/proc/PID of a process of the program, on its machine; what `linux.smaps` asks for."""
+
+    def __init__(self, machine: Machine, pid: int) -> None:
+        self._machine = machine
+        self.pid = pid
+        self.handle, self.maps, self.pagemap = machine.open(pid)
+
+    def read(self, name: str) -> bytes:
+        """The whole of one of its files."""
+        return self._machine.read(self.handle, name)
+
+    def stat(self) -> TaskStat:
+        """Its counters."""
+        return TaskStat.parse(self.read("stat"))
+
+    def write(self, name: str, data: bytes) -> int:
+        """Into one of its files: 0 or -errno."""
+        return self._machine.write(self.handle, name, data)
+
+    def ended(self, tid: int) -> bool:
+        """Whether a thread of it ends soon."""
+        return self._machine.ended(self.handle, tid)
+
+    def shut(self) -> None:
+        """Close them."""
+        self._machine.shut(self.handle, (self.maps, self.pagemap))
+
+
+class ChildGoneError(TargetGoneError):
+    """The child has died, which no program makes it do."""
 
 
 @dataclass(slots=True)
@@ -51,44 +78,22 @@ class Channel:
     # A process or thread: its slot, pid (tid), and the process whose address space it has.
     slot: int
     tid: int
-    process: Process
-    poll: select.poll
-    map_fd: int
-    pagemap_fd: int
+    files: Files
     leader: str
-    looked: int = -1  # when maps was last read, counted in commands of all processes
-    text: bytes = b""  # what it said, and what that means
+    looked: int = -1  # when it was last looked at, counted in commands of all processes
+    spans: Sequence[Span] = ()  # which pages of it were read last, when, and what was there
+    read: int = -1
+    entries: bytes = b""
     keys: list[Key] = field(default_factory=list)
     shown: list[Vma] = field(default_factory=list)
     vmas: VmaList | None = None
 
 
-def oracle_path() -> Path:
-    """Where the child's program is. CapabilityMissingError where it was not built."""
-    directory = os.environ.get("PAGELENS_LIB_DIR") or str(Path(pagelens.__file__).parent / "_lib")
-    path = Path(directory) / "pl-oracle"
-    if not path.exists():
-        raise CapabilityMissingError(
-            "the oracle child is not built", capability="oracle", fix="./dev build (needs gcc and meson)"
-        )
-    return path
-
-
-@functools.cache
-def _written_back(path: str) -> str:
-    # Pages of a program that was just built are dirty, and smaps says so of whoever maps them.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return path
-
-
 class Children(Closing):
     """The processes of one program. `names` of processes and threads are those of the program."""
 
-    def __init__(self) -> None:
+    def __init__(self, machine: Machine | None) -> None:
+        self.machine: Machine = machine or Local()
         self._channels: dict[str, Channel] = {}
         self._free = list(range(ZEROS - 1, 0, -1))
         self._pids: set[int] = set()
@@ -98,78 +103,76 @@ class Children(Closing):
 
     def _spawn(self) -> int:
         # The child's pid; its pipes lie where it looks for them.
-        path = _written_back(str(oracle_path()))
-        actions: list[tuple[int, ...]] = []
-        theirs: list[int] = []
-        for slot in range(ZEROS):
-            command_r, command_w = os.pipe()
-            reply_r, reply_w = os.pipe()
-            self._pipes.append((command_w, reply_r))
-            # Through a high number first: 100 and up may be in use here.
-            actions += [(os.POSIX_SPAWN_DUP2, command_r, 100 + 2 * slot)]
-            actions += [(os.POSIX_SPAWN_DUP2, reply_w, 101 + 2 * slot)]
-            theirs += [command_r, reply_w]
-        moved = [_above(fd, 200) for fd in theirs]
-        actions = [(a[0], moved[i], a[2]) for i, a in enumerate(actions)]
-        try:
-            pid = os.posix_spawn(path, [path], {}, file_actions=actions)
-        finally:
-            for fd in moved:
-                os.close(fd)
+        pid, self._pipes = self.machine.spawn(ZEROS)
         self._pids.add(pid)
         return pid
 
     def _open(self, name: str, slot: int, tid: int, leader: str) -> None:
-        poll = select.poll()
-        poll.register(self._pipes[slot][1], select.POLLIN)
-        if name == leader:
-            process = Process.open(tid)
-            fds = process.fd("maps"), process.fd("pagemap")
-        else:
-            process = self._channels[leader].process
-            fds = self._channels[leader].map_fd, self._channels[leader].pagemap_fd
-        self._channels[name] = Channel(slot, tid, process, poll, *fds, leader)
+        files = Files(self.machine, tid) if name == leader else self._channels[leader].files
+        self._channels[name] = Channel(slot, tid, files, leader)
 
     def call(self, proc: str, number: int, *args: int) -> Outcome:
         """One system call in the child."""
         return self.send(proc, SYSCALL, number, *args)
 
-    def process(self, proc: str) -> Process:
+    def process(self, proc: str) -> Files:
         """/proc/PID of a process, or of the process of a thread."""
-        return self._channels[proc].process
+        return self._channels[proc].files
 
     def leader_pid(self, proc: str) -> int:
         """The pid that a process or thread belongs to."""
         return self._channels[self._channels[proc].leader].tid
 
-    def send(self, proc: str, what: int, nr: int = 0, *args: int) -> Outcome:
-        """One command to the child (native/oracle/oracle.c), and what came of it."""
+    def send(self, proc: str, what: int, nr: int = 0, *args: int, look: Sequence[str] = ()) -> Outcome:
+        """One command to the child (native/oracle/oracle.c), and what came of it. look: at whom, afterwards."""
         channel = self._channels[proc]
         self._moment += 1
-        words = [a & U64_MAX for a in args] + [0] * (6 - len(args))
-        os.write(self._pipes[channel.slot][0], _COMMAND.pack(what, nr, *words))
-        return self._answer(proc, channel, touched=what in _TOUCHES)
+        channels = [self._channels[name] for name in look]
+        to, back = self._pipes[channel.slot]
+        wants = [self._want(one) for one in channels]
+        data, looks = self.machine.ask(to, _command(what, nr, args), back, _REPLY.size, wants)
+        outcome = self._outcome(proc, channel, data, touched=what in _TOUCHES)
+        for one, seen in zip(channels, looks, strict=True):
+            self._seen(one, seen)
+        return outcome
 
-    def _answer(self, proc: str, channel: Channel, *, touched: bool = False) -> Outcome:
-        if not channel.poll.poll(_PATIENCE):
+    @staticmethod
+    def _want(channel: Channel) -> Want:
+        return channel.files.maps, channel.files.pagemap, channel.spans
+
+    def _seen(self, channel: Channel, look: Look) -> None:
+        # Entries without a new text of maps: those of the spans that were asked for.
+        text, entries = look
+        channel.looked = self._moment
+        if text is not None:
+            self._changed(channel, text)
+            return
+        channel.read = self._moment
+        if entries is not None:
+            channel.entries = entries
+
+    @abstractmethod
+    def _changed(self, channel: Channel, text: bytes) -> None:
+        """maps of a process says something new."""
+
+    def _outcome(self, proc: str, channel: Channel, data: bytes | None, *, touched: bool = False) -> Outcome:
+        if data is None:
             raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
-        data = os.read(self._pipes[channel.slot][1], _REPLY.size)
         if len(data) != _REPLY.size:
-            raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) is gone")
+            fate = self.machine.fate(channel.files.pid)
+            self._pids.discard(channel.files.pid)
+            raise ChildGoneError(f"the oracle child {proc!r} (pid {channel.tid}) is gone: {fate}")
         ret, min_flt, maj_flt, sig, code, addr, done, _ = _REPLY.unpack(data)
         return Outcome(done if touched else ret, min_flt + maj_flt, sig, code, addr)
 
     def _vfork(self, op: Op, channel: Channel, slot: int) -> Outcome:
         # The caller answers only when the child is gone, so the child is asked who it is.
-        os.write(self._pipes[channel.slot][0], _COMMAND.pack(CLONE, 0, VFORK, slot, *[0] * 4))
-        os.write(self._pipes[slot][0], _COMMAND.pack(SYSCALL, _GETPID, *[0] * 6))
-        either = select.poll()
-        for fd in (self._pipes[channel.slot][1], self._pipes[slot][1]):
-            either.register(fd, select.POLLIN)
-        ready = [fd for fd, _ in either.poll(_PATIENCE)]
-        if ready != [self._pipes[slot][1]]:
+        (to, back), (child_to, child_back) = self._pipes[channel.slot], self._pipes[slot]
+        self.machine.tell(to, _command(CLONE, 0, (VFORK, slot)))
+        self.machine.tell(child_to, _command(SYSCALL, _GETPID, ()))
+        if self.machine.ready((back, child_back)) != [child_back]:
             raise OracleError(f"vfork of the oracle child {op.proc!r} failed")
-        pid: int = _REPLY.unpack(os.read(ready[0], _REPLY.size))[0]
+        pid: int = _REPLY.unpack(self.machine.answer(child_back, _REPLY.size) or b"")[0]
         self._pids.add(pid)
         self._open(op.result, slot, pid, op.result)
         self._waiting[op.proc] = op.result
@@ -182,7 +185,7 @@ class Children(Closing):
         for other in [n for n, c in self._channels.items() if c.leader == name and n != name]:
             self._free.append(self._channels.pop(other).slot)
             self._waiting.pop(other, None)
-        self._shut(channel)
+        channel.files.shut()
         self._open(name, channel.slot, channel.tid, name)
         self._resume(name)
         return self.send(name, UNMAP_REST)
@@ -191,23 +194,24 @@ class Children(Closing):
         # Who stood still for `child` answers now.
         for who in [w for w, c in self._waiting.items() if c == child]:
             del self._waiting[who]
-            if self._answer(who, self._channels[who]).result < 0:
+            channel = self._channels[who]
+            data = self.machine.answer(self._pipes[channel.slot][1], _REPLY.size)
+            if self._outcome(who, channel, data).result < 0:
                 raise OracleError(f"vfork of the oracle child {who!r} failed")
 
     def _exit(self, name: str, channel: Channel) -> None:
         is_thread = name != channel.leader
         number = 60 if is_thread else 231  # exit, exit_group
-        os.write(self._pipes[channel.slot][0], _COMMAND.pack(SYSCALL, number, *[0] * 6))
+        self.machine.tell(self._pipes[channel.slot][0], _command(SYSCALL, number, ()))
         if is_thread:
-            deadline = time.monotonic() + _PATIENCE / 1000
-            while channel.tid in channel.process.tasks() and time.monotonic() < deadline:
-                time.sleep(0)
+            if not channel.files.ended(channel.tid):
+                raise OracleError(f"the thread {name!r} of the oracle child does not end")
             gone = [name]
         else:
-            os.waitpid(channel.tid, 0)
+            self.machine.reap(channel.tid)
             self._pids.discard(channel.tid)
             gone = [other for other, c in self._channels.items() if c.leader == name]
-            self._shut(channel)
+            channel.files.shut()
             self._resume(name)
         for other in gone:
             self._free.append(self._channels.pop(other).slot)
@@ -226,31 +230,17 @@ class Children(Closing):
         """Whether `proc` is a process, not a second thread of one."""
         return self._channels[proc].leader == proc
 
-    def _shut(self, channel: Channel) -> None:
-        for fd in (channel.map_fd, channel.pagemap_fd):
-            os.close(fd)
-        channel.process.close()
-
     def close(self) -> None:
         """End the child and all its processes. Twice is harmless."""
-        for pid in self._pids:
-            os.kill(pid, 9)
-        for pid in self._pids:
-            os.waitpid(pid, 0)
+        self.machine.kill(sorted(self._pids))
         self._pids.clear()
         for name, channel in self._channels.items():
             if channel.leader == name:
-                self._shut(channel)
+                channel.files.shut()
         self._channels.clear()
-        for pair in self._pipes:
-            for fd in pair:
-                os.close(fd)
-        self._pipes.clear()
+        self.machine.close_pipes(self._pipes)
+        self._pipes = []
 
 
-def _above(fd: int, least: int) -> int:
-    import fcntl
-
-    new = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, least)
-    os.close(fd)
-    return new
+def _command(what: int, nr: int, args: Sequence[int]) -> bytes:
+    return _COMMAND.pack(what, nr, *[a & U64_MAX for a in args], *[0] * (6 - len(args)))

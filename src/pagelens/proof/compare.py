@@ -136,10 +136,8 @@ class Comparison:
     ) -> None:
         # All spans in one array: numpy's cost a call, not the pages, is what a step pays for.
         for spans in blocks(now.spans):
-            entries = self.kernel.pages(proc, spans)
-            entries &= self.mask
-            models = self.model.pages(proc, spans)
-            models &= self.mask
+            entries = self.kernel.pages(proc, spans) & self.mask
+            models = self.model.pages(proc, spans) & self.mask
             odd = entries != models
             wrong = int(np.count_nonzero(odd))
             total = len(entries)

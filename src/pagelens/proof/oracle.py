@@ -11,20 +11,16 @@ programs beside it, and a killed proof would leave it so).
 
 from __future__ import annotations
 
-import os
-import resource
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from pagelens.linux import maps, smaps
-from pagelens.linux.frames import DIRTY, lookup
-from pagelens.linux.procfs import TaskStat
+from pagelens.linux.frames import DIRTY
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
 from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
-from pagelens.proof import fences
 from pagelens.proof.calls import SPECIAL
 from pagelens.proof.checkpoint import FRAME
 from pagelens.proof.children import (
@@ -45,14 +41,15 @@ from pagelens.proof.children import (
     Children,
     OracleError,
 )  # fmt: skip
-from pagelens.proof.fences import Fence, figure
+from pagelens.proof.fences import Fence
+from pagelens.proof.machine import Machine
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.units import PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
 U64 = npt.NDArray[np.uint64]
 
-_LAST = b"[vsyscall]\n"  # the gate area ends maps, where the kernel has it
+_AHEAD = 1 << 16  # pages that are read before they are asked for
 # Of smaps_rollup, what a page of text that others map as well changes.
 _OF_TEXT = frozenset(
     {
@@ -66,6 +63,10 @@ _OF_TEXT = frozenset(
         "Locked",
     }
 )
+# Of the machine's facts, what a program's outcome depends on.
+_MEASURED = (
+    "memlock", "stack", "data", "address_space", "max_map_count", "memory_pages", "dac_min_addr", "overcommit"
+)  # fmt: skip
 _TOUCH = {"read": READ, "write": WRITE, "exec": EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl
 _NR = {
@@ -76,36 +77,29 @@ _NR = {
 
 
 class Oracle(Children):
-    """The processes of one program, on this kernel. Same interface as `model.runner.ModelWorld`.
+    """The processes of one program, on the kernel of `machine` (None: this one). Same interface as
+    `model.runner.ModelWorld`."""
 
-    cpu: where the child is pinned (one CPU, so that the kernel's per-CPU batches are its own), and the calling
-    thread with it until `close`: on a busy machine a pipe between two CPUs is twenty times slower. None:
-    neither.
-    """
-
-    def __init__(self, cpu: int | None = None) -> None:
-        super().__init__()
+    def __init__(self, machine: Machine | None = None) -> None:
+        super().__init__(machine)
         self.names = Names()
         self.files: dict[str, int] = {}
         self.open = Descriptors()
         self._lines: dict[bytes, tuple[Key, Vma] | None] = {}
-        self._affinity = os.sched_getaffinity(0)
+        self._affinity = self.machine.pin()
         try:
-            if cpu is not None:
-                os.sched_setaffinity(0, {cpu})
-            self._start(cpu)
+            self._start()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, cpu: int | None) -> None:
+    def _start(self) -> None:
         pid = self._spawn()
-        self.cpu = cpu  # inherited from this thread
         self._open("main", 0, pid, "main")
         if self.send("main", UNMAP_REST).result < 0:
             raise OracleError("the oracle child cannot unmap its stack and vdso (sealed mappings?)")
         # It has executed itself anew meanwhile: what we opened is of the old address space.
-        self._shut(self._channels["main"])
+        self._channels["main"].files.shut()
         self._open("main", 0, pid, "main")
         self.send("main", SYSCALL, _NR["set_mempolicy"], 4)  # MPOL_LOCAL: no NUMA hint faults
         self.setting = self._measure()
@@ -116,47 +110,43 @@ class Oracle(Children):
         probe = self.send("main", SYSCALL, _NR["mmap"], 0, PAGE_SIZE, 0, 0x22, U64_MAX, 0).result
         self.send("main", SYSCALL, _NR["munmap"], probe, PAGE_SIZE)
         brk = self.send("main", SYSCALL, _NR["brk"], 0).result
-        vmas = maps.parse(self._read_maps(self._channels["main"]))
+        vmas = maps.parse(self.machine.maps(self._channels["main"].files.maps))
         default = Setting()
         inside = [v for v in vmas if v.start in (default.text, default.region)]
         if len(inside) != 2 or len(vmas) != 2:
             raise OracleError(f"the oracle child has unexpected mappings: {', '.join(map(str, vmas))}")
         if inside[1].pages * PAGE_SIZE != SLOTS * SLOT_SIZE:
             raise OracleError("the oracle child is of another version than this code; fix: ./dev build")
-        status = self._channels["main"].process.read("status").decode()
+        files = self._channels["main"].files
+        status = files.read("status").decode()
+        facts = self.machine.facts()
         caps = next(
             (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff")), 0
         )
         return Setting(
-            peak=smaps.status(self._channels["main"].process)["VmPeak"],
+            peak=smaps.status(files)["VmPeak"],
             text_pages=inside[0].pages,
             region_pages=inside[1].pages,
             brk=brk,
             mmap_base=probe + PAGE_SIZE,
-            start_stack=TaskStat.parse(self._channels["main"].process.read("stat")).start_stack,
-            memlock=_limit(resource.RLIMIT_MEMLOCK),
-            stack=_limit(resource.RLIMIT_STACK),
-            data=_limit(resource.RLIMIT_DATA),
-            address_space=_limit(resource.RLIMIT_AS),
+            start_stack=files.stat().start_stack,
+            **{name: int(facts[name]) for name in _MEASURED},
             ipc_lock=bool(caps >> 14 & 1),
             # The child has populated its region and runs its text; a kernel that sums exactly shows both. (Where a task
             # keeps up to 64 counts back, the region, a multiple of it, may be right, but the page of text is not.)
             rss_exact=f"RssShmem:\t{inside[1].pages * 4:8d} kB" in status
             and f"RssFile:\t{inside[0].pages * 4:8d} kB" in status,
-            max_map_count=figure("/proc/sys/vm/max_map_count", 65530),
-            memory_pages=os.sysconf("SC_PHYS_PAGES"),
-            dac_min_addr=figure("/proc/sys/vm/mmap_min_addr", 0x1_0000),
-            overcommit=figure("/proc/sys/vm/overcommit_memory", 0),
         )
 
     def _verify(self, pid: int) -> tuple[Fence, ...]:
         self.names.regions.update(arena=ops.ARENA_BASE, heap=self.setting.brk)
         policy = self.send("main", SYSCALL, _NR["set_mempolicy"], 4).result
-        pinned = self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}
+        pinned, cpu = self.machine.pinned(pid)
+        handle = self._channels["main"].files.handle
         again = self.send("main", SETTLE, 0, self.setting.text, self.setting.text_pages)
         return (
-            *fences.of_process(self._channels["main"].process, local=policy == 0),
-            Fence("cpu", pinned, f"pinned to {self.cpu}"),
+            *(Fence(*found) for found in self.machine.fences(handle, policy == 0)),
+            Fence("cpu", pinned, f"pinned to {cpu}"),
             Fence("harness", again.faults == 0, f"{again.faults} faults when nothing happens"),
         )
 
@@ -189,7 +179,8 @@ class Oracle(Children):
         if op.name in _TOUCH:
             assert op.place is not None
             addr = self.names.resolve(op.place)
-            return self.send(op.proc, _TOUCH[op.name], 0, addr, op.length // PAGE_SIZE)
+            pages = op.length // PAGE_SIZE
+            return self.send(op.proc, _TOUCH[op.name], 0, addr, pages, look=self._looked_at(op))
         if op.name in ("fork", "vfork", "thread", "execve", "exit"):
             return self._special(op)
         if op.name in SPECIAL:
@@ -215,7 +206,7 @@ class Oracle(Children):
                 args = (self.files[op.file], op.length)
             case "fallocate":
                 args = (self.files[op.file], op.flags, op.offset, op.length)
-        outcome = self.send(op.proc, SYSCALL, _NR[op.name], *args)
+        outcome = self.send(op.proc, SYSCALL, _NR[op.name], *args, look=self._looked_at(op))
         self.names.learn(op, outcome.result)
         return outcome
 
@@ -244,33 +235,28 @@ class Oracle(Children):
         self._exit(op.proc, channel)
         return Outcome(0)
 
-    def _read_maps(self, channel: Channel) -> bytes:
-        data = os.pread(channel.map_fd, 1 << 16, 0)
-        while not data.endswith(_LAST):
-            more = os.pread(channel.map_fd, 1 << 16, len(data))
-            if not more:
-                break
-            data += more
-        return data
-
     def _look(self, proc: str) -> Channel:
         # The channel of the process, with maps as they are. Nobody but us makes the child do anything, so one
         # look holds until the next command.
         channel = self._channels[self._channels[proc].leader]
-        if channel.looked == self._moment:
-            return channel
-        channel.looked = self._moment
-        text = self._read_maps(channel)
-        if text == channel.text:
-            return channel
+        if channel.looked != self._moment:
+            self._seen(channel, self.machine.look([self._want(channel)])[0])
+        return channel
+
+    def _changed(self, channel: Channel, text: bytes) -> None:
         cache = self._lines
         if len(cache) > 20_000:
             cache.clear()
         found = [cache[line] if line in cache else self._line(line) for line in text.splitlines()]
         pairs = [pair for pair in found if pair is not None]
-        channel.text, channel.vmas = text, None
+        channel.vmas = None
         channel.keys, channel.shown = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        return channel
+
+    def _looked_at(self, op: Op) -> list[str]:
+        # Whom a comparison looks at after `op` (proof.compare): all, unless it stays within its own vmas.
+        if op.name in ops.LOCAL and self.is_leader(op.proc):
+            return [op.proc]
+        return [name for name, channel in self._channels.items() if channel.leader == name]
 
     def _line(self, line: bytes) -> tuple[Key, Vma] | None:
         # None: of the harness, or the gate area.
@@ -294,39 +280,36 @@ class Oracle(Children):
 
     def pagemap(self, proc: str, start: int, npages: int) -> U64:
         """uint64[npages] of /proc/PID/pagemap."""
-        fd = self._channels[proc].pagemap_fd
-        data = os.pread(fd, npages * 8, start // PAGE_SIZE * 8)
-        if len(data) != npages * 8:
-            raise OracleError(f"pagemap of {proc!r} at {start:#x}: {len(data)} of {npages * 8} bytes")
-        return np.frombuffer(data, np.uint64)
+        return np.frombuffer(self._entries(self._channels[proc], [(start, npages)]), np.uint64)
 
     def pages(self, proc: str, spans: Sequence[Span]) -> U64:
         """The pagemap of several spans, one after the other."""
-        fd = self._channels[proc].pagemap_fd
-        out = np.empty(sum(n for _, n in spans), np.uint64)
-        if not len(out):
-            return out
-        into, at = out.data.cast("B"), 0
-        for start, npages in spans:
-            end = at + npages * 8
-            if os.preadv(fd, [into[at:end]], start // PAGE_SIZE * 8) != end - at:
-                raise OracleError(f"pagemap of {proc!r} at {start:#x} is cut off")
-            at = end
-        return out
+        channel = self._channels[self._channels[proc].leader]
+        if channel.read != self._moment or channel.spans != spans:
+            channel.spans = spans if sum(pages for _, pages in spans) <= _AHEAD else ()
+            channel.entries, channel.read = self._entries(channel, spans), self._moment
+        return np.frombuffer(channel.entries, np.uint64)
+
+    def _entries(self, channel: Channel, spans: Sequence[Span]) -> bytes:
+        data = self.machine.pagemap(channel.files.pagemap, spans)
+        if len(data) != 8 * sum(pages for _, pages in spans):
+            raise OracleError(f"pagemap of pid {channel.tid} is cut off in {spans}")
+        return data
 
     def kpage(self, frames: U64) -> tuple[U64, U64]:
         """(kpagecount, kpageflags) of frames; CapabilityMissingError without privilege."""
-        return lookup("kpagecount", frames)[0], lookup("kpageflags", frames)[0]
+        count, flags = self.machine.frames(frames.tobytes())
+        return np.frombuffer(count, np.uint64), np.frombuffer(flags, np.uint64)
 
     def statm(self, proc: str) -> tuple[int, ...]:
         """statm, in pages."""
-        return tuple(map(int, self._channels[proc].process.read("statm").split()))
+        return tuple(map(int, self._channels[proc].files.read("statm").split()))
 
     def rollup(self, proc: str) -> dict[str, int]:
         """smaps_rollup, in bytes, harness included. What depends on who else maps the child's text, another oracle,
         and on whether it is written back, is there only where nobody does and it is, before and afterwards."""
         before = self._text_mappings(proc)
-        figures = smaps.rollup(self._channels[proc].process)
+        figures = smaps.rollup(self._channels[proc].files)
         # Who was made by vfork has no mapping of its own.
         ours = len({channel.leader for channel in self._channels.values()}) - len(self._waiting)
         if before == self._text_mappings(proc) == ours:
@@ -343,20 +326,15 @@ class Oracle(Children):
 
     def accounting(self, proc: str) -> tuple[VmaList, Accounting]:
         """smaps with VmFlags, and status; harness included."""
-        return smaps.read(self._channels[proc].process)
+        return smaps.read(self._channels[proc].files)
 
     def status(self, proc: str) -> dict[str, int]:
         """Memory fields of status, in bytes."""
-        return smaps.status(self._channels[proc].process)
+        return smaps.status(self._channels[proc].files)
 
     def close(self) -> None:
         """End the child and all its processes. Twice is harmless."""
         if self._affinity:
-            os.sched_setaffinity(0, self._affinity)
-            self._affinity = set()
+            self.machine.unpin(self._affinity)
+            self._affinity = []
         super().close()
-
-
-def _limit(number: int) -> int:
-    soft = resource.getrlimit(number)[0]
-    return 1 << 63 if soft == resource.RLIM_INFINITY else soft

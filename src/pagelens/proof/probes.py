@@ -9,7 +9,6 @@ turned where only the other value agrees. The same programs are the scenarios th
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse, parse_op
 from pagelens.proof.checkpoint import Disagreement
 from pagelens.proof.compare import SOFT_DIRTY, Comparison
+from pagelens.proof.machine import Local, Machine
 from pagelens.proof.oracle import Oracle
 from pagelens.vm.errors import UsageError
 
@@ -182,11 +182,11 @@ class _Once:
 
 
 def compare_many(
-    program: Sequence[Op], profiles: Sequence[Profile], cpu: int | None = None
+    program: Sequence[Op], profiles: Sequence[Profile], machine: Machine | None = None
 ) -> list[list[Disagreement]]:
     """What differs when `program` runs once on this kernel and in the model of each profile; smaps and status
     too. One list a profile, to its first step with a disagreement."""
-    with Oracle(cpu) as oracle:
+    with Oracle(machine) as oracle:
         once = _Once(oracle)
         comparisons = [
             Comparison(once, ModelWorld(p, oracle.setting), soft_dirty=p.soft_dirty) for p in profiles
@@ -199,15 +199,17 @@ def compare_many(
         return [f or c.checkpoint() for f, c in zip(found, comparisons, strict=True)]
 
 
-def disagreements(program: Sequence[Op], profile: Profile, cpu: int | None = None) -> list[Disagreement]:
+def disagreements(
+    program: Sequence[Op], profile: Profile, machine: Machine | None = None
+) -> list[Disagreement]:
     """`compare_many` for one profile."""
-    return compare_many(program, [profile], cpu)[0]
+    return compare_many(program, [profile], machine)[0]
 
 
-def has_soft_dirty(cpu: int | None = None) -> bool:
+def has_soft_dirty(machine: Machine | None = None) -> bool:
     """Whether bit 55 works: clean after clear_refs, dirty after a write. (A kernel without
     CONFIG_MEM_SOFT_DIRTY accepts the clear and shows clean pages for ever.)"""
-    with Oracle(cpu) as oracle:
+    with Oracle(machine) as oracle:
         states = []
         for text in (
             "mmap 1 at arena[0] rw private anon fixed",
@@ -221,38 +223,39 @@ def has_soft_dirty(cpu: int | None = None) -> bool:
         return states[1:] == [True, False, True]
 
 
-def has_protection_keys(cpu: int | None = None) -> bool:
+def has_protection_keys(machine: Machine | None = None) -> bool:
     """Whether a mapping that may only be executed gets a protection key of its own (execute_only_pkey), so
     that reads of it end in SEGV_PKUERR. The model has no keys; such mappings are left out then."""
-    with Oracle(cpu) as oracle:
+    with Oracle(machine) as oracle:
         oracle.apply(parse_op("mmap 1 at arena[0] x private anon fixed"))
         outcome = oracle.apply(parse_op("read arena[0]"))
         return outcome is not None and outcome.code == 4
 
 
-def probe_profile(base: str | None = None, cpu: int | None = None) -> Probed:
+def probe_profile(base: str | None = None, machine: Machine | None = None) -> Probed:
     """The profile of this kernel. `base` fixes the base profile; then only configuration (soft-dirty, KSM,
     THP) is probed, so that a wrong profile stays wrong and `verify` catches it."""
-    soft_dirty = has_soft_dirty(cpu)
+    soft_dirty = has_soft_dirty(machine)
     if base is not None:
         profile = _configured(_named(base), soft_dirty)
-        return Probed(*_turn(profile, base, ("ksm", "thp", "pku"), cpu))
+        return Probed(*_turn(profile, base, ("ksm", "thp", "pku"), machine))
     programs = {rule: probe_program(rule) for rule in PROBES}
+    release = str((machine or Local()).facts()["release"])
     names = sorted(name for name in PROFILES if name.startswith("linux-"))
     profiles = [_configured(PROFILES[name], soft_dirty) for name in names]
     wrong: list[set[str]] = [set() for _ in names]
 
     def look(rules: Iterable[str]) -> int:
         for rule in rules:
-            for i, found in enumerate(compare_many(programs[rule], profiles, cpu)):
+            for i, found in enumerate(compare_many(programs[rule], profiles, machine)):
                 (wrong[i].add if found else wrong[i].discard)(rule)
         # Of profiles that are equally right the one of the nearest release.
-        return min(range(len(names)), key=lambda i: (len(wrong[i]), distance(names[i], platform.release())))
+        return min(range(len(names)), key=lambda i: (len(wrong[i]), distance(names[i], release)))
 
     best = look(programs)
     if wrong[best]:  # an unknown kernel, or a look that something disturbed
         best = look(sorted(wrong[best]))
-    return Probed(*_turn(profiles[best], names[best], tuple(sorted(wrong[best])), cpu))
+    return Probed(*_turn(profiles[best], names[best], tuple(sorted(wrong[best])), machine))
 
 
 def distance(name: str, release: str) -> int:
@@ -277,7 +280,7 @@ def _configured(profile: Profile, soft_dirty: bool) -> Profile:
 
 
 def _turn(
-    profile: Profile, base: str, rules: tuple[str, ...], cpu: int | None
+    profile: Profile, base: str, rules: tuple[str, ...], machine: Machine | None
 ) -> tuple[Profile, str, dict[str, bool], tuple[str, ...]]:
     # Twice, because one rule may hide behind another (a guard page that merges).
     turned: dict[str, bool] = {}
@@ -286,7 +289,7 @@ def _turn(
         unsettled = []
         for rule in rules:
             other = profile.with_rules(**{rule: not getattr(profile, rule)})
-            right, inverted = compare_many(probe_program(rule), [profile, other], cpu)
+            right, inverted = compare_many(probe_program(rule), [profile, other], machine)
             if right and inverted:
                 unsettled.append(rule)
             elif right:

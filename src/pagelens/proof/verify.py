@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass, field
 
 from pagelens.model.expect import applies, check, uncheckable
@@ -14,6 +13,7 @@ from pagelens.proof.agreement import Agreement
 from pagelens.proof.checkpoint import Disagreement
 from pagelens.proof.compare import Comparison
 from pagelens.proof.fences import Fence
+from pagelens.proof.machine import Machine
 from pagelens.proof.oracle import Oracle
 
 
@@ -34,7 +34,7 @@ class Verdict:
     """What verifying found. checked, skipped: expectations (skipped: for other kernels, or not to be seen on
     this one)."""
 
-    kernel: str = field(default_factory=platform.release)
+    kernel: str = ""
     profile: str = ""
     agreement: Agreement = field(default_factory=Agreement)
     disagreements: list[Disagreement] = field(default_factory=list)
@@ -49,12 +49,12 @@ class Verdict:
         return not self.disagreements and not self.unmet
 
 
-def verify(scenario: Scenario, profile: Profile, cpu: int | None = None) -> Verdict:
+def verify(scenario: Scenario, profile: Profile, machine: Machine | None = None) -> Verdict:
     """Run `scenario` on both sides. Goes on after a disagreement, so that all expectations are seen."""
     verdict = Verdict(profile=profile.name)
     soft_dirty = profile.soft_dirty
-    with Oracle(cpu) as oracle:
-        verdict.fences = oracle.fences
+    with Oracle(machine) as oracle:
+        verdict.fences, verdict.kernel = oracle.fences, str(oracle.machine.facts()["release"])
         model = ModelWorld(profile, oracle.setting)
         comparison = Comparison(oracle, model, soft_dirty=soft_dirty)
         outcomes: tuple[Outcome | None, Outcome | None] = (None, None)

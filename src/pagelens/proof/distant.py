@@ -1,0 +1,133 @@
+"""The kernel of another machine: its end serves a `proof.machine.Local` on a port, and `connected` drives it from here.
+
+Meant for virtual machines: the port there is a virtio-serial port, and what the hypervisor makes of it here is a Unix
+socket. One request, one reply: each a length and a value in the form of `marshal`, which holds plain values only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import marshal
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, cast
+
+from pagelens.proof.machine import PATIENCE, Local, Machine
+from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
+
+_LENGTH = struct.Struct("<I")
+_FORM = 2  # of marshal: older than any Python that we run on, so both ends may differ
+_SERVED = frozenset(name for name in vars(Machine) if not name.startswith("_"))
+
+
+class _Distant:
+    # Each method of Machine is a request.
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _SERVED:
+            raise AttributeError(name)
+        method = partial(self._request, name)
+        setattr(self, name, method)
+        return method
+
+    def _request(self, name: str, *args: Any) -> Any:
+        data = marshal.dumps((name, args), _FORM)
+        try:
+            self._connection.sendall(_LENGTH.pack(len(data)) + data)
+            size = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
+            error, value = marshal.loads(self._receive(size))
+        except (OSError, EOFError) as exc:
+            raise TargetGoneError(f"the machine of the proof is gone: {exc}") from None
+        if error:
+            raise _error(*error)
+        return value
+
+    def _receive(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = self._connection.recv(size - len(data))
+            if not more:
+                raise EOFError("it has closed the connection")
+            data = data + more if data else more
+        return data
+
+
+@contextlib.contextmanager
+def connected(path: str) -> Iterator[Machine]:
+    """The machine that serves at the Unix socket `path`. TargetGoneError where nobody does, or no longer."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(2 * PATIENCE / 1000)
+        try:
+            connection.connect(path)
+        except OSError as exc:
+            raise TargetGoneError(f"nobody serves at {path}: {exc.strerror or exc}") from None
+        yield cast("Machine", _Distant(connection))
+
+
+def serve(port: str, machine: Machine | None = None) -> int:
+    """Do what comes through `port` until its other end closes; the number of requests.
+
+    A child that is left then ends by itself: its pipes are ours. UsageError where the port cannot be opened."""
+    machine = machine or Local(min(os.sched_getaffinity(0)))  # where the interrupts of a small guest arrive
+    try:
+        fd = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise UsageError(f"cannot open the port {port}: {exc.strerror}") from None
+    try:
+        done = 0
+        while (head := _read(fd, _LENGTH.size, wait=not done)) is not None:
+            body = _read(fd, _LENGTH.unpack(head)[0])
+            if body is None:
+                break
+            name, args = marshal.loads(body)
+            reply = marshal.dumps(_done(machine, name, args), _FORM)
+            out = memoryview(_LENGTH.pack(len(reply)) + reply)
+            while out:
+                out = out[os.write(fd, out) :]
+            done += 1
+        return done
+    finally:
+        os.close(fd)
+
+
+def _read(fd: int, size: int, *, wait: bool = False) -> bytes | None:
+    # None: the other end has closed. wait: for it to come at all (a virtio port reads as ended until then).
+    data = b""
+    while len(data) < size:
+        try:
+            more = os.read(fd, size - len(data))
+        except OSError as exc:
+            if exc.errno != errno.EIO:  # of a terminal whose other end has closed
+                raise
+            more = b""
+        if not more:
+            if not wait:
+                return None
+            time.sleep(0.05)
+        data += more
+    return data
+
+
+def _done(machine: Machine, name: str, args: tuple[Any, ...]) -> tuple[Any, Any]:
+    # (None, value), or (what to raise at the other end, None).
+    try:
+        if name not in _SERVED:
+            raise PagelensError(f"no such request: {name}")
+        return None, getattr(machine, name)(*args)
+    except CapabilityMissingError as exc:
+        return ("CapabilityMissingError", str(exc), exc.capability), None
+    except (PagelensError, OSError) as exc:
+        return (type(exc).__name__, str(exc), ""), None
+
+
+def _error(kind: str, text: str, capability: str) -> PagelensError:
+    if kind == "CapabilityMissingError":
+        return CapabilityMissingError(text, capability=capability)
+    return TargetGoneError(text) if kind == "TargetGoneError" else PagelensError(f"{kind} there: {text}")
