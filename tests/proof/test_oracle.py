@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pagelens.model.op import ARENA_BASE
+from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse, parse_op
 from pagelens.proof.compare import Comparison
 from pagelens.proof.machine import Local
@@ -106,6 +107,17 @@ def test_what_it_shows_is_the_kernels_own(oracle):
 def test_a_name_that_was_never_mapped_is_left_out(oracle):
     assert oracle.apply(parse_op("write nowhere[0]")) is None
     assert oracle.apply(parse_op("ghost: write arena[0]")) is None
+
+
+@pytest.mark.parametrize("first, left_out", [(3, True), (7, False)])
+def test_what_would_unmap_the_harness_is_left_out(oracle, first, left_out):
+    """Lengths near 2^64 that shrink by five pages, to six below the start: to 6.16 the kernel unmaps what is there."""
+    do(oracle, "brk heap[16]\n")
+    op = parse_op(f"mremap heap[{first}:{first + 2**52 - 1}] {2**52 - 6}")
+    model = ModelWorld("linux-6.12", oracle.setting)
+    model.apply(parse_op("brk heap[16]"))
+    assert (oracle.apply(op) is None, model.apply(op) is None) == (left_out, left_out)
+    assert oracle.alive() == ["main"]
 
 
 def beyond_batches(found):

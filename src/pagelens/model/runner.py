@@ -22,7 +22,7 @@ from pagelens.model.op import Op, Outcome
 from pagelens.model.process import Process
 from pagelens.model.profile import Profile
 from pagelens.model.space import Layout, Limits, Mm
-from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
+from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined, unmaps_harness
 from pagelens.vm.accounting import Accounting
 from pagelens.vm.errors import UsageError
 from pagelens.vm.snapshot import Snapshot
@@ -108,6 +108,8 @@ class ModelWorld:
         if undefined(op, self.names) or (op.file and op.file not in self.files):
             names = " ".join([*self.names.regions, *self.files])
             return f"it names something that does not exist; there are: {names}"
+        if unmaps_harness(op, self.names, self.setting):
+            return "its lengths wrap onto the text or the region that every process here has"
         if not self.open.has(op):
             return f"{op.proc!r} has no file {op.file!r}: execve gave it a table of descriptors of its own"
         if op.proc in self._waiting:

@@ -13,12 +13,13 @@ import numpy.typing as npt
 
 from pagelens.model.op import Op, Outcome, Place
 from pagelens.vm.accounting import Accounting
-from pagelens.vm.units import PAGE_SIZE, TASK_SIZE
+from pagelens.vm.units import PAGE_SIZE, TASK_SIZE, page_up
 from pagelens.vm.vma import VmaList
 
 U64 = npt.NDArray[np.uint64]
 Key = tuple[int, int, int, bool, int, str]
 Span = tuple[int, int]
+_ADDRESS = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ class Names:
     def resolve(self, place: Place) -> int:
         """The address. KeyError where the region does not exist (its mmap failed)."""
         base = self.regions[place.region] if place.region else 0
-        return (base + place.offset) & (1 << 64) - 1
+        return (base + place.offset) & _ADDRESS
 
     def learn(self, op: Op, result: int) -> None:
         """Keep what `op` gave, if it succeeded."""
@@ -102,6 +103,16 @@ def undefined(op: Op, names: Names) -> bool:
         place is not None and place.region and place.region not in names.regions
         for place in (op.place, op.new_place)
     )
+
+
+def unmaps_harness(op: Op, names: Names, setting: Setting) -> bool:
+    """Whether `op` is an mremap whose absurd lengths wrap to below its start, and onto what is not the program's (to
+    6.16: do_munmap of [addr + new_len, addr + old_len)); then it is left out, in every world alike."""
+    if op.name != "mremap" or op.place is None or op.length <= op.new_length:
+        return False
+    start = names.resolve(op.place) + page_up(op.new_length) & _ADDRESS
+    end = start + page_up(op.length) - page_up(op.new_length)
+    return any(start < high and low < end for low, high in setting.harness)
 
 
 class World(Protocol):

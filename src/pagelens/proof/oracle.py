@@ -20,7 +20,7 @@ from pagelens.linux import maps, smaps
 from pagelens.linux.frames import DIRTY
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Outcome
-from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined
+from pagelens.model.world import Descriptors, Key, Names, Setting, Span, undefined, unmaps_harness
 from pagelens.proof.calls import SPECIAL
 from pagelens.proof.checkpoint import FRAME
 from pagelens.proof.children import (
@@ -166,6 +166,8 @@ class Oracle(Children):
     def apply(self, op: Op) -> Outcome | None:
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
         if op.proc not in self._channels or undefined(op, self.names) or not self.open.has(op):
+            return None
+        if unmaps_harness(op, self.names, self.setting):
             return None
         if op.proc in self._waiting or (op.name == "execve" and not self.is_leader(op.proc)):
             return None
