@@ -26,6 +26,7 @@ from pagelens.proof.oracle import Oracle
 from pagelens.proof.randomprog import Generator
 from pagelens.proof.reach import counted
 from pagelens.proof.shrink import shrink
+from pagelens.vm.errors import PagelensError
 from pagelens.vm.units import HPAGE_SIZE
 
 PROGRAM_LENGTH = 400
@@ -176,7 +177,11 @@ def fuzz(
     while result.agreement.operations < operations:
         this = seed + result.programs
         length = min(PROGRAM_LENGTH, operations - result.agreement.operations)
-        program, found = bench.fuzz_one(this, length, mix, result)
+        try:
+            program, found = bench.fuzz_one(this, length, mix, result)
+        except PagelensError as exc:
+            exc.args = (f"{exc} (seed {this})",)
+            raise
         result.programs += 1
         if found and not any(bench.run(program, Result(this)) for _ in range(2)):
             result.unrepeated.append((this, found[0]))
