@@ -70,7 +70,7 @@ class Files:
 
 
 class ChildGoneError(TargetGoneError):
-    """The child has died, which no program makes it do."""
+    """The child has died or hangs, which no program makes it do."""
 
 
 @dataclass(slots=True)
@@ -157,7 +157,7 @@ class Children(Closing):
 
     def _outcome(self, proc: str, channel: Channel, data: bytes | None, *, touched: bool = False) -> Outcome:
         if data is None:
-            raise TargetGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
+            raise ChildGoneError(f"the oracle child {proc!r} (pid {channel.tid}) does not answer")
         if len(data) != _REPLY.size:
             fate = self.machine.fate(channel.files.pid)
             self._pids.discard(channel.files.pid)
