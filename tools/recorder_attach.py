@@ -140,7 +140,7 @@ def redis(work: Path, times: int) -> int:
         keys = [word for n in range(1000) for word in (f"mine:{n}", "x" * n)]
         ask("mset", *keys)
         before = ask("debug", "digest-value", *keys[::2])
-        load = ["redis-benchmark", "-p", port, *"-t set,lpush,lpop -d 2000 -r 50000 -l -q".split()]
+        load = ["redis-benchmark", "-p", port, "-t", "set,lpush,lpop", "-d", "2000", "-r", "9999", "-l", "-q"]
         bench = subprocess.Popen(load, **quiet)  # type: ignore[call-overload]
         try:
             count, events, lost, unexplained = attach_often(work, server.pid, times)
