@@ -78,7 +78,8 @@ def test_the_same_as_without(served: tuple[Path, subprocess.Popen[bytes]]) -> No
         for one in (HERE, machine):
             results.append(fuzz(Bench(here.profile, one), 11, 1200))
             assert results[-1].failed_seeds == []
-        one, two = (result.agreement.text() for result in results)
+        # All but smaps_rollup's shares, which are left out where another oracle runs as well.
+        one, two = (result.agreement.text().partition("\naccounting")[0] for result in results)
         assert one == two
         assert results[0].used == results[1].used
         # A profile that is wrong is caught there as well.
