@@ -123,6 +123,32 @@ def test_nobody_is_there(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("said", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\4\0\0\0abcd", b"\0\0\0\0"])
+def test_somebody_else_is_there(tmp_path: Path, said: bytes) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "other"))
+        listener.listen(1)
+
+        def answer() -> None:
+            with listener.accept()[0] as connection, contextlib.suppress(OSError):
+                connection.recv(100)
+                connection.sendall(said)
+                connection.recv(100)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        done = pagelens("model", "fuzz", "--on", str(tmp_path / "other"), "--ops", "10")
+        thread.join(20)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr == "pagelens: what answers there is not `pagelens model serve`\n"
+    (tmp_path / "file").touch()
+    done = pagelens("model", "serve", str(tmp_path / "file"))
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"pagelens: {tmp_path / 'file'} is no port: not a character device\n",
+    )
+
+
 def test_by_the_command_line(served: tuple[Path, subprocess.Popen[bytes]]) -> None:
     done = pagelens("model", "fuzz", "--on", str(served[0]), "--ops", "400", "--seed", "3")
     assert done.returncode == 0, done.stderr

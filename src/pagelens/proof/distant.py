@@ -11,6 +11,7 @@ import errno
 import marshal
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Iterator
@@ -18,9 +19,16 @@ from functools import partial
 from typing import Any, cast
 
 from pagelens.proof.machine import PATIENCE, Local, Machine
-from pagelens.vm.errors import CapabilityMissingError, PagelensError, TargetGoneError, UsageError
+from pagelens.vm.errors import (
+    CapabilityMissingError,
+    DamagedInputError,
+    PagelensError,
+    TargetGoneError,
+    UsageError,
+)
 
 _LENGTH = struct.Struct("<I")
+_MOST = 1 << 28  # bytes of an answer: pagemap of 128 GiB
 _FORM = 2  # of marshal: older than any Python that we run on, so both ends may differ
 _SERVED = frozenset(name for name in vars(Machine) if not name.startswith("_"))
 
@@ -42,9 +50,13 @@ class _Distant:
         try:
             self._connection.sendall(_LENGTH.pack(len(data)) + data)
             size = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
+            if size > _MOST:
+                raise ValueError("too long")
             error, value = marshal.loads(self._receive(size))
-        except (OSError, EOFError) as exc:
+        except OSError as exc:
             raise TargetGoneError(f"the machine of the proof is gone: {exc}") from None
+        except (ValueError, TypeError, EOFError):
+            raise DamagedInputError("what answers there is not `pagelens model serve`") from None
         if error:
             raise _error(*error)
         return value
@@ -54,7 +66,7 @@ class _Distant:
         while len(data) < size:
             more = self._connection.recv(size - len(data))
             if not more:
-                raise EOFError("it has closed the connection")
+                raise OSError("it has closed the connection")
             data = data + more if data else more
         return data
 
@@ -68,7 +80,9 @@ def connected(path: str) -> Iterator[Machine]:
             connection.connect(path)
         except OSError as exc:
             raise TargetGoneError(f"nobody serves at {path}: {exc.strerror or exc}") from None
-        yield cast("Machine", _Distant(connection))
+        machine = cast("Machine", _Distant(connection))
+        machine.facts()
+        yield machine
 
 
 def serve(port: str, machine: Machine | None = None) -> int:
@@ -81,6 +95,8 @@ def serve(port: str, machine: Machine | None = None) -> int:
     except OSError as exc:
         raise UsageError(f"cannot open the port {port}: {exc.strerror}") from None
     try:
+        if not stat.S_ISCHR(os.fstat(fd).st_mode):
+            raise UsageError(f"{port} is no port: not a character device")
         done = 0
         while (head := _read(fd, _LENGTH.size, wait=not done)) is not None:
             body = _read(fd, _LENGTH.unpack(head)[0])
