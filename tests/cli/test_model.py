@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 
@@ -84,6 +85,31 @@ def test_fuzz_json_and_the_same_seed_twice():
     assert value == json.loads(two.stdout)
     assert (value["seed"], value["disagreements"], value["scenario"]) == (11, 0, None)
     assert value["operations"] >= 300
+
+
+def test_an_interrupted_campaign_says_what_was_done():
+    """SIGINT amid a program: the summary of all that was compared, exit code 130, no child left."""
+    command = [
+        sys.executable,
+        "-m",
+        "pagelens.cli.main",
+        "model",
+        "fuzz",
+        "--ops",
+        "1000000000",
+        "--format",
+        "json",
+    ]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as child:
+        line = child.stderr.readline()
+        assert " of 1,000,000,000 operations, 0 disagreements" in line
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=60)
+    value = json.loads(out)
+    jsonschema.validate(value, schema("model-proof.json"))
+    assert (child.returncode, value["interrupted"], value["disagreements"]) == (130, True, 0), err
+    assert value["operations"] >= int(line.split()[0].replace(",", ""))
 
 
 def test_fuzz_against_a_wrong_profile_leaves_a_scenario_that_fails_again(tmp_path):

@@ -96,6 +96,21 @@ def test_errors_come_through(served: tuple[Path, subprocess.Popen[bytes]]) -> No
             machine.open(1 << 22)
 
 
+def test_an_answer_that_nobody_waited_for_is_passed_by(
+    served: tuple[Path, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(str(served[0])) as machine:
+        with monkeypatch.context() as patch:
+
+            def interrupted() -> None:
+                raise KeyboardInterrupt
+
+            patch.setattr(machine, "_answer", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                machine.pin()
+        assert machine.facts() == HERE.facts()
+
+
 def test_whoever_serves_ends_amid(served: tuple[Path, subprocess.Popen[bytes]]) -> None:
     path, server = served
     with pytest.raises(TargetGoneError, match="the machine of the proof is gone"):  # noqa: SIM117

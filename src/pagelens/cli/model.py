@@ -318,11 +318,14 @@ def _fuzz(args: argparse.Namespace) -> int:
         "differences": [f"seed {s}: {d}" for s, d in result.differing],
         "open_fences": [f"{f.name}: {f.how}" for f in result.fences if not f.ok],
         "scenario": result.scenario or None,
+        "interrupted": result.interrupted,
         "unrepeated": len(result.unrepeated),
         "succeeded": result.agreement.succeeded,
         "reached": {rule: result.reached[rule] for rule in RULES},
     }
     emit_object(args, value, _fuzz_text(result, seed, release, how))
+    if result.interrupted:
+        return 130
     return 1 if result.failed_seeds else 0
 
 
@@ -336,7 +339,7 @@ def _fuzz_text(result: Result, seed: int, release: str, how: str) -> str:
         f"kernel {release} against model {how}, seed {seed} of generator {GENERATOR}:"
         f" {done.operations:,} operations in {result.programs:,} programs,"
         f" {100 * done.succeeded // max(done.operations, 1)} % succeeded,"
-        f" {counted(len(result.failed_seeds), 'disagreement')}",
+        f" {counted(len(result.failed_seeds), 'disagreement')}{'; interrupted' if result.interrupted else ''}",
         done.text(),
         "rules reached: " + ", ".join(f"{rule} {result.reached[rule]:,}" for rule in reached),
     ]

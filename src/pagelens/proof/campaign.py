@@ -39,7 +39,7 @@ class Result:
     first disagreement. seed: that of the failing program, else of the first. used: how often each operation was done,
     and succeeded. reached: how often each rule of the profile mattered (proof.reach). unrepeated: seeds whose
     disagreement was gone when the same program ran again, twice: the kernel itself did two things on one program, so no
-    rule of its own decides."""
+    rule of its own decides. interrupted: Ctrl-C came before all was done."""
 
     seed: int
     agreement: Agreement = field(default_factory=Agreement)
@@ -51,6 +51,7 @@ class Result:
     programs: int = 0
     differing: list[tuple[int, Disagreement]] = field(default_factory=list)
     unrepeated: list[tuple[int, Disagreement]] = field(default_factory=list)
+    interrupted: bool = False
 
     @property
     def failed_seeds(self) -> list[int]:
@@ -171,30 +172,40 @@ def fuzz(
     progress: Callable[[Result], None] | None = None,
 ) -> Result:
     """Random programs, `operations` in all; program k has seed `seed` + k. Stops at the first disagreement,
-    shrunk if `small`, unless `go_on` (then the first is kept and the seeds of all are listed)."""
+    shrunk if `small`, unless `go_on` (then the first is kept and the seeds of all are listed), or at Ctrl-C."""
     result = Result(seed)
     mix = mix or Mix()
-    while result.agreement.operations < operations:
-        this = seed + result.programs
-        length = min(PROGRAM_LENGTH, operations - result.agreement.operations)
-        try:
-            program, found = bench.fuzz_one(this, length, mix, result)
-        except PagelensError as exc:
-            exc.args = (f"{exc} (seed {this})",)
-            raise
-        result.programs += 1
-        if found and not any(bench.run(program, Result(this)) for _ in range(2)):
-            result.unrepeated.append((this, found[0]))
-        elif found:
-            result.differing.append((this, found[0]))
-            if not result.disagreements:
-                result.seed, result.disagreements, result.failing = this, found, program
-                if small:
-                    kept, again = bench.shrunk(program, frozenset(d.kind for d in found))
-                    if again:
-                        result.failing, result.disagreements = kept, again
-            if not go_on:
-                return result
-        if progress is not None:
-            progress(result)
+    try:
+        while result.agreement.operations < operations:
+            this = seed + result.programs
+            length = min(PROGRAM_LENGTH, operations - result.agreement.operations)
+            if _one(bench, this, length, mix, result, small) and not go_on:
+                break
+            if progress is not None:
+                progress(result)
+    except KeyboardInterrupt:
+        result.interrupted = True
     return result
+
+
+def _one(bench: Bench, seed: int, length: int, mix: Mix, result: Result, small: bool) -> bool:
+    # One program into `result`; whether it differs, and goes on to.
+    try:
+        program, found = bench.fuzz_one(seed, length, mix, result)
+    except PagelensError as exc:
+        exc.args = (f"{exc} (seed {seed})",)
+        raise
+    result.programs += 1
+    if not found:
+        return False
+    if not any(bench.run(program, Result(seed)) for _ in range(2)):
+        result.unrepeated.append((seed, found[0]))
+        return False
+    result.differing.append((seed, found[0]))
+    if not result.disagreements:
+        result.seed, result.disagreements, result.failing = seed, found, program
+        if small:
+            kept, again = bench.shrunk(program, frozenset(d.kind for d in found))
+            if again:
+                result.failing, result.disagreements = kept, again
+    return True

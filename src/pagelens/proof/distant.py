@@ -37,6 +37,8 @@ class _Distant:
     # Each method of Machine is a request.
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._number = 0
+        self._buffer = b""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _SERVED:
@@ -46,13 +48,13 @@ class _Distant:
         return method
 
     def _request(self, name: str, *args: Any) -> Any:
-        data = marshal.dumps((name, args), _FORM)
+        self._number += 1
+        data = marshal.dumps((self._number, name, args), _FORM)
         try:
             self._connection.sendall(_LENGTH.pack(len(data)) + data)
-            size = _LENGTH.unpack(self._receive(_LENGTH.size))[0]
-            if size > _MOST:
-                raise ValueError("too long")
-            error, value = marshal.loads(self._receive(size))
+            number = 0
+            while number < self._number:  # a Ctrl-C may have come before the last answer
+                number, error, value = self._answer()
         except OSError as exc:
             raise TargetGoneError(f"the machine of the proof is gone: {exc}") from None
         except (ValueError, TypeError, EOFError):
@@ -61,14 +63,23 @@ class _Distant:
             raise _error(*error)
         return value
 
-    def _receive(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            more = self._connection.recv(size - len(data))
+    def _answer(self) -> tuple[int, tuple[str, str, str] | None, Any]:
+        have = _LENGTH.size
+        self._receive(have)
+        size = _LENGTH.unpack_from(self._buffer)[0]
+        if size > _MOST:
+            raise ValueError("too long")
+        self._receive(have + size)
+        body, self._buffer = self._buffer[have : have + size], self._buffer[have + size :]
+        number, error, value = marshal.loads(body)
+        return number, error, value
+
+    def _receive(self, size: int) -> None:
+        while len(self._buffer) < size:
+            more = self._connection.recv(max(size - len(self._buffer), 65536))
             if not more:
                 raise OSError("it has closed the connection")
-            data = data + more if data else more
-        return data
+            self._buffer += more
 
 
 @contextlib.contextmanager
@@ -102,8 +113,8 @@ def serve(port: str, machine: Machine | None = None) -> int:
             body = _read(fd, _LENGTH.unpack(head)[0])
             if body is None:
                 break
-            name, args = marshal.loads(body)
-            reply = marshal.dumps(_done(machine, name, args), _FORM)
+            number, name, args = marshal.loads(body)
+            reply = marshal.dumps((number, *_done(machine, name, args)), _FORM)
             out = memoryview(_LENGTH.pack(len(reply)) + reply)
             while out:
                 out = out[os.write(fd, out) :]
