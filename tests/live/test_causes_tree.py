@@ -51,13 +51,18 @@ class _Joined:
             if not truth & (_MAY_BE_NONE | {"none"}):
                 self.wrong[min(truth), "none", ""] += 1
             return
+        faults = result.run.faults
+        rows = [r for r in rows if not faults.failed[r]] or rows  # one that a signal ended was taken again
         judged = result.judgements[int(result.verdict[rows[0]])]
         verdict = judged.verdict
         said = judged.page if kernel and "invalid-permission" not in truth else verdict.cause
         if len(rows) > 1 and "file-page-cached" in truth:
             return  # a shared file page is mapped, and its writeback has begun already
+        if ":e0:" in context and faults.error[rows[0]] & 1 and not context.startswith(("anon", "thp")):
+            return  # absent when the truth was read; another thread's fault has mapped its neighbours since
         if said == "ambiguous":
-            candidates = set(verdict.candidates) or truth
+            needed = verdict.why.rpartition("what the page needed: ")[2].split(" or ")
+            candidates = set(verdict.candidates or needed)
             self.ambiguous["cause"] += 1
             if not candidates & truth:
                 self.wrong[min(truth), "/".join(sorted(candidates)), verdict.confidence] += 1
@@ -79,12 +84,12 @@ def test_a_tree_of_processes(tmp_path: Path, subjects: Subjects, seed: int) -> N
     result = classify_facts(facts)
     joined = _Joined(result, log)
     assert joined.accesses >= 5000
-    # What stays: pages that came by a neighbour's fault, MADV_PAGEOUT of what advice then drops (docs/causes.md).
-    assert sum(joined.wrong.values()) < 0.008 * joined.accesses, joined.wrong
-    certain = {k: n for k, n in joined.wrong.items() if k[2] == "certain"}
-    assert sum(certain.values()) < 0.003 * joined.accesses, certain
-    assert joined.ambiguous["cause"] < 0.005 * joined.accesses, joined.ambiguous
-    assert result.shares()[0] < 0.001, "unknown"
+    # No verdict is wrong. One write in some 250,000 takes no fault where its truth says that it must.
+    assert not [k for k in joined.wrong if k[1] != "none"], joined.wrong
+    assert sum(joined.wrong.values()) <= 1, joined.wrong
+    # 0.4 % over many seeds.
+    assert joined.ambiguous["cause"] < 0.01 * joined.accesses, joined.ambiguous
+    assert result.shares()[0] == 0, "unknown"
     # None is open, and all are right; where frames alone decide, they are right too.
     assert sum(joined.outcomes.values()) > 40
     assert set(joined.outcomes) <= {(True, "reused"), (False, "copied")}, joined.outcomes

@@ -49,6 +49,8 @@ def join(result: Classified, log: Path) -> Joined:
             # The kernel counts a fault that waited for a lock as major too (FAULT_FLAG_TRIED).
             out.ambiguous += 1
             out.right[cause] += 1
+        elif (cause, got) == ("write-notify", "write-notify,write-notify"):
+            out.right[cause] += 1  # written back between the fault and the write that it was for
         elif got == "ambiguous" and cause in verdicts[0].candidates:
             out.ambiguous += 1
             out.right[cause] += 1

@@ -15,7 +15,7 @@ from pagelens.vm.vma import Vma
 from pagelens.why import partial
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
-from pagelens.why.files import Files, device
+from pagelens.why.files import NAMELESS, Files, device
 from pagelens.why.locking import lock, populate, unlock_vma
 from pagelens.why.space import (
     LOCKED,
@@ -45,6 +45,7 @@ _UFFD_API, _UFFD_REGISTER, _UFFD_UNREGISTER, _UFFD_PROTECT, _PAGEMAP_SCAN = (
     0xAA06,
     0x6610,
 )
+_UFFD_COPY, _UFFD_MOVE = 0xAA03, 0xAA05
 _WP_ASYNC = 1 << 15  # a feature in UFFDIO_API
 _MERGE = 67  # PR_SET_MEMORY_MERGE
 
@@ -141,6 +142,7 @@ class Effects:
             if done is None:
                 return
             call = done
+        space.faulted = call.gup
         self._do[call.name](space, call, time)
 
     def _mmap(self, space: Space, call: Call, time: int) -> None:
@@ -159,6 +161,10 @@ class Effects:
         else:
             area = Area.ANON if anon or call.detail in ("zero", "/dev/zero") else Area.FILE
         nohuge = bool(flags & MAP_STACK)
+        # Shared memory without a name is a file as well, of which nobody else knows.
+        file = (
+            (NAMELESS, call.seq) if anon and shared else None if anon or not call.inode else (dev, call.inode)
+        )
         state = State(
             area,
             prot & 7,
@@ -172,8 +178,8 @@ class Effects:
             locked=LOCKED if flags & MAP_LOCKED else 0,
             made=call.seq,
             name=call.detail,
-            file=None if anon or not call.inode else (dev, call.inode),
-            shift=0 if anon or not call.inode else offset - start,
+            file=file,
+            shift=0 if not file else -start if anon else offset - start,
         )
         space.remove(start, end, call.seq, call.start, call.end)
         space.map(start, end, state, Origin.MMAP, time, call.seq)
@@ -257,11 +263,7 @@ class Effects:
         if advice in (4, 9, 24):  # DONTNEED, REMOVE, DONTNEED_LOCKED
             space.drop(start, end, time, call.seq)
         elif advice in marks:
-            space.change(start, end, lambda s: s._replace(mark=marks[advice], mark_time=time))
-            if advice == 8:
-                space.change(start, end, lambda s: s._replace(free_time=time))
-            elif advice == 21:
-                space.change(start, end, lambda s: s._replace(freed_out=s.free_time))
+            space.advise(start, end, marks[advice], time)
         elif advice == 14:
             space.change(start, end, lambda s: s._replace(huge=self.thp != "never"))
         elif advice in (12, 13):  # MERGEABLE, UNMERGEABLE
@@ -364,6 +366,8 @@ class Effects:
             # Of one page it is a handler's answer: the fault that it answers ends the protection as well, and
             # thousands of pages need no interval of their own.
             space.change(first, first + page_up(second), lambda s: s._replace(wp_time=-1))
+        elif command in (_UFFD_COPY, _UFFD_MOVE) and call.result == 0:
+            space.own(first, first + page_up(third), time)
         elif command == _PAGEMAP_SCAN and first & 1:  # PM_SCAN_WP_MATCHING
             space.change(second, third, lambda s: s._replace(wp_time=time) if s.uffd & UFFD_WP else s)
 

@@ -69,6 +69,6 @@ def cut(space: Space, what: FileCut, call: Call) -> None:
         start = max(seg.start, what.start - state.shift)
         end = min(seg.end, what.end - state.shift)
         if start < end and state.area is Area.FILE and not what.copies:
-            space.change(start, end, lambda s: s._replace(hole_time=call.start))
+            space.hole(start, end, call.start)
         elif start < end:
             space.drop(start, end, call.start, call.seq, Origin.CUT)

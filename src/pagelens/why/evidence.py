@@ -66,6 +66,15 @@ class Mark(enum.IntEnum):
     COLD = 3
 
 
+class Gone(enum.IntFlag):
+    """What a page of a file or of shared memory, absent now, may have been before: several where nothing decides."""
+
+    FRESH = 1  # never mapped
+    DONTNEED = 2  # mapped, until MADV_DONTNEED or its like
+    CUT = 4  # until its file was cut, or got a hole
+    PAGEOUT = 8  # until MADV_PAGEOUT
+
+
 class Forked(enum.IntEnum):
     """Whether a fork write-protected the page since its last write."""
 
@@ -125,6 +134,7 @@ class Huge(enum.IntEnum):
     MADE = 1  # this fault made a huge page: the last snapshot shows it, or it was alone in the block and slow
     READ = 2  # the huge zero page stands here since an earlier read
     INSIDE = 3  # an earlier fault of the block made a huge page
+    PERHAPS = 4  # as MADE, but whether nothing stood in the block before is not known
 
 
 class Cut(enum.IntEnum):
@@ -156,6 +166,7 @@ class Evidence:
     origin: Origin
     dropped: bool  # touched before DONTNEED (or the like) took it away
     paged: bool  # MADV_PAGEOUT was asked for it before that, and may have taken it
+    gone: Gone  # where it is not 0, it says all of dropped, paged and mark
     near: bool  # no fault of its own had mapped it: that of a neighbour, most likely
     mark: Mark
     forked: Forked
@@ -172,15 +183,17 @@ class Evidence:
     by_exec: bool  # taken in execve, before the new program ran
     unsure: bool  # what is known of the page before rests on a fault whose access was not recorded
     uncalled: bool  # calls were not recorded, nor what the kernel touched for them
+    zeroed: bool  # perhaps the zero page by now: given away by MADV_FREE, and read again
     inferred: bool  # the error code was not recorded; the last snapshot tells the access
     cut: Cut
 
 
 # Widths in bits, in the order of the fields; decoding is generated from it.
-_ENUMS: dict[str, type[enum.IntEnum]] = {
+_ENUMS: dict[str, type[enum.IntEnum] | type[enum.IntFlag]] = {
     "area": Area,
     "prior": Prior,
     "origin": Origin,
+    "gone": Gone,
     "mark": Mark,
     "forked": Forked,
     "sharers": Sharers,

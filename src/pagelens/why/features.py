@@ -21,17 +21,12 @@ from pagelens.why.evidence import (
     pack,
 )
 from pagelens.why.facts import Call, Facts
+from pagelens.why.freed import perhaps_zero, zeroed_by_read
 from pagelens.why.history import History
 from pagelens.why.hugepages import dropped_in_block, huge_pages
 from pagelens.why.outcome import outcomes
-from pagelens.why.replay import (
-    GREW,
-    IN_FLIGHT,
-    WAS_MAPPED,
-    Replayed,
-    in_execve,
-    state_column,
-)
+from pagelens.why.renumber import in_execve
+from pagelens.why.replay import GREW, IN_FLIGHT, WAS_MAPPED, Replayed, state_column
 from pagelens.why.sharing import Kin
 from pagelens.why.taken import taken_away
 from pagelens.why.userfaults import brought_by_copy, handled
@@ -69,12 +64,12 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     late = _late(run, past, again, begun)
     raced_read &= ((past.touch[again] > begun) | late) & (prior[again] == Prior.ZERO)
     present[again[raced_read]] = True
-    _call_race(facts, run, race)
+    _call_race(facts, run, past, race)
     _perhaps_race(run, past, race)
     late &= (race[again] == Race.NONE) & ~present[again] & (write[past.before[again]] | ~write[again])
     race[again[late]] = int(Race.LATE)
     guarded = _guarded(run, past, present & write & ~faults.failed)
-    _zeroed(run, past, prior, guarded, present & write & ~faults.failed)
+    zeroed_by_read(run, past, prior, guarded, present & write & ~faults.failed)
     uffd, copied = handled(facts, run, race, present, guarded)
     brought_by_copy(run, past, prior, copied)
 
@@ -86,10 +81,9 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     private = (area == Area.ANON) | (area == Area.FILE)
     uncalled = not facts.settings.get("calls", True)
     shares = (present & write) | (blind & (uncalled | (prior != Prior.NONE)))
-    huge, own = huge_pages(facts, run, past, present, write)
-    # What came with a huge page that this process wrote is its own since then.
-    np.maximum(past.own, own, out=past.own)
-    forked, share, outcome = _forks(facts, run, past, private & shares & ~faults.failed, prior)
+    huge, came, blocks = huge_pages(facts, run, past, prior, present, write)
+    forked, share, outcome = _forks(facts, run, past, private & shares & ~faults.failed, prior, came)
+    zeroed = perhaps_zero(run, past, prior, forked, present & write & ~faults.failed)
     mark_time = state_column(run.lives, run.state, "mark_time", -1)
     mark = state_column(run.lives, run.state, "mark", 0)
     # A page that came back read-only is so on account of what had taken it away before.
@@ -98,11 +92,16 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
     if len(back):
         since = since.copy()
         since[back] = past.own[past.before[back]]
-    gone = taken_away(run, past, area, prior, present, mark_time)
-    dropped = gone.dropped | dropped_in_block(run, past, huge, present)
-    prior[gone.holed] = int(Prior.NONE)
+    taken = taken_away(facts, run, past, area, prior, present, mark_time)
+    dropped = (
+        (past.dropped | dropped_in_block(run, past, blocks, prior, present))
+        & (taken.gone == 0)
+        & ~taken.again
+    )
+    prior[taken.gone != 0] = int(Prior.NONE)
+    prior[taken.again] = np.where(area[taken.again] == Area.SHMEM, int(Prior.SHARED), int(Prior.FILE))
     if mark.any():
-        known_page = (prior != Prior.NONE) | gone.marked
+        known_page = prior != Prior.NONE
         mark = np.where((mark_time > since) & known_page, mark, int(Mark.NONE))
         # MADV_FREE once more, of what MADV_PAGEOUT had taken already.
         gone_before = (mark == Mark.FREE) & (state_column(run.lives, run.state, "freed_out", -1) > since)
@@ -122,10 +121,11 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "executable": (prot & 4) != 0,
         "grew": (run.flags & GREW) != 0,
         "prior": prior,
-        "origin": gone.origin,
+        "origin": past.origin,
         "dropped": dropped,
-        "paged": gone.paged & dropped,
-        "near": gone.near,
+        "paged": past.paged & dropped,
+        "gone": taken.gone,
+        "near": taken.near,
         "mark": mark,
         "forked": forked,
         "sharers": share,
@@ -138,6 +138,7 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         "rearmed": state_column(run.lives, run.state, "prot_time", -1) > past.touch,
         "flushed": state_column(run.lives, run.state, "sync_time", -1) > past.touch,
         "was_mapped": (run.flags & WAS_MAPPED) != 0,
+        "zeroed": zeroed,
         "inferred": inferred,
         "unsure": past.unsure & blind,
         "uncalled": uncalled,
@@ -207,7 +208,7 @@ def _overlaps(run: Replayed, call: Call) -> I64:
     return np.asarray(rows[(_begun(run, rows) <= call.end) & (faults.tid[rows] != call.tid)])
 
 
-def _call_race(facts: Facts, run: Replayed, race: I64) -> None:
+def _call_race(facts: Facts, run: Replayed, past: History, race: I64) -> None:
     faults = run.faults
     race[((run.flags & IN_FLIGHT) != 0) & (race == Race.NONE)] = int(Race.CALL)
     odd = np.flatnonzero(faults.failed & (race == Race.NONE))
@@ -217,6 +218,8 @@ def _call_race(facts: Facts, run: Replayed, race: I64) -> None:
         if call.name not in ("mprotect", "pkey_mprotect", "munmap", "mmap", "mremap", "madvise"):
             continue
         rows = np.intersect1d(_overlaps(run, call), odd, assume_unique=True) if len(odd) else odd
+        if call.name == "munmap":  # what was mapped since was not its business
+            rows = rows[past.begun(rows) < call.start]
         if len(rows):
             start = call.result if call.name == "mmap" else call.args[0]
             addr = faults.addr[rows].astype(np.int64)
@@ -241,24 +244,9 @@ def _guarded(run: Replayed, past: History, rewrites: Bool) -> I64:
     return out
 
 
-def _zeroed(run: Replayed, past: History, prior: I64, guarded: I64, rewrites: Bool) -> None:
-    # A read of a page that MADV_FREE had given away, and that was gone: it brought the zero page, not one's own.
-    # rewrites: completed writes to present pages.
-    faults = run.faults
-    free = state_column(run.lives, run.state, "free_time", -1)
-    rows = np.flatnonzero(rewrites & (free >= 0) & (prior == Prior.ANON) & (past.before >= 0))
-    if not len(rows):
-        return
-    rows = rows[state_column(run.lives, run.state[rows], "area", int(Area.UNMAPPED)) == Area.ANON]
-    back, free = past.before[rows], free[rows]
-    read = ((faults.error[back] & 3) == 0) & (faults.error[back] >= 0) & ~faults.major[back]
-    own = np.maximum(past.own[back], state_column(run.lives, run.state[rows], "populated_own", -1))
-    since = np.maximum(own, past.begun(rows))
-    rows = rows[read & (free > since) & (free < faults.time[back])]
-    prior[rows], guarded[rows] = int(Prior.ZERO), int(Guarded.NONE)
-
-
-def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64) -> tuple[I64, I64, I64]:
+def _forks(
+    facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64, came: I64
+) -> tuple[I64, I64, I64]:
     faults = run.faults
     n = len(faults)
     forked = np.full(n, int(Forked.NONE), np.int8)
@@ -285,7 +273,7 @@ def _forks(facts: Facts, run: Replayed, past: History, wanted: Bool, prior: I64)
     share[old] = int(Sharers.UNSEEN)
     if len(both) or len(old):
         kin = Kin(run)
-        share[both] = kin.sharers(both, _last_seen(facts, run), time[both])
+        share[both] = kin.sharers(both, _last_seen(facts, run), time[both], came[both])
         _before(facts, run, past, kin, forked, share, time)
         decided = np.flatnonzero((forked != Forked.NONE) & (faults.new >= 0))
         outcome[decided] = np.where(faults.new[decided] > 0, int(Outcome.COPIED), int(Outcome.REUSED))

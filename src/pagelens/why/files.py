@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+NAMELESS = "anonymous"  # in the place of a device: shared memory that mmap made without a file
 _MEMORY = ("memfd:", "/memfd:", "SYSV", "/SYSV", "/dev/shm/", "/dev/zero")
 
 

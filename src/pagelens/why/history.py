@@ -31,16 +31,17 @@ READ, WRITE, SNAP_FILE, SNAP_ANON, SNAP_ZERO, SNAP_SWAP = range(6)
 class History:
     """Columns beside the faults of `Replayed` (integers of as many bits as they need).
 
-    prior: Prior. before: row of the fault before this one on the page (-1 none), touch: ns of the last row
-    in this life (-1), own: ns of the last write in this life (-1). inherited: bool, by links. taken: the life that
-    began when advice or a cut took the page away, after which nobody touched it (-1). paged: MADV_PAGEOUT may have
-    taken it before that.
+    prior: Prior. before: row of the fault before this one on the page (-1 none); source: the same, or of an ancestor
+    that fork had the page from. touch: ns of the last row in this life (-1), own: ns of the last write in it (-1).
+    inherited: bool, by links. taken: the life that began when advice or a cut took the page away, after which nobody
+    touched it (-1). paged: MADV_PAGEOUT may have taken it before that.
     origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
     unsure: prior rests on a fault whose access was not recorded. copied: what forks copied.
     """
 
     prior: I64
     before: I64
+    source: I64
     touch: I64
     own: I64
     inherited: Bool
@@ -82,13 +83,14 @@ def trace(facts: Facts, run: Replayed) -> History:
     prior = np.full(n, int(Prior.NONE), np.int8)
     unsure = np.zeros(n, bool)
     before = np.full(n, -1, np.int32)
+    source = np.full(n, -1, np.int32)
     touch = np.full(n, -1, np.int64)
     own = np.full(n, -1, np.int64)
     at = index[fault >= 0]
     earlier = at - 1
     has = (at > 0) & (earlier >= group[at])
     who, prev = fault[at[has]], earlier[has]
-    before[who] = fault[prev]
+    before[who] = source[who] = fault[prev]
     touch[who] = time[prev]
     mine = last_own[prev] >= group[prev]
     own[who[mine]] = time[last_own[prev[mine]]]
@@ -108,7 +110,7 @@ def trace(facts: Facts, run: Replayed) -> History:
     drop = np.zeros(len(todo), bool)
     taker = np.full(len(todo), -1, np.int32)  # the life that began when the page was taken away
     taken = np.full(n, -1, np.int32)
-    paged, holed = np.zeros(n, bool), np.zeros(n, bool)
+    paged = np.zeros(n, bool)
     over = np.full(
         len(todo), -1, np.int32
     )  # the first life that a fork began between the page and what took it away
@@ -125,28 +127,27 @@ def trace(facts: Facts, run: Replayed) -> History:
             break
         cut = table.time[cur_life]
         drop = drop | (link == DROP_LINK)
-        filled = (link == DROP_LINK) & table.populated[cur_life] & (taken[todo] < 0)
-        taken[todo[filled]] = cur_life[filled]
+        by_call = np.where(link == DROP_LINK, table.populated[cur_life], -1)
         inherited[todo[(link == FORK_LINK) & ~drop]] = True
         cur_key = table.parent[cur_life] + (cur_key - table.key[cur_life])
         cur_life = np.searchsorted(table.key, cur_key, side="right") - 1
-        hit = _last(key, time, cur_key, cut)
+        hit = last_of(key, time, cur_key, cut)
         found = hit >= 0
         f = found & ~drop
         prior[todo[f]] = _state(kind[hit[f]], last_own[hit[f]] >= group[hit[f]], area[todo[f]])
         unsure[todo[f]] = blind[fault[np.maximum(last_own[hit[f]], 0)]]
+        source[todo[f]] = fault[hit[f]]
         had = found & drop
         # What had only been read before a fork came with it only where fork copied.
         doubt = np.flatnonzero(had & (over >= 0))
         doubt = doubt[last_own[hit[doubt]] < group[hit[doubt]]]
         if len(doubt):
             had[doubt] = copied.into(run.key[todo[doubt]], over[doubt])
+        had |= by_call >= 0
         had &= taken[todo] < 0
         taken[todo[had]] = taker[had]
-        paged[todo[had]] = time[hit[had]] < table.paged[taker[had]]
-        # A hole had taken it before, unless it was a copy.
-        of_file = last_own[hit[had]] < group[hit[had]]
-        holed[todo[had]] = of_file & (time[hit[had]] < table.holed[taker[had]])
+        used = np.maximum(np.where(found, time[hit], -1), by_call)[had]
+        paged[todo[had]] = used < table.paged[taker[had]]
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
         over, taker = over[rest], taker[rest]
@@ -161,10 +162,10 @@ def trace(facts: Facts, run: Replayed) -> History:
     origins = np.append(table.origin, int(Origin.UNSEEN)).astype(np.int8)
     origin = np.take(origins, life)
     origin[dropped] = origins[taken[dropped]]
-    origin[holed & dropped] = int(Origin.CUT)
     return History(
         prior,
         before,
+        source,
         touch,
         own,
         inherited,
@@ -206,7 +207,7 @@ def _rows(facts: Facts, run: Replayed, write: Bool) -> tuple[I64, I64, I64, I64]
         kind = np.where(write[fault], np.int8(WRITE), np.int8(READ))
     # Faults are in order of (mm, ns), and a key is of one mm: with the snapshots' rows at their moments, a stable sort
     # by key alone gives both.
-    snaps = _snapshot_rows(facts, run)
+    snaps = snapshot_rows(facts, run)
     if snaps:
         at = []
         for number, when, keys, _ in snaps:
@@ -240,9 +241,8 @@ class _Table:
         self.parent = np.array(lives.parent or [-1], np.int64)
         self.time = np.array(lives.time or [-1], np.int64)
         self.origin = np.array(lives.origin or [0], np.int64)
-        self.populated = np.array(lives.populated or [False], bool)
+        self.populated = np.array(lives.populated or [-1], np.int64)
         self.paged = np.array(lives.paged or [-1], np.int64)
-        self.holed = np.array(lives.holed or [-1], np.int64)
 
 
 def _state(kind: I64, owned: Bool, area: I64) -> I64:
@@ -259,7 +259,7 @@ def _state(kind: I64, owned: Bool, area: I64) -> I64:
     ).astype(np.int8)
 
 
-def _last(key: I64, time: I64, want: I64, cut: I64) -> I64:
+def last_of(key: I64, time: I64, want: I64, cut: I64) -> I64:
     """Index of the last row of key `want` at or before `cut`, -1 where there is none."""
     lo = np.searchsorted(key, want, side="left")
     hi = np.searchsorted(key, want, side="right")
@@ -279,7 +279,7 @@ def _last(key: I64, time: I64, want: I64, cut: I64) -> I64:
     return out
 
 
-def _snapshot_rows(facts: Facts, run: Replayed) -> list[tuple[int, int, I64, I64]]:
+def snapshot_rows(facts: Facts, run: Replayed) -> list[tuple[int, int, I64, I64]]:
     """(mm, ns, keys, kinds) of the pages that each first snapshot shows, in order of mm."""
     out = []
     for mm, (starts, segs) in sorted(run.first_keys.items()):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from pagelens.why.causes import ACCESS, RULES, Finding, Rule
-from pagelens.why.evidence import Area, Cut, Evidence, Forked, Huge, Prior, Race
+from pagelens.why.evidence import Area, Cut, Evidence, Forked, Gone, Huge, Prior, Race
 from pagelens.why.verdict import AMBIGUOUS, CERTAIN, LIKELY, UNKNOWN, Verdict
 
 
@@ -132,5 +132,6 @@ def describe(e: Evidence) -> str:
         value = getattr(e, name)
         if value:
             words.append(f"{name} {value.name.lower()}")
+    words += [f"perhaps {str(w.name).lower()}" for w in Gone if w in e.gone]
     words += [name for name in ("dropped", "grew", "uffd", "rearmed", "numa") if getattr(e, name)]
     return ", ".join(words)

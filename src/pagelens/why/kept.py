@@ -13,7 +13,7 @@ from typing import Any
 
 from pagelens.capture.directory import CaptureDirectory
 
-RULES_VERSION = 8  # of what the rules conclude and what is kept: raise it when a verdict or a count changes
+RULES_VERSION = 9  # of what the rules conclude and what is kept: raise it when a verdict or a count changes
 DERIVED = "derived"
 
 

@@ -22,7 +22,8 @@ from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma
 from pagelens.why.facts import I64, Call, Facts, Faults, FrameShot, Task
-from pagelens.why.replay import CLONE_VM, in_order, with_new_mm
+from pagelens.why.renumber import in_order, with_new_mm
+from pagelens.why.replay import CLONE_VM
 
 # Of `Faults`: column of `events`, what a null becomes, type.
 _TYPES: dict[str, tuple[str, int, type]] = {

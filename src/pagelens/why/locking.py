@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pagelens.why.evidence import Area
 from pagelens.why.space import LOCKED, ONFAULT, Seg, Space, State
+from pagelens.why.windows import same_vma
 
 
 def populate(state: State, time: int, write: bool) -> State:
@@ -41,7 +42,7 @@ def unlock_vma(space: Space, moved: Seg, state: State) -> None:
         if not 0 <= i < len(space.segs) or at != edge:
             return False
         other = space.lives.states[space.segs[i].state]
-        return bool(other.locked) and _same_vma(other, state)
+        return bool(other.locked) and same_vma(other._replace(locked=0), state)
 
     i = space.index(moved.start)
     low, high = moved.start, moved.end
@@ -52,9 +53,3 @@ def unlock_vma(space: Space, moved: Seg, state: State) -> None:
     while one(j, high, space.segs[j].start if j < len(space.segs) else -1):
         high, j = space.segs[j].end, j + 1
     space.change(low, high, lambda s: s._replace(locked=0))
-
-
-def _same_vma(a: State, b: State) -> bool:
-    # By what the kernel keeps apart (is_mergeable_vma), the lock aside.
-    kept = ("area", "prot", "grows", "huge", "uffd", "mergeable", "dontfork", "wipeonfork", "file", "shift")
-    return all(getattr(a, name) == getattr(b, name) for name in kept)

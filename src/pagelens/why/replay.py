@@ -8,9 +8,7 @@ and address (more code than the walk, and no faster: the walk has as many steps 
 
 from __future__ import annotations
 
-import bisect
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,16 +22,19 @@ from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
 from pagelens.why.cuts import FileCut, cut, file_cut, removed
 from pagelens.why.evidence import Area, Origin
 from pagelens.why.facts import Call, Facts, Faults, FrameShot, Task
+from pagelens.why.renumber import in_order, with_new_mm
 from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
+from pagelens.why.windows import AROUND, WINDOW
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 CLONE_VM = 0x100
-EXECVE = (59, 322)
 _FEW = 24  # below this many faults, bisect beats building arrays
 
 # What happened to a fault's lookup, as bits.
-GREW, WAS_MAPPED, IN_FLIGHT, BLOCK = 1, 2, 4, 8
+# EDGE: a read whose window of fault-around does not lie within its interval; its neighbours are in Space.around.
+GREW, WAS_MAPPED, IN_FLIGHT, BLOCK, EDGE = 1, 2, 4, 8, 16
+_BEYOND = WINDOW << PAGE_SHIFT
 
 
 @dataclass(slots=True)
@@ -97,6 +98,7 @@ class Replay:
         self.key = np.full(n, -1, np.int64)
         self.state = np.full(n, -1, np.int32)
         self.flags = np.zeros(n, np.int8)
+        self._around: list[bool] = []  # by state: a read maps its neighbours
         self.removed: dict[int, int] = {}
         self._unseen = self.lives.intern(State(Area.UNSEEN, 7))
         mm = self.faults.mm
@@ -286,6 +288,7 @@ class Replay:
             self.state[lo + left] = state[found]
             inside[left] = True
         self._blocks(space, lo, inside, addr)
+        self._edges(space, lo, inside, addr)
         for i in np.flatnonzero(~inside).tolist():
             self._one(space, lo + i)
 
@@ -301,12 +304,39 @@ class Replay:
         fits = np.array([space.block_fits(b) for b in blocks.tolist()], bool)
         self.flags[lo + rows[fits[back]]] |= BLOCK
 
+    def _edges(self, space: Space, lo: int, inside: Bool, addr: I64) -> None:
+        self._around += [s.area in AROUND for s in self.lives.states[len(self._around) :]]
+        if not any(self._around):
+            return
+        rows = np.flatnonzero(inside)
+        rows = rows[np.array(self._around, bool)[self.state[lo + rows]]]
+        if not len(rows):
+            return
+        start, end, _, _ = space.columns()
+        at = np.searchsorted(start, addr[rows], side="right") - 1
+        low = addr[rows] & -_BEYOND
+        edge = (low < start[at]) | (low + _BEYOND > end[at])
+        for row, i in zip(rows[edge].tolist(), at[edge].tolist(), strict=True):
+            self._edge(space, lo + row, i)
+
+    def _edge(self, space: Space, row: int, i: int) -> None:
+        # Only a completed read maps what is around it.
+        error = int(self.faults.error[row])
+        if self.faults.failed[row] or error < 0 or error & 3:
+            return
+        self.flags[row] |= EDGE
+        space.read(i, int(self.faults.addr[row]) >> PAGE_SHIFT, int(self.faults.time[row]))
+
     def _one(self, space: Space, i: int) -> None:
         addr = int(self.faults.addr[i])
         at = space.index(addr)
         if at >= 0:
-            self._put(i, space.segs[at], addr)
-            if self.lives.states[space.segs[at].state].huge and space.block_fits(addr):
+            held = space.segs[at]
+            self._put(i, held, addr)
+            state, low = self.lives.states[held.state], addr & -_BEYOND
+            if state.area in AROUND and (low < held.start or low + _BEYOND > held.end):
+                self._edge(space, i, at)
+            if state.huge and space.block_fits(addr):
                 self.flags[i] |= BLOCK
             return
         time, failed = int(self.faults.time[i]), bool(self.faults.failed[i])
@@ -338,48 +368,6 @@ class Replay:
 
 def _clears(call: Call) -> bool:
     return call.name == "write" and call.detail.isdigit() and call.args[1] == ord("4")
-
-
-def with_new_mm(facts: Facts) -> Faults:
-    """execve works on the new address space before the recorder gives it its number: those faults move."""
-    faults = facts.faults
-    execs = [t for t in facts.tasks if t.name == "exec"]
-    in_exec = np.flatnonzero(in_execve(faults) & ~faults.user)
-    if not execs or not len(in_exec):
-        return faults
-    mm = faults.mm.copy()
-    moved = False
-    by_tid: dict[int, list[Task]] = defaultdict(list)
-    for task in sorted(execs, key=lambda t: t.time):
-        by_tid[int(task.args[2]) if len(task.args) > 2 and task.args[2] else task.tid].append(task)
-    for i in in_exec.tolist():
-        after = by_tid.get(int(faults.tid[i]), [])
-        at = bisect.bisect_left([t.time for t in after], int(faults.time[i]))
-        if at < len(after) and int(after[at].args[0]) == int(mm[i]) != int(after[at].args[1]):
-            new = int(after[at].args[1])
-            if _holds(facts.first, new, int(faults.addr[i])):
-                mm[i] = new
-                moved = True
-    if not moved:
-        return faults
-    columns = {name: getattr(faults, name) for name in faults.__dataclass_fields__}
-    return Faults(**(columns | {"mm": mm}))
-
-
-def in_execve(faults: Faults) -> Bool:
-    """bool[n]: taken in execve or execveat."""
-    return np.asarray((faults.call == EXECVE[0]) | (faults.call == EXECVE[1]))
-
-
-def in_order(faults: Faults) -> bool:
-    """Whether faults ascend by (mm, time)."""
-    mm, time = faults.mm, faults.time
-    return bool(np.all((mm[1:] > mm[:-1]) | ((mm[1:] == mm[:-1]) & (time[1:] >= time[:-1]))))
-
-
-def _holds(first: Mapping[int, Snapshot], mm: int, addr: int) -> bool:
-    snapshot = first.get(mm)
-    return snapshot is None or snapshot.vmas.find(addr) is not None
 
 
 def state_column(lives: Lives, state: I64, name: str, missing: int) -> I64:

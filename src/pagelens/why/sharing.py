@@ -51,9 +51,9 @@ class Kin:
             return self.untouched(mm, key, np.minimum(time, at), np.maximum(time, at)), key
         return _still_shared(self._run, self._lines, self._writes, mm, other, key, time, at)
 
-    def sharers(self, rows: I64, last_seen: dict[int, int], when: I64) -> I64:
+    def sharers(self, rows: I64, last_seen: dict[int, int], when: I64, born: I64) -> I64:
         """Sharers of each fault in `rows` (indices). last_seen: mm -> ns of its last own event. when: ns of each
-        fault, as it stands to forks."""
+        fault, as it stands to forks. born: ns at which its page came with a huge one, -1 where it did not."""
         run, writes, lines = self._run, self._writes, self._lines
         faults = run.faults
         out = np.full(len(rows), int(Sharers.GONE), np.int64)
@@ -73,7 +73,9 @@ class Kin:
                 pick = np.flatnonzero(alive)
                 if not len(pick):
                     continue
-                shared, _ = _still_shared(run, lines, writes, mm, other, key[pick], time[pick])
+                shared, _ = _still_shared(
+                    run, lines, writes, mm, other, key[pick], time[pick], made=born[mine[pick]]
+                )
                 unsure = (time[pick] > end - EXIT_SLACK) & (time[pick] > last_seen.get(other, -1))
                 at = mine[pick]
                 sure = at[shared & ~unsure]
@@ -168,8 +170,10 @@ def _still_shared(
     key: I64,
     time: I64,
     b_time: int | None = None,
+    made: I64 | int = -1,
 ) -> tuple[Bool, I64]:
-    # Whether b has (at b_time, else at `time`) what a has at `time` under `key`, and the key in b.
+    # Whether b has (at b_time, else at `time`) what a has at `time` under `key`, and the key in b. made: ns; there was
+    # no such page before.
     up_a, up_b = _ancestry(run, a), _ancestry(run, b)
     common = next(mm for mm, _ in up_a if any(mm == other for other, _ in up_b))
     clean = np.ones(len(key), bool)
@@ -190,6 +194,7 @@ def _still_shared(
     left: I64 | int = below[-1][1] if below else time if b_time is None else b_time
     # In the ancestor: unwritten between the two departures (or since the one departure).
     clean &= unchanged(common, np.minimum(until, left), np.maximum(until, left))
+    clean &= made < np.minimum(until, left)
     ends: list[I64 | int] = [time if b_time is None else b_time]
     ends = (ends + [born for _, born in below])[: len(below)]  # when each was left, or now
     for (mm, born), end in zip(reversed(below), reversed(ends), strict=True):

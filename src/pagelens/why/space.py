@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pagelens.why.evidence import Area, Mark, Origin
+from pagelens.why.windows import AROUND, WINDOW, around
 
 I64 = npt.NDArray[np.int64]
 
@@ -72,13 +73,26 @@ class Seg:
 def _paged(state: State) -> int:
     # Since when a page must have been left alone (ns) for MADV_PAGEOUT to have taken it; -1 where it was not asked for.
     # Of anonymous memory it takes what MADV_FREE had given away; the rest goes to swap, where what drops it finds it.
-    if state.mark is not Mark.PAGEOUT:
-        return -1
-    return state.free_time if state.area is Area.ANON else state.mark_time
+    if state.area is Area.ANON:
+        return state.freed_out
+    return state.mark_time if state.mark is Mark.PAGEOUT else -1
+
+
+def _advised(state: State, mark: Mark, time: int) -> State:
+    state = state._replace(mark=mark, mark_time=time)
+    if mark is Mark.FREE:
+        return state._replace(free_time=time)
+    return state._replace(freed_out=state.free_time) if mark is Mark.PAGEOUT else state
 
 
 def _keys(seg: Seg) -> tuple[int, int]:
     return seg.key, seg.key + ((seg.end - seg.start) >> PAGE_SHIFT)
+
+
+def _pages(seg: Seg, state: State) -> tuple[tuple[str, int], int, int]:
+    # File, number of its first page and of the page behind the last.
+    assert state.file
+    return state.file, (seg.start + state.shift) >> PAGE_SHIFT, (seg.end + state.shift) >> PAGE_SHIFT
 
 
 class Lives:
@@ -94,10 +108,10 @@ class Lives:
         self.seq: list[int] = []
         self.link: list[int] = []
         self.parent: list[int] = []  # key of the first page in the life before, -1 without
-        self.populated: list[bool] = []  # the life before had been populated by a call
-        # MADV_PAGEOUT may have taken what was not touched since then, a hole what was still the file's: ns, -1 none.
-        self.paged: list[int] = []
-        self.holed: list[int] = []
+        self.populated: list[int] = []  # when a call had populated the life before: ns, -1 never
+        self.paged: list[int] = []  # MADV_PAGEOUT may have taken what was not touched since then: ns, -1 none
+        # Pages of files that calls brought into the page cache (True), or perhaps took out: file, pages, ns.
+        self.cached: list[tuple[tuple[str, int], int, int, int, bool]] = []
         self._next = 0
 
     @property
@@ -122,9 +136,8 @@ class Lives:
         seq: int,
         link: int = NO_LINK,
         parent: int = -1,
-        populated: bool = False,
+        populated: int = -1,
         paged: int = -1,
-        holed: int = -1,
     ) -> int:
         """A new life for `pages` pages; returns the key of the first."""
         key = self._next
@@ -138,7 +151,6 @@ class Lives:
         self.parent.append(parent)
         self.populated.append(populated)
         self.paged.append(paged)
-        self.holed.append(holed)
         return key
 
 
@@ -153,10 +165,16 @@ class Space:
         self.segs: list[Seg] = []
         self.past: list[tuple[int, int, int, Seg]] = []  # removed: (from ns, till ns, seq, what)
         self.drops: list[tuple[int, int, int]] = []  # (first key, key behind the last, ns): shared no more
-        self.filled: list[tuple[int, int, int]] = []  # likewise, of shared memory: populated by a call
-        # Populated with reads: key and number of its first page, pages, ns.
-        self.around: list[tuple[int, int, int, int]] = []
+        # Of files and shared memory: populated by a call; given advice; holes in a private mapping's file.
+        self.filled: list[tuple[int, int, int]] = []
+        self.advised: list[tuple[int, int, int, Mark]] = []
+        self.holes: list[tuple[int, int, int]] = []
+        self.owned: list[tuple[int, int, int]] = []  # private memory: populated with write faults
+        self.around: list[
+            tuple[int, int, int, bool]
+        ] = []  # mapped around reads, see `windows`; surely or perhaps
         self.mergeable = False  # PR_SET_MEMORY_MERGE
+        self.faulted = 0  # faults that the kernel took for the call that is applied
         self.future: int = 0  # mlockall(MCL_FUTURE): LOCKED or ONFAULT
         self._columns: tuple[I64, I64, I64, I64] | None = None
 
@@ -230,30 +248,72 @@ class Space:
         key = self.lives.begin((end - start) >> PAGE_SHIFT, self.mm, origin, time, seq)
         seg = Seg(start, end, key, self.lives.intern(state))
         self.insert(seg)
-        if state.populated_read >= 0 and state.area is not Area.ANON:
-            self._read_by_call(seg, state.populated_read)
-        if state.populated >= 0 and state.area is Area.SHMEM:
-            self.filled.append((*_keys(seg), state.populated))
+        if state.populated >= 0:
+            self._populated(seg, state)
+            self._around(seg, state)
 
     def change(self, start: int, end: int, how: Callable[[State], State]) -> None:
         """Change the state of all that is mapped in [start, end)."""
         lo, hi = self.span(start, end)
+        read = []
         for seg in self.segs[lo:hi]:
             old = self.lives.states[seg.state]
             new = how(old)
-            if (
-                new.populated_own != old.populated_own
-            ):  # copies of what a fork had shared: nobody else's any more
+            # Copies of what a fork had shared: nobody else's any more.
+            if new.populated_own != old.populated_own:
                 self.drops.append((*_keys(seg), new.populated_own))
-            if new.populated != old.populated and new.area is Area.SHMEM:
-                self.filled.append((*_keys(seg), new.populated))
-            if new.populated_read != old.populated_read and new.area is not Area.ANON:
-                self._read_by_call(seg, new.populated_read)
+            if new.populated != old.populated:
+                self._populated(seg, new)
+            if new.populated_read != old.populated_read:
+                read.append(seg)
             seg.state = self.lives.intern(new)
         self._columns = None
+        for seg in read:
+            self._around(seg, self.lives.states[seg.state])
 
-    def _read_by_call(self, seg: Seg, time: int) -> None:
-        self.around.append((seg.key, seg.start >> PAGE_SHIFT, (seg.end - seg.start) >> PAGE_SHIFT, time))
+    def _populated(self, seg: Seg, state: State) -> None:
+        if state.area is not Area.ANON:
+            self.filled.append((*_keys(seg), state.populated))
+        if state.file:
+            self.lives.cached.append((*_pages(seg, state), state.populated, True))
+        if state.populated_own == state.populated:
+            self.owned.append((*_keys(seg), state.populated))
+
+    def _around(self, seg: Seg, state: State) -> None:
+        # What a call populated with reads has neighbours: mapped as well if a page of that window was not there yet.
+        if state.populated_read < 0 or state.area not in AROUND:
+            return
+        i = self.index(seg.start)
+        first, last = seg.start >> PAGE_SHIFT, (seg.end >> PAGE_SHIFT) - 1
+        faulted = self.faulted > 0 and first // WINDOW == last // WINDOW
+        for page in (first, last):
+            self.around += [(a, b, state.populated_read, s and faulted) for a, b, s in around(self, i, page)]
+
+    def read(self, i: int, page: int, time: int) -> None:
+        """A read fault on page number `page`, in segs[i]."""
+        self.around += [(a, b, time, sure) for a, b, sure in around(self, i, page)]
+
+    def own(self, start: int, end: int, time: int) -> None:
+        """Pages that became the process's own by other means than a write: UFFDIO_COPY."""
+        lo, hi = self.span(start, end)
+        self.owned += [(*_keys(seg), time) for seg in self.segs[lo:hi]]
+
+    def advise(self, start: int, end: int, mark: Mark, time: int) -> None:
+        """MADV_FREE, MADV_COLD, MADV_PAGEOUT."""
+        self.change(start, end, lambda s: _advised(s, mark, time))
+        lo, hi = self.span(start, end)
+        for seg in self.segs[lo:hi]:
+            state = self.lives.states[seg.state]
+            if state.area in AROUND and mark is not Mark.FREE:
+                self.advised.append((*_keys(seg), time, mark))
+                if state.file and mark is Mark.PAGEOUT:
+                    self.lives.cached.append((*_pages(seg, state), time, False))
+
+    def hole(self, start: int, end: int, time: int) -> None:
+        """A hole in the file of a private mapping: the file's pages go, copies stay."""
+        self.change(start, end, lambda s: s._replace(hole_time=time))
+        lo, hi = self.span(start, end)
+        self.holes += [(*_keys(seg), time) for seg in self.segs[lo:hi]]
 
     def drop(self, start: int, end: int, time: int, seq: int, origin: Origin = Origin.DONTNEED) -> None:
         """The pages go, the mapping stays: MADV_DONTNEED and its like."""
@@ -270,9 +330,8 @@ class Space:
                 seq,
                 DROP_LINK,
                 seg.key,
-                state.populated >= 0,
+                state.populated,
                 _paged(state),
-                state.hole_time,
             )
             state = state._replace(
                 populated=-1, populated_read=-1, populated_own=-1, mark=Mark.NONE, mark_time=-1

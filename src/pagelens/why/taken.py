@@ -1,85 +1,186 @@
-"""What had taken a page of a file or of shared memory away that no fault of its own had mapped: evidence columns.
+"""What had taken a page of a file or of shared memory away: all answers that the recording admits.
 
-`history` knows of pages by their faults. Here come those that a neighbour's fault had mapped (see `nearby`), and pages
-of a private mapping that a hole took out of its file, which leaves copies where they are.
+`history` knows of pages by their faults. A page that only a neighbour's read had mapped has none, and whether it was
+mapped depends on what the page cache held then (`cache`) and where its vma ended (`windows`); MADV_PAGEOUT passes over
+pages that others map. So each such page is followed from its beginning on, with all that it may be at a time: never
+mapped, mapped, a copy, or gone and by what. What takes pages takes those that are mapped; what may map or take leaves
+both. What is left at the fault are the candidates, one of them most often.
+
+Rejected: to take the last read around it as having mapped the page (wrong for one in fifty of them).
 """
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.why.evidence import Area, Origin, Prior
-from pagelens.why.history import History
-from pagelens.why.nearby import AROUND, Around, last_drops
+from pagelens.vm.units import PAGE_SHIFT
+from pagelens.why.cache import Cache
+from pagelens.why.evidence import Area, Gone, Mark, Origin, Prior
+from pagelens.why.facts import Facts
+from pagelens.why.history import SNAP_ANON, History, snapshot_rows
+from pagelens.why.nearby import Around, last_drops, origins
 from pagelens.why.replay import Replayed, state_column
-from pagelens.why.space import DROP_LINK, NO_LINK
+from pagelens.why.space import DROP_LINK, FORK_LINK
+from pagelens.why.windows import AROUND
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
+_LONGEST = 256  # lives of a page that are followed back
+# What happened to a page, in order.
+_MAP, _COPY, _FILL, _NEAR, _PERHAPS, _DONTNEED, _CUT, _HOLE, _PAGEOUT, _COLD, _LEFT = range(11)
+# What a page may be, beside what Gone says.
+_MAPPED, _OWN, _COOL = 16, 32, 64
+_HELD = _MAPPED | _OWN | _COOL
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """Columns beside the faults. dropped: the page had been mapped until something took it away, and origin says what.
-    paged: MADV_PAGEOUT may have done so before. holed: a hole in the file of a private mapping. marked: mapped when
-    advice was given. near: by a neighbour."""
+    """Columns beside the faults. gone: Gone, 0 where `history` and the advice say all. again: it was mapped all the
+    time, and the kernel had unmapped it. near: that it was mapped rests on a neighbour's fault."""
 
-    dropped: Bool
-    origin: I64
-    paged: Bool
-    holed: Bool
-    marked: Bool
+    gone: I64
+    again: Bool
     near: Bool
 
 
-def taken_away(run: Replayed, past: History, area: I64, prior: I64, present: Bool, mark_time: I64) -> Taken:
+def taken_away(
+    facts: Facts, run: Replayed, past: History, area: I64, prior: I64, present: Bool, mark_time: I64
+) -> Taken:
     """For every fault. area, prior, present, mark_time: columns."""
     n = len(prior)
+    gone, again, near = np.zeros(n, np.int8), np.zeros(n, bool), np.zeros(n, bool)
     absent = ~present & ~run.faults.failed & np.isin(area, AROUND) & (past.life >= 0)
-    hole = state_column(run.lives, run.state, "hole_time", -1)
-    there = (prior == Prior.FILE) | (prior == Prior.POPULATED)
-    holed = absent & (area == Area.FILE) & (hole > past.touch) & there
-    dropped, origin = past.dropped | holed, past.origin.copy()
-    paged = past.paged.copy()
-    marked, near = np.zeros(n, bool), np.zeros(n, bool)
-    rows = np.flatnonzero(absent & (prior == Prior.NONE))
+    rows = np.flatnonzero(absent & (prior != Prior.ANON) & (prior != Prior.SWAPPED))
+    hole = state_column(run.lives, run.state[rows], "hole_time", -1)
     drops = last_drops(run.lives)[past.life[rows]]
-    could = (drops >= 0) | (hole[rows] > drops) | (mark_time[rows] > drops)
-    rows, drops = rows[could], drops[could]
+    since = np.maximum(drops, past.touch[rows])
+    could = (hole > since) | (mark_time[rows] > since) | ((drops >= 0) & (prior[rows] == Prior.NONE))
+    rows = rows[could]
     if len(rows):
-        until = np.maximum(drops, np.maximum(hole[rows], mark_time[rows]))
-        last = Around(run, past.life, past.copied).mapped(rows, until)
-        seen_at = zip(
-            rows[last >= 0].tolist(), last[last >= 0].tolist(), drops[last >= 0].tolist(), strict=True
-        )
-        for row, seen, drop in seen_at:
-            if seen <= past.times[past.taken[row]] and past.taken[row] >= 0:
-                continue  # taken away since, and by what `history` found
-            near[row] = True
-            if seen < drop:
-                dropped[row] = True
-                taker = _taker(run, int(past.life[row]), int(run.key[row]), seen)
-                paged[row] = seen < run.lives.paged[taker]
-                origin[row] = Origin.CUT if seen < run.lives.holed[taker] else run.lives.origin[taker]
-            elif seen < hole[row] and not seen < mark_time[row] < hole[row]:
-                holed[row] = dropped[row] = True
+        stories = _Stories(facts, run, past)
+        for row in rows.tolist():
+            left, by_neighbour = stories.ends(row)
+            near[row] = by_neighbour
+            gone[row] = left & ~_HELD
+            again[row] = left in (_MAPPED, _COOL)
+    return Taken(gone, again, near)
+
+
+class _Stories:
+    def __init__(self, facts: Facts, run: Replayed, past: History) -> None:
+        self._run, self._past = run, past
+        self._cache = Cache(facts, run)
+        self._around = Around(run, past.life)
+        area = state_column(run.lives, run.state, "area", int(Area.UNMAPPED))
+        rows = np.flatnonzero(np.isin(area, AROUND) & ~run.faults.failed & (past.life >= 0))
+        write = (run.faults.error[rows] < 0) | ((run.faults.error[rows] & 2) != 0)
+        copy = write & (area[rows] == Area.FILE)
+        key, time, code = run.key[rows], run.faults.time[rows], np.where(copy, _COPY, _MAP)
+        for _, when, keys, kinds in snapshot_rows(facts, run):
+            key, time = np.append(key, keys), np.append(time, np.full(len(keys), when))
+            code = np.append(code, np.where(kinds == SNAP_ANON, _COPY, _MAP))
+        order = np.lexsort((time, key))
+        self._key, self._time, self._code = key[order], time[order], code[order]
+        self._spans: dict[int, I64] = {}
+
+    def ends(self, row: int) -> tuple[int, bool]:
+        """(what the page of a fault may be just before it, whether a neighbour's fault decides it)."""
+        events, start = self._events(row)
+        left = _follow(events, start)
+        near = left != _follow([event for event in events if event[1] not in (_NEAR, _PERHAPS)], start)
+        if near and not left & ~_HELD:
+            # That the kernel unmapped a page is rarer than that a read passed over it.
+            left = _follow([(t, _PERHAPS if c == _NEAR else c) for t, c in events], start)
+        if left & ~_HELD:
+            left &= ~_HELD
+        return left, near
+
+    def _events(self, row: int) -> tuple[list[tuple[int, int]], int]:
+        # In order of time, and what the page was before them.
+        run, lives, faults = self._run, self._run.lives, self._run.faults
+        state = lives.states[run.state[row]]
+        page = (int(faults.addr[row]) + state.shift) >> PAGE_SHIFT
+        until = int(faults.time[row]) - max(int(faults.latency[row]), 0)
+        life, key = int(self._past.life[row]), int(run.key[row])
+        root = -1
+        out: list[tuple[int, int]] = []
+        for _ in range(_LONGEST):
+            own = self._own(lives.mm[life], key, lives.time[life], until)
+            out += own
+            for when, sure in self._around.of(key):
+                if when < until:
+                    held = self._cache.held(state.file, page, when) if state.file else None
+                    if held is not False:
+                        out.append((when, _NEAR if held and sure else _PERHAPS))
+            if any(code in (_MAP, _COPY) for _, code in own):
+                break  # whatever was before
+            link, begun = lives.link[life], lives.time[life]
+            if link == FORK_LINK:
+                if state.area is not Area.FILE:
+                    break
+                root = root if root >= 0 else int(origins(lives, np.array([key]))[0][0])
+                if not self._past.copied.to(lives.mm[life], root):
+                    out.append((begun, _LEFT))
+            elif link == DROP_LINK:
+                out.append((begun, _CUT if lives.origin[life] == Origin.CUT else _DONTNEED))
             else:
-                marked[row] = True
-                dropped[row] = False
-    origin[holed] = int(Origin.CUT)
-    return Taken(dropped, origin, paged, holed, marked, near)
+                break
+            until = min(until, begun)
+            key += lives.parent[life] - lives.key[life]
+            life = bisect.bisect_right(lives.key, key) - 1
+        else:
+            return sorted(out), Gone.FRESH | _MAPPED
+        return sorted(out), int(Gone.FRESH)
+
+    def _own(self, mm: int, key: int, after: int, until: int) -> list[tuple[int, int]]:
+        # What is known of the page itself in one of its lives.
+        low, high = np.searchsorted(self._key, [key, key + 1])
+        out = list(zip(self._time[low:high].tolist(), self._code[low:high].tolist(), strict=True))
+        spans = self._of(mm)
+        hit = spans[(spans[:, 0] <= key) & (key < spans[:, 1])]
+        out += [(when, code) for _, _, when, code in hit.tolist()]
+        return [(when, code) for when, code in out if after <= when < until]
+
+    def _of(self, mm: int) -> I64:
+        if mm not in self._spans:
+            space = self._run.spaces.get(mm)
+            rows: list[tuple[int, int, int, int]] = []
+            if space is not None:
+                owned = set(space.owned)
+                rows += [(*f, _COPY if f in owned else _FILL) for f in space.filled]
+                rows += [(*h, _HOLE) for h in space.holes]
+                rows += [
+                    (a, b, when, _PAGEOUT if mark is Mark.PAGEOUT else _COLD)
+                    for a, b, when, mark in space.advised
+                ]
+            self._spans[mm] = np.array(rows, np.int64).reshape(-1, 4)
+        return self._spans[mm]
 
 
-def _taker(run: Replayed, life: int, key: int, since: int) -> int:
-    # The first life of the page that a drop began after `since`.
-    lives = run.lives
-    found = life
-    while lives.link[life] != NO_LINK and lives.time[life] > since:
-        found = life if lives.link[life] == DROP_LINK else found
-        key += lives.parent[life] - lives.key[life]
-        life = int(np.searchsorted(lives.key, key, side="right")) - 1
-    return found
+def _follow(events: list[tuple[int, int]], start: int) -> int:
+    # All that a page may be after `events`.
+    now = start
+    for _, code in events:
+        if code in (_MAP, _COPY):
+            now = _MAPPED if code == _MAP else _OWN
+        elif code in (_FILL, _NEAR):
+            now = (now & _OWN) | (_MAPPED if now & ~_OWN else 0)
+        elif code == _PERHAPS:
+            now |= _MAPPED if now & ~_OWN else 0
+        elif code in (_DONTNEED, _CUT):
+            by = Gone.DONTNEED if code == _DONTNEED else Gone.CUT
+            now = (now & ~_HELD) | (by if now & _HELD else 0)
+        elif code == _HOLE and now & (_MAPPED | _COOL):
+            now = (now & ~(_MAPPED | _COOL)) | Gone.CUT
+        elif code == _PAGEOUT and now & (_MAPPED | _COOL):
+            now |= Gone.PAGEOUT
+        elif code == _COLD and now & _MAPPED:
+            now = (now & ~_MAPPED) | _COOL
+        elif code == _LEFT and now & _HELD:  # fork copied no entries of this mapping
+            now = (now & ~_HELD) | Gone.FRESH
+    return int(now)

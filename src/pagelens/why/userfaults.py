@@ -84,7 +84,8 @@ def handled(facts: Facts, run: Replayed, race: I64, present: Bool, guarded: I64)
 
 def brought_by_copy(run: Replayed, past: History, prior: I64, copied: Bool) -> None:
     """What a handler had copied is a page of one's own, though a read had asked for it. prior: changed in place."""
-    rows = np.flatnonzero((past.before >= 0) & (prior == Prior.ZERO))
-    rows = rows[copied[past.before[rows]]]
+    rows = np.flatnonzero((past.source >= 0) & (prior == Prior.ZERO))
+    rows = rows[copied[past.source[rows]]]
     prior[rows] = int(Prior.ANON)
+    rows = rows[past.before[rows] >= 0]
     past.own[rows] = run.faults.time[past.before[rows]]

@@ -247,13 +247,14 @@ static void touch(struct reg *r, int i, int w, int kern)
 	char t[128], ctx[128];
 	char *a = r->a + i * PAGE;
 	struct pg *p = &r->p[i];
-	if (p->id)
-		pthread_mutex_lock(&S->pl[p->id & 1023]);
+	int id = r->kind == THP ? r->p[0].id : p->id;	/* a write over the huge zero page is of all the block */
+	if (id)
+		pthread_mutex_lock(&S->pl[id & 1023]);
 	u64 e = entry(pm, a);
 	int f = truth(r, i, w, t, ctx, e);
 	if (!strcmp(t, "none") && rnd(8)) {
-		if (p->id)
-			pthread_mutex_unlock(&S->pl[p->id & 1023]);
+		if (id)
+			pthread_mutex_unlock(&S->pl[id & 1023]);
 		return;
 	}
 	u64 b = now();
@@ -290,7 +291,7 @@ static void touch(struct reg *r, int i, int w, int kern)
 		}
 	}
 	u64 e2 = entry(pm, a);
-	if (r->kind == THP && !PRES(e) && i + 1 < r->n) {
+	if (r->kind == THP && !PRES(e) && (i ^ 1) < r->n) {
 		/* huge: the neighbour came too */
 		int j = i ^ 1;
 		u64 n = entry(pm, r->a + j * PAGE);
@@ -334,8 +335,8 @@ static void touch(struct reg *r, int i, int w, int kern)
 		p->dropped = 0;
 		p->how = 0;
 	}
-	if (p->id)
-		pthread_mutex_unlock(&S->pl[p->id & 1023]);
+	if (id)
+		pthread_mutex_unlock(&S->pl[id & 1023]);
 }
 
 static struct reg *pick(struct proc *q)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pagelens.why.evidence import Area, Evidence, Forked, Guarded, Huge, Mark, Prior, Race
+from pagelens.why.evidence import Area, Evidence, Forked, Gone, Guarded, Huge, Mark, Prior, Race
 from pagelens.why.verdict import CERTAIN
 
 
@@ -57,6 +57,11 @@ def returned(e: Evidence) -> bool:
     own = e.area is Area.SHMEM or (private(e) and e.prior is Prior.ANON and e.forked is Forked.NONE)
     back = e.present and e.guarded in (Guarded.BACK, Guarded.BACK_DISK)
     return ordinary(e) and own and back and e.write and not e.rearmed
+
+
+def fresh(e: Evidence) -> bool:
+    """Nothing had taken the page away, as far as evidence goes: it may not have been mapped before."""
+    return Gone.FRESH in e.gone if e.gone else not e.dropped and e.mark is Mark.NONE
 
 
 def private(e: Evidence) -> bool:

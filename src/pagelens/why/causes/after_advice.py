@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pagelens.why.causes._rule import Finding, Rule, ordinary, returned
-from pagelens.why.evidence import Area, Evidence, Mark, Origin, Prior
+from pagelens.why.evidence import Area, Evidence, Gone, Mark, Origin, Prior
 from pagelens.why.verdict import CERTAIN, LIKELY
 
 
@@ -17,16 +17,23 @@ def _finding(e: Evidence, why: str) -> Finding:
     return Finding(f"{why}; a fault of its own it never had, but a neighbour's, which mapped both", LIKELY)
 
 
+def _taken(e: Evidence, by: Gone) -> bool:
+    # One that is gone: by that, as far as evidence goes.
+    if not _absent(e) or e.prior is not Prior.NONE:
+        return False
+    if e.gone or by is Gone.PAGEOUT:
+        return by in e.gone
+    return e.dropped and (e.origin is Origin.CUT) == (by is Gone.CUT)
+
+
 def _dontneed(e: Evidence) -> Finding | None:
-    if not (_absent(e) and e.dropped and e.prior is Prior.NONE):
-        return None
-    if e.origin is Origin.CUT:
+    if not _taken(e, Gone.DONTNEED):
         return None
     return _finding(e, "the page had been in use until MADV_DONTNEED (or MADV_REMOVE) dropped it")
 
 
 def _cut(e: Evidence) -> Finding | None:
-    if not (_absent(e) and e.dropped and e.prior is Prior.NONE and e.origin is Origin.CUT):
+    if not _taken(e, Gone.CUT):
         return None
     return _finding(e, "the page had been mapped until ftruncate or fallocate took it out of the file")
 
@@ -53,10 +60,10 @@ def _pageout(e: Evidence) -> Finding | None:
         return found
     if _absent(e) and e.paged and e.dropped and e.prior is Prior.NONE:
         return _finding(e, "MADV_PAGEOUT had reclaimed the page, before anything dropped it")
-    if not (_absent(e) and e.mark is Mark.PAGEOUT and (e.prior is not Prior.NONE or e.near)):
-        return None
-    if e.near:
+    if _taken(e, Gone.PAGEOUT):
         return _finding(e, "MADV_PAGEOUT had reclaimed the page; it came back from its file")
+    if not (_absent(e) and e.mark is Mark.PAGEOUT and e.prior is not Prior.NONE):
+        return None
     sure = CERTAIN if e.major or e.prior is Prior.SWAPPED else LIKELY
     return Finding("MADV_PAGEOUT had reclaimed the page; it came back from swap or its file", sure)
 
@@ -64,7 +71,7 @@ def _pageout(e: Evidence) -> Finding | None:
 def _cold(e: Evidence) -> Finding | None:
     if found := _read_back(e, Mark.COLD):
         return found
-    if not (_absent(e) and e.mark is Mark.COLD and (e.prior is not Prior.NONE or e.near)):
+    if not (_absent(e) and e.mark is Mark.COLD and e.prior is not Prior.NONE):
         return None
     return Finding("MADV_COLD had put the page first in line for reclaim, and it was reclaimed", LIKELY)
 

@@ -4,7 +4,7 @@ do_wp_page).
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.causes._rule import Finding, Rule, fresh, ordinary
 from pagelens.why.evidence import Area, Evidence, Prior
 
 
@@ -12,7 +12,7 @@ def _holds(e: Evidence) -> Finding | None:
     clean = e.prior in (Prior.NONE, Prior.FILE, Prior.POPULATED)
     if not (ordinary(e) and e.area is Area.FILE and e.write and clean):
         return None
-    if not e.present and (e.dropped or e.mark):
+    if not e.present and not fresh(e):
         return None
     if e.present:
         return Finding("write to a present read-only page of a private file mapping: it had been read first")

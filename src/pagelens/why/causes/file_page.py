@@ -4,7 +4,7 @@ retry after waiting for a lock: so "from disk" is likely, never certain."""
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.causes._rule import Finding, Rule, fresh, ordinary
 from pagelens.why.evidence import Area, Evidence, Prior
 from pagelens.why.verdict import CERTAIN, LIKELY
 
@@ -14,7 +14,7 @@ def _maps_file(e: Evidence) -> bool:
         mapped = not e.write and e.prior in (Prior.NONE, Prior.FILE, Prior.POPULATED)
     else:
         mapped = e.area is Area.SHARED_FILE
-    return ordinary(e) and mapped and not e.present and not e.dropped and not e.mark
+    return ordinary(e) and mapped and not e.present and fresh(e)
 
 
 def _again(e: Evidence) -> str:

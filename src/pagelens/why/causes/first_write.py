@@ -8,7 +8,7 @@ from pagelens.why.evidence import Area, Evidence, Huge, Origin, Prior
 
 def _holds(e: Evidence) -> Finding | None:
     fresh = not e.present and e.prior is Prior.NONE and not e.dropped and not e.grew
-    if not (ordinary(e) and e.area is Area.ANON and e.write and fresh and e.huge is Huge.NO):
+    if not (ordinary(e) and e.area is Area.ANON and e.write and fresh and e.huge in (Huge.NO, Huge.PERHAPS)):
         return None
     how = {
         Origin.MMAP: "mapped by mmap",

@@ -11,7 +11,7 @@ from pagelens.why.verdict import LIKELY
 
 def _huge(e: Evidence) -> Finding | None:
     fits = e.area in (Area.ANON, Area.SHMEM) and not e.present and e.prior is Prior.NONE
-    if not (ordinary(e) and fits and e.huge is Huge.MADE and not e.dropped):
+    if not (ordinary(e) and fits and e.huge in (Huge.MADE, Huge.PERHAPS) and not e.dropped):
         return None
     return Finding("first fault of a 2 MiB block in which no other page faulted afterwards", LIKELY)
 

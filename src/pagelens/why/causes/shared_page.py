@@ -5,12 +5,12 @@ Fork copies no page tables of shared memory, so each process faults for itself.
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.causes._rule import Finding, Rule, fresh, ordinary
 from pagelens.why.evidence import Area, Evidence, Huge
 
 
 def _holds(e: Evidence) -> Finding | None:
-    if not (ordinary(e) and e.area is Area.SHMEM and not e.present and not e.dropped and not e.mark):
+    if not (ordinary(e) and e.area is Area.SHMEM and not e.present and fresh(e)):
         return None
     if e.huge is Huge.MADE:
         return None

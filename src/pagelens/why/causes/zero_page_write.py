@@ -16,6 +16,10 @@ def _holds(e: Evidence) -> Finding | None:
         return Finding(
             "write to a present read-only page that no fault had mapped: a call's read had", LIKELY
         )
+    if e.zeroed and e.prior is Prior.ANON:
+        return Finding(
+            "MADV_FREE had given the page away; if it was taken, the zero page stood there", LIKELY
+        )
     if not (e.prior is Prior.ZERO or (e.huge is Huge.READ and e.prior is Prior.NONE)):
         return None
     return Finding("write to a present read-only page that had only been read: the zero page stood there")
