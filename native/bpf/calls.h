@@ -4,7 +4,14 @@
 
 #include "reach.h"
 
-enum { W_ALWAYS = 1, W_PRCTL, W_PRLIMIT, W_IOCTL };
+enum { W_ALWAYS = 1, W_PRCTL, W_PRLIMIT, W_IOCTL, W_OPEN };
+
+#define NR_OPEN 2
+#define NR_TRUNCATE 76
+#define NR_CREAT 85
+#define NR_OPENAT 257
+#define NR_OPENAT2 437
+#define O_TRUNC 01000
 
 #define PAGEMAP_SCAN 0x6610     /* type and number */
 
@@ -65,7 +72,52 @@ int BPF_PROG(call_enter, struct pt_regs *regs, long nr)
 	return 0;
 }
 
-static __always_inline int wanted_call(struct pl_task *s)
+/* Whether a call that opened a file has emptied it. */
+static __always_inline int empties(struct pl_task *s, long ret)
+{
+	u64 flags = s->nr == NR_CREAT ? O_TRUNC : s->nr == NR_OPEN ? s->args[1] : s->args[2];
+
+	if (ret < 0 || s->compat)
+		return 0;
+	if (s->nr == NR_OPENAT2) {      /* the first word of struct open_how */
+		u64 at = flags;
+
+		flags = 0;
+		s->walking = 1;
+		bpf_probe_read_user(&flags, sizeof(flags), (void *)at);
+		s->walking = 0;
+	}
+	return (flags & O_TRUNC) != 0;
+}
+
+static __always_inline int opens(long nr)
+{
+	return nr == NR_OPEN || nr == NR_CREAT || nr == NR_OPENAT || nr == NR_OPENAT2;
+}
+
+/* truncate(2) names its file by a path: which one it is, shows when its pages leave the page cache. What reclaim takes
+ * meanwhile, in this task, is not meant. */
+SEC("tp_btf/mm_filemap_delete_from_page_cache")
+int BPF_PROG(page_cut, struct folio *folio)
+{
+	struct task_struct *t = bpf_get_current_task_btf();
+	struct pl_task *s = member(t);
+	struct scratch *x;
+	struct inode *inode;
+
+	if (!s || s->nr != NR_TRUNCATE || s->compat || t->flags & PF_MEMALLOC)
+		return 0;
+	x = bpf_task_storage_get(&scratches, t, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!x || x->cut_at == s->enter_time)
+		return 0;
+	inode = BPF_CORE_READ(folio, mapping, host);
+	x->cut_dev = BPF_CORE_READ(inode, i_sb, s_dev);
+	x->cut_ino = BPF_CORE_READ(inode, i_ino);
+	x->cut_at = s->enter_time;
+	return 0;
+}
+
+static __always_inline int wanted_call(struct pl_task *s, long ret)
 {
 	u32 key = s->nr;
 	u8 *w;
@@ -84,6 +136,8 @@ static __always_inline int wanted_call(struct pl_task *s)
 				      s->args[1] == 9);
 	case W_IOCTL:   /* userfaultfd's are of type 0xaa; PAGEMAP_SCAN */
 		return ((s->args[1] >> 8) & 0xff) == 0xaa || (s->args[1] & 0xffff) == PAGEMAP_SCAN;
+	case W_OPEN:
+		return empties(s, ret);
 	default:
 		return 1;
 	}
@@ -128,7 +182,7 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 		s->nr = PL_NO_CALL;
 		if (!gup)
 			return 0;
-	} else if (!wanted_call(s) && !gup && !on) {
+	} else if (!wanted_call(s, ret) && !gup && !on) {
 		s->nr = PL_NO_CALL;
 		return 0;
 	}
@@ -178,8 +232,20 @@ int BPF_PROG(call_exit, struct pt_regs *regs, long ret)
 		f = file_of(t, s->args[4]);
 	} else if (nr == 18 || nr == 296 || nr == 328 || nr == 74 || nr == 75 || nr == 77 || nr == 285) {
 		f = file_of(t, s->args[0]);     /* pwrite64, pwritev, pwritev2, fsync, fdatasync, ftruncate, fallocate */
+	} else if (opens(nr) && empties(s, ret)) {
+		f = file_of(t, ret);
 	} else {
 		f = NULL;
+	}
+	if (nr == NR_TRUNCATE && !s->compat && ret >= 0 && x->cut_at && x->cut_at == s->enter_time) {
+		x->call.dev = x->cut_dev;
+		x->call.ino = x->cut_ino;
+		x->call.h.flags |= PL_F_FILE;
+	}
+	if (reaches(nr) && !s->compat) {
+		s->walking = 1;
+		text = put_vectors(x, frames, s->args[3], s->args[4]);
+		s->walking = 0;
 	}
 	if (f) {
 		struct inode *inode = BPF_CORE_READ(f, f_inode);

@@ -37,6 +37,7 @@ enum bpf_map_type {
 enum { BPF_F_NO_PREALLOC = 1 };
 
 #define PF_IO_WORKER 0x10
+#define PF_MEMALLOC 0x800       /* in direct reclaim */
 #define PF_KTHREAD 0x200000
 #define TASK_DEAD 0x80
 #define TS_COMPAT 2
@@ -77,6 +78,12 @@ struct inode {
 	struct super_block *i_sb;
 	unsigned long i_ino;
 	void *i_private;
+};
+struct address_space {
+	struct inode *host;
+};
+struct folio {
+	struct address_space *mapping;
 };
 struct file {
 	struct inode *f_inode;

@@ -11,6 +11,7 @@
 #define NR_MIGRATE_PAGES 256
 #define NR_MOVE_PAGES 279
 #define NR_PWRITEV 296
+#define NR_PROCESS_VM_READV 310
 #define NR_PROCESS_VM_WRITEV 311
 #define NR_PWRITEV2 328
 #define NR_PROCESS_MADVISE 440
@@ -24,6 +25,11 @@ enum { ACTS_NOT = 0, ACTS_REFS, ACTS_MEM };
 static __always_inline int writes(long nr)
 {
 	return nr == NR_WRITE || nr == NR_PWRITE64 || nr == NR_WRITEV || nr == NR_PWRITEV || nr == NR_PWRITEV2;
+}
+
+static __always_inline int reaches(long nr)
+{
+	return nr == NR_PROCESS_VM_READV || nr == NR_PROCESS_VM_WRITEV;
 }
 
 /* The file behind a descriptor; 0 when there is none. */
@@ -147,7 +153,7 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 		if (!acts)
 			return 0;
 		mm = acts_on(t, owner_of(f));
-	} else if (nr == NR_PROCESS_VM_WRITEV ? ret > 0 : (nr == NR_MOVE_PAGES || nr == NR_MIGRATE_PAGES) && ret >= 0) {
+	} else if (reaches(nr) ? ret > 0 : (nr == NR_MOVE_PAGES || nr == NR_MIGRATE_PAGES) && ret >= 0) {
 		mm = acts_on(t, regs->di);
 	} else if (nr == NR_PROCESS_MADVISE ? ret > 0 : nr == NR_PROCESS_MRELEASE && !ret) {
 		mm = acts_on_pidfd(t, regs->di);
@@ -156,10 +162,10 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 	}
 	if (!mm)
 		return 0;
-	r = reserve(sizeof(*r) + 16);
+	r = reserve(sizeof(*r) + 16 * PL_MAX_VECTORS);
 	if (!r)
 		return 0;
-	__builtin_memset(r, 0, sizeof(*r) + 16);
+	__builtin_memset(r, 0, sizeof(*r) + 16 * PL_MAX_VECTORS);
 	r->h.kind = PL_SYSCALL;
 	r->h.nr = nr;
 	r->h.cpu = bpf_get_smp_processor_id();
@@ -187,6 +193,15 @@ static __always_inline int foreign_call(struct task_struct *t, struct pt_regs *r
 		r->args[3] = written_at(f, nr, regs->r10, ret);
 		r->h.ntext = 16;
 		bpf_probe_read_kernel_str((char *)r + sizeof(*r), 16, BPF_CORE_READ(f, f_path.dentry, d_name.name));
+	}
+	if (reaches(nr)) {
+		for (int i = 0; i < PL_MAX_VECTORS; i++) {
+			if ((u64)i >= regs->r8 ||
+			    bpf_probe_read_user((char *)r + sizeof(*r) + 16 * i, 16, (void *)(regs->r10 + 16 * i)))
+				break;
+			r->h.ntext = 16 * (i + 1);
+		}
+		r->h.flags = PL_F_VECTORS;
 	}
 	bpf_ringbuf_submit(r, BPF_RB_NO_WAKEUP);
 	return 0;

@@ -40,6 +40,7 @@ enum pl_daemon {
 #define PL_F_COMPAT 32   /* 32-bit system call */
 #define PL_F_NEW_PAGE 32 /* fault: the kernel took a page for it (if PL_F_WATCHED) */
 #define PL_F_OUT 64      /* switch: left the CPU */
+#define PL_F_VECTORS 64  /* call: the text is an array of iovecs, of the other process's memory */
 #define PL_F_RAW 64      /* fault: the frames are PL_RAW_REGS registers, then the top of the user stack */
 #define PL_F_FILE 128    /* dev and ino are those of a file */
 #define PL_F_WATCHED 128 /* fault: a write to a present page, and allocations were watched */
@@ -87,6 +88,7 @@ struct pl_batch {
 #define PL_MAX_FRAMES 64
 #define PL_RAW_REGS 17          /* by DWARF number: rax rdx rcx rbx rsi rdi rbp rsp r8-r15 rip */
 #define PL_RAW_STACK 1024       /* bytes; more loses records (docs/recording.md) */
+#define PL_MAX_VECTORS 4        /* of process_vm_readv and process_vm_writev */
 #define PL_MAX_TEXT 248         /* ntext is a multiple of 8 */
 
 /* Per-task state, the value of the task-storage map. Written by user space only to arm the first task. */

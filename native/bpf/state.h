@@ -65,6 +65,7 @@ struct {
 struct scratch {
 	struct pl_rec_call call;
 	u64 tail[160];  /* more than 127 frames and 255 bytes: what the masks below allow */
+	u64 cut_at, cut_dev, cut_ino;   /* the file that a truncate(2), entered at cut_at (ns), took pages from */
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
@@ -340,6 +341,24 @@ static __always_inline void emit_tail(struct scratch *x, u32 frames, u32 text)
 
 	if (!ring || bpf_ringbuf_output(ring, x, size, BPF_RB_NO_WAKEUP))
 		ADD(lost_records, 1);
+}
+
+/* The first iovecs of another process's memory, in the place of text. */
+static __always_inline u32 put_vectors(struct scratch *x, u32 frames, u64 from, u64 count)
+{
+	u32 n = 0;
+
+	frames &= 127;
+	if (frames > PL_MAX_FRAMES)
+		frames = PL_MAX_FRAMES;
+	for (int i = 0; i < PL_MAX_VECTORS; i++) {
+		if ((u64)i >= count || bpf_probe_read_user(&x->tail[frames + 2 * i], 16, (void *)(from + 16 * i)))
+			break;
+		n = 16 * (i + 1);
+	}
+	x->call.h.ntext = n;
+	x->call.h.flags |= PL_F_VECTORS;
+	return n;
 }
 
 /* Text goes behind the frames; its length is rounded up to 8 (the rest is zero or old text after the NUL). */

@@ -22,6 +22,7 @@ from pagelens.capture.directory import SUFFIXES
 from pagelens.capture.records import Flag, Kind
 from pagelens.capture.tables import schema
 from pagelens.vm.names import SYSCALL_ARGS, SYSCALLS
+from pagelens.vm.units import ranges_text
 
 Rows = npt.NDArray[Any]
 
@@ -83,7 +84,10 @@ def _text(text: bytes, row: Any) -> str | None:
     if not row["ntext"]:
         return None
     begin = int(row["text_offset"])
-    return text[begin : begin + int(row["ntext"])].split(b"\0", 1)[0].decode(errors="replace")
+    own = text[begin : begin + int(row["ntext"])]
+    if row["kind"] == Kind.SYSCALL and int(row["flags"]) & Flag.VECTORS:
+        return ranges_text(np.frombuffer(own, "u8").tolist())
+    return own.split(b"\0", 1)[0].decode(errors="replace")
 
 
 def _stacks(path: Path) -> Any:

@@ -34,6 +34,8 @@ class Flag(enum.IntFlag):
     COMPAT = 32
     OUT = 64
     FILE = 128
+    # Of calls:
+    VECTORS = 64
     # Of faults:
     NEW_PAGE = 32
     WATCHED = 128

@@ -26,12 +26,17 @@ from pagelens.linux.procfs import process_of
 from pagelens.linux.syscalls import WANTED
 from pagelens.vm.errors import PagelensError
 from pagelens.vm.names import SYSCALL_NUMBERS
+from pagelens.vm.units import ranges_text
 
 _GET_SYSCALL_INFO = 0x420E  # Linux 5.3
 _ENTRY, _EXIT = 1, 2
 _X86_64 = 0xC000003E  # AUDIT_ARCH_X86_64
 _MMAP, _IOCTL = SYSCALL_NUMBERS["mmap"], SYSCALL_NUMBERS["ioctl"]
 _MAP_ANONYMOUS = 0x20
+_OPEN, _CREAT, _OPENAT2, _O_TRUNC = (*(SYSCALL_NUMBERS[n] for n in ("open", "creat", "openat2")), os.O_TRUNC)
+_OPENS = frozenset(SYSCALL_NUMBERS[n] for n in ("open", "openat", "creat", "openat2"))
+_REACHES = frozenset(SYSCALL_NUMBERS[n] for n in ("process_vm_readv", "process_vm_writev"))
+_VECTORS = 4  # of those, as native/bpf/record.h has it
 _PAGEMAP_SCAN = 0x6610
 _ENDINGS = frozenset(SYSCALL_NUMBERS[name] for name in ("exit", "exit_group"))
 _LIMITS = frozenset({2, 3, 5, 8, 9})  # RLIMIT_DATA, STACK, RSS, MEMLOCK, AS
@@ -119,6 +124,10 @@ class CallRecorder:
         if call.number == _IOCTL:
             args = (*args[:3], *_words(pid, args))
         file, name = _file(tid, call, result or 0)
+        if call.number in _OPENS and file is None:
+            return  # openat2 without O_TRUNC, or it failed
+        if call.number in _REACHES:
+            name = _vectors(pid, args)
         self._perf.call(
             pid,
             tid,
@@ -152,6 +161,8 @@ def _wanted(number: int, args: tuple[int, ...]) -> bool:
         return args[0] in (41, 35, 0x53564D41, 65, 67)
     if condition == 3:  # prlimit64: a new limit
         return args[2] != 0 and args[1] in _LIMITS
+    if condition == 5:  # open and its like: with O_TRUNC
+        return number in (_CREAT, _OPENAT2) or bool(args[1 if number == _OPEN else 2] & _O_TRUNC)
     return condition == 1
 
 
@@ -162,12 +173,30 @@ def _words(pid: int, args: tuple[int, ...]) -> tuple[int, int, int]:
     return int(words[0]), int(words[1]), int(words[2])
 
 
+def _vectors(pid: int, args: tuple[int, ...]) -> str:
+    # The first ranges of the other process, as `capture.convert` writes them.
+    words = np.zeros(2 * min(args[4], _VECTORS), np.uint64)
+    if len(words):
+        read_into(pid, args[3], words.view(np.uint8))
+    return ranges_text(words.tolist())
+
+
+def _empties(tid: int, call: _Open) -> bool:
+    if call.number != _OPENAT2:
+        return True  # as _wanted has found
+    how = np.zeros(1, np.uint64)
+    read_into(process_of(tid), call.args[2], how.view(np.uint8))
+    return bool(int(how[0]) & _O_TRUNC)
+
+
 def _file(tid: int, call: _Open, result: int) -> tuple[tuple[int, int] | None, str]:
     # ((device as the kernel numbers it, inode), name) of the file behind the call.
     if call.number == _MMAP and (call.args[3] & _MAP_ANONYMOUS or -4096 < result < 0):
         return None, ""
-    fd = call.args[4] if call.number == _MMAP else call.args[0]
-    if call.number != _MMAP and call.number not in _FD_FIRST:
+    fd = call.args[4] if call.number == _MMAP else result if call.number in _OPENS else call.args[0]
+    if call.number != _MMAP and call.number not in _FD_FIRST | _OPENS:
+        return None, ""
+    if call.number in _OPENS and (result < 0 or not _empties(tid, call)):
         return None, ""
     path = Path(f"/proc/{tid}/fd/{ctypes.c_int32(fd & 0xFFFFFFFF).value}")
     try:

@@ -21,7 +21,7 @@ from pagelens.linux.drain import Drain, DrainStats
 # Programs of each level of detail.
 _LEAN = ("fault_minor", "fault_major", "call_enter", "call_exit", "task_new", "task_exec", "task_switch")
 _ALWAYS = (*_LEAN, "adopt", "collect", "leftover")
-_ENTRIES = ("entry_user", "entry_kernel", "page_taken")
+_ENTRIES = ("entry_user", "entry_kernel", "page_taken", "page_cut")
 _OF_TASKS = ("task_new", "task_exec")
 _DAEMONS = ("scan_pmd", "collapse", "migrate", "compaction", "reclaim", "kswapd", "writeback")
 DETAILS = ("lean", "normal", "full")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pagelens.vm.names import SYSCALL_NUMBERS as NUMBERS
 
-_ALWAYS, _PRCTL, _PRLIMIT, _IOCTL = 1, 2, 3, 4
+_ALWAYS, _PRCTL, _PRLIMIT, _IOCTL, _OPEN = 1, 2, 3, 4, 5
 
 _NAMES = """
 mmap munmap mprotect pkey_mprotect mremap madvise process_madvise brk
@@ -18,7 +18,7 @@ memfd_create memfd_secret ftruncate truncate fallocate shmat shmdt
 userfaultfd setrlimit personality arch_prctl modify_ldt
 io_setup io_destroy io_uring_setup io_uring_register
 fork vfork clone clone3 unshare execve execveat exit exit_group
-pwrite64 pwritev pwritev2 fsync fdatasync sync_file_range process_vm_writev
+pwrite64 pwritev pwritev2 fsync fdatasync sync_file_range process_vm_readv process_vm_writev
 process_mrelease
 """
 
@@ -27,4 +27,5 @@ WANTED: dict[int, int] = {
     NUMBERS["prctl"]: _PRCTL,
     NUMBERS["prlimit64"]: _PRLIMIT,
     NUMBERS["ioctl"]: _IOCTL,
+    **{NUMBERS[name]: _OPEN for name in ("open", "openat", "creat", "openat2")},  # with O_TRUNC
 }

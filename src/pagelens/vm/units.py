@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pagelens.vm.errors import UsageError
@@ -107,3 +108,22 @@ class AddrRange:
 
     def __str__(self) -> str:
         return f"{self.start:012x}-{self.end:012x}"
+
+
+def ranges_text(words: Sequence[int]) -> str:
+    """Address and length by turns, as text.
+
+    >>> ranges_text([0x1000, 16, 0x3000, 8])
+    '0x1000+16 0x3000+8'
+    """
+    return " ".join(f"{start:#x}+{length}" for start, length in zip(words[::2], words[1::2], strict=True))
+
+
+def ranges_of(text: str) -> list[tuple[int, int]]:
+    """(address, length) of each range that `ranges_text` wrote; of any other text none.
+
+    >>> ranges_of("0x1000+16 0x3000+8"), ranges_of("data")
+    ([(4096, 16), (12288, 8)], [])
+    """
+    pairs = [word.partition("+") for word in text.split()]
+    return [(int(a, 16), int(n)) for a, _, n in pairs if a.startswith("0x") and n.isdigit()]

@@ -13,6 +13,7 @@ from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.units import PAGE_SIZE, page_down, page_up
 from pagelens.vm.vma import Vma
 from pagelens.why import partial
+from pagelens.why.cuts import CUTTING
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
 from pagelens.why.files import NAMELESS, Files, device
@@ -32,7 +33,7 @@ from pagelens.why.space import (
 
 MAP_SHARED, MAP_TYPE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 0xF, 0x20, 0x100
 MAP_LOCKED, MAP_POPULATE, MAP_STACK, MAP_HUGETLB = 0x2000, 0x8000, 0x20000, 0x40000
-SHRINKING = frozenset({"munmap", "shmdt", "madvise", "process_madvise", "ftruncate", "fallocate"})
+SHRINKING = frozenset({"munmap", "shmdt", "madvise", "process_madvise"}) | CUTTING
 # Effective at entry: they take pages or mappings away.
 
 

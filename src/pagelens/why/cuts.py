@@ -1,4 +1,5 @@
-"""Calls that take pages out of a file, and so out of every mapping of it: ftruncate, fallocate, MADV_REMOVE.
+"""Calls that take pages out of a file, and so out of every mapping of it: ftruncate, truncate, fallocate, MADV_REMOVE,
+opening with O_TRUNC.
 
 truncate_pagecache() unmaps from the first whole page behind the new end on, private copies included (even_cows of
 unmap_mapping_range, mm/memory.c); a hole (truncate_pagecache_range, shmem_fallocate) leaves private copies where they
@@ -18,6 +19,8 @@ from pagelens.why.space import Space
 
 _COLLAPSE, _INSERT, _PUNCH, _ZERO = 8, 0x20, 2, 0x10
 _END = 1 << 62
+OPENING = frozenset({"open", "openat", "openat2", "creat"})
+CUTTING = OPENING | {"ftruncate", "truncate", "fallocate"}
 
 
 class FileCut(NamedTuple):
@@ -31,10 +34,12 @@ class FileCut(NamedTuple):
 
 def file_cut(call: Call) -> FileCut | None:
     """What a call takes out of a file; None where it takes nothing, failed, or its file is not known."""
-    if call.name not in ("ftruncate", "fallocate") or call.result < 0 or not call.inode:
+    if call.name not in CUTTING or call.result < 0 or not call.inode:
         return None
     file = (device(call.dev), call.inode)
-    if call.name == "ftruncate":
+    if call.name in OPENING:  # the recorder gives it a file only where it has emptied that
+        return FileCut(file, 0, _END, True)
+    if call.name in ("ftruncate", "truncate"):
         return FileCut(file, page_up(call.args[1]), _END, True)
     mode, offset, length = call.args[1:4]
     if mode & (_COLLAPSE | _INSERT):

@@ -22,6 +22,7 @@ from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
 from pagelens.why.cuts import FileCut, cut, file_cut, removed
 from pagelens.why.evidence import Area, Origin
 from pagelens.why.facts import Call, Facts, Faults, FrameShot, Task
+from pagelens.why.reach import REACHING, reach
 from pagelens.why.renumber import in_order, with_new_mm
 from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
 from pagelens.why.windows import AROUND, WINDOW
@@ -29,6 +30,7 @@ from pagelens.why.windows import AROUND, WINDOW
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 CLONE_VM = 0x100
+_NO_MM = 0xFFFFFFFF  # of a call of somebody else: nobody knows whose memory
 _FEW = 24  # below this many faults, bisect beats building arrays
 
 # What happened to a fault's lookup, as bits.
@@ -81,7 +83,7 @@ class Replay:
             bool(settings.get("unmaps_first")),
             bool(settings.get("unlocks_all", True)),
         )
-        self._mm_of: dict[int, int] = {}  # by pid, now
+        self._mm_of: dict[int, int] = {}  # by pid and tid, now
         self.lives = Lives()
         self.spaces: dict[int, Space] = {}
         self.family = Family()
@@ -117,7 +119,10 @@ class Replay:
         steps: list[tuple[int, int, Call | Task | FrameShot]] = [
             (effect_time(c), c.seq, c)
             for c in self.facts.calls
-            if self.effects.handles(c.name) or _clears(c) or file_cut(c)
+            if self.effects.handles(c.name)
+            or _clears(c)
+            or file_cut(c)
+            or (c.name in REACHING and c.result > 0)
         ]
         steps += [(t.time, t.seq, t) for t in self.facts.tasks]
         steps += [(s.start, 1 << 62, s) for s in self.facts.frames]
@@ -129,6 +134,9 @@ class Replay:
                 continue
             if isinstance(event, Call) and _clears(event):
                 self._clear(int(event.detail), time)
+                continue
+            if isinstance(event, Call) and event.name in REACHING:
+                self._reach(event, time)
                 continue
             if isinstance(event, Call) and not self.effects.handles(event.name):
                 self._cut(event, time)
@@ -204,6 +212,13 @@ class Replay:
             self._flush(space, time)
             clear_refs(space, time)
 
+    def _reach(self, call: Call, time: int) -> None:
+        # Whoever called: the first argument says whose memory is meant (in the recorder's pid namespace).
+        space = self.spaces.get(self._mm_of.get(call.args[0], -1))
+        if space is not None and 0 <= call.mm < _NO_MM:
+            self._flush(space, time)
+            reach(space, call, time)
+
     def _cut(self, call: Call, time: int) -> None:
         what = file_cut(call)
         if what is not None:
@@ -220,7 +235,7 @@ class Replay:
     def _task(self, task: Task) -> None:
         users = self._users
         if task.name in ("fork", "start"):
-            self._mm_of[int(task.args[0])] = int(task.args[3])
+            self._mm_of[int(task.args[1])] = self._mm_of[int(task.args[0])] = int(task.args[3])
         elif task.name == "exec":
             self._mm_of[task.pid] = int(task.args[1])
         if task.name == "fork":

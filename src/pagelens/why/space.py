@@ -298,6 +298,14 @@ class Space:
         lo, hi = self.span(start, end)
         self.owned += [(*_keys(seg), time) for seg in self.segs[lo:hi]]
 
+    def unshare(self, start: int, end: int, time: int) -> None:
+        """Private pages that are nobody else's any more."""
+        lo, hi = self.span(start, end)
+        private = (Area.ANON, Area.FILE)
+        self.drops += [
+            (*_keys(seg), time) for seg in self.segs[lo:hi] if self.lives.states[seg.state].area in private
+        ]
+
     def advise(self, start: int, end: int, mark: Mark, time: int) -> None:
         """MADV_FREE, MADV_COLD, MADV_PAGEOUT."""
         self.change(start, end, lambda s: _advised(s, mark, time))
