@@ -274,8 +274,10 @@ def _guard_install(mm: Mm, area: Area, start: int, end: int, event: int) -> int:
     first, last = start >> SHIFT, end >> SHIFT
     mm.tables.ensure_range(first, last)
     for _first, chunk, part in mm.tables.spans(first, last, create=True):
-        chunk.pte[part] = np.uint64(GUARD)
-        chunk.event[part] = event
+        # guard_install_pte_entry: what is a marker already stays as it is, with its soft-dirty bit.
+        new = (chunk.pte[part] & np.uint64(GUARD)) == 0
+        chunk.pte[part][new] = np.uint64(GUARD)
+        chunk.event[part][new] = event
     return 0
 
 
