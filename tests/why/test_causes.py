@@ -162,6 +162,8 @@ OVERLAPS = {
     frozenset({"fork-cow-parent", "sharers-gone"}),
     frozenset({"fork-cow-child", "sharers-gone"}),
     frozenset({"fork-cow-child", "fork-cow-parent"}),  # attached after the fork
+    # Slow and alone in its block, of which nobody knows whether it was empty.
+    *(frozenset({"huge-page", first}) for first in ("first-read", "first-write", "shared-page")),
     frozenset({"file-cow", "soft-dirty"}),  # what mlock did to a page of a file before the clear
 }
 

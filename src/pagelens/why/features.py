@@ -12,6 +12,7 @@ from pagelens.why.evidence import (
     Area,
     Cut,
     Forked,
+    Gone,
     Guarded,
     Mark,
     Outcome,
@@ -98,6 +99,8 @@ def features(facts: Facts, run: Replayed, past: History, inferred: Bool) -> I64:
         & (taken.gone == 0)
         & ~taken.again
     )
+    open_ = past.perhaps & ~present & ~faults.failed & (area == Area.ANON) & (prior == Prior.NONE) & ~dropped
+    taken.gone[open_] = int(Gone.FRESH | Gone.DONTNEED)
     prior[taken.gone != 0] = int(Prior.NONE)
     prior[taken.again] = np.where(area[taken.again] == Area.SHMEM, int(Prior.SHARED), int(Prior.FILE))
     if mark.any():

@@ -30,7 +30,7 @@ def zeroed_by_read(run: Replayed, past: History, prior: I64, guarded: I64, rewri
     anon = state_column(run.lives, run.state[rows], "area", int(Area.UNMAPPED)) == Area.ANON
     free = state_column(run.lives, run.state[back], "free_time", -1)
     owned = state_column(run.lives, run.state[rows], "populated_own", -1)
-    since = np.maximum(np.maximum(past.own[back], owned), past.begun(back))
+    since = np.maximum(past.own[back], owned)
     zero = rows[anon & (free > since) & (free < faults.time[back])]
     prior[zero], guarded[zero] = int(Prior.ZERO), int(Guarded.NONE)
 

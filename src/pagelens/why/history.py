@@ -36,7 +36,8 @@ class History:
     inherited: bool, by links. taken: the life that began when advice or a cut took the page away, after which nobody
     touched it (-1). paged: MADV_PAGEOUT may have taken it before that.
     origin: Origin. life: index into Lives (-1 none). times: ns at which each life began, and -1 behind them.
-    unsure: prior rests on a fault whose access was not recorded. copied: what forks copied.
+    unsure: prior rests on a fault whose access was not recorded. perhaps: dropped, if a fork copied it,
+    which cannot be told. copied: what forks copied.
     """
 
     prior: I64
@@ -51,6 +52,7 @@ class History:
     life: I64
     times: I64
     unsure: Bool
+    perhaps: Bool
     copied: Copied
 
     @property
@@ -111,17 +113,23 @@ def trace(facts: Facts, run: Replayed) -> History:
     taker = np.full(len(todo), -1, np.int32)  # the life that began when the page was taken away
     taken = np.full(n, -1, np.int32)
     paged = np.zeros(n, bool)
-    over = np.full(
-        len(todo), -1, np.int32
-    )  # the first life that a fork began between the page and what took it away
+    out = np.zeros(
+        len(todo), bool
+    )  # a fork on the way left the page out: only what was gone before it counts
+    doubt, perhaps = np.zeros(n, bool), np.zeros(n, bool)
     for _ in range(64):
         link = table.link[cur_life]
         # A child maps shared memory anew: what its parent had of it is not its own story.
         go = (link != NO_LINK) & ((link != FORK_LINK) | ~shared[todo])
         todo, cur_key, cur_life, drop, link = todo[go], cur_key[go], cur_life[go], drop[go], link[go]
         if not go.all():
-            over, taker = over[go], taker[go]
-        np.copyto(over, cur_life, where=(link == FORK_LINK) & drop, casting="unsafe")
+            out, taker = out[go], taker[go]
+        # What had only been read before a fork came with it only where fork copied.
+        forked = np.flatnonzero((link == FORK_LINK) & drop)
+        if len(forked):
+            gone = forked[~copied.into(cur_key[forked], cur_life[forked])]
+            doubt[todo[gone]] |= copied.unsure(cur_key[gone], cur_life[gone])
+            out[gone], drop[gone], taker[gone] = True, False, -1
         np.copyto(taker, cur_life, where=link == DROP_LINK, casting="unsafe")
         if not len(todo):
             break
@@ -133,16 +141,19 @@ def trace(facts: Facts, run: Replayed) -> History:
         cur_life = np.searchsorted(table.key, cur_key, side="right") - 1
         hit = last_of(key, time, cur_key, cut)
         found = hit >= 0
-        f = found & ~drop
+        # Populated before a fork that left it out.
+        older = np.flatnonzero((by_call >= 0) & (by_call < table.time[cur_life]))
+        older = older[table.link[cur_life[older]] == FORK_LINK]
+        if len(older):
+            gone = older[~copied.into(cur_key[older], cur_life[older])]
+            perhaps[todo[gone]] |= copied.unsure(cur_key[gone], cur_life[gone])
+            by_call[gone] = -1
+        f = found & ~drop & ~out
         prior[todo[f]] = _state(kind[hit[f]], last_own[hit[f]] >= group[hit[f]], area[todo[f]])
         unsure[todo[f]] = blind[fault[np.maximum(last_own[hit[f]], 0)]]
         source[todo[f]] = fault[hit[f]]
+        perhaps[todo[found & out & ~drop]] |= doubt[todo[found & out & ~drop]]
         had = found & drop
-        # What had only been read before a fork came with it only where fork copied.
-        doubt = np.flatnonzero(had & (over >= 0))
-        doubt = doubt[last_own[hit[doubt]] < group[hit[doubt]]]
-        if len(doubt):
-            had[doubt] = copied.into(run.key[todo[doubt]], over[doubt])
         had |= by_call >= 0
         had &= taken[todo] < 0
         taken[todo[had]] = taker[had]
@@ -150,7 +161,7 @@ def trace(facts: Facts, run: Replayed) -> History:
         paged[todo[had]] = used < table.paged[taker[had]]
         rest = ~found
         todo, cur_key, cur_life, drop = todo[rest], cur_key[rest], cur_life[rest], drop[rest]
-        over, taker = over[rest], taker[rest]
+        out, taker = out[rest], taker[rest]
 
     populated = state_column(run.lives, run.state, "populated", -1)
     by_call = np.flatnonzero((populated >= 0) & (prior == Prior.NONE) & (populated < faults.time))
@@ -175,6 +186,7 @@ def trace(facts: Facts, run: Replayed) -> History:
         life,
         np.append(table.time, -1),
         unsure,
+        perhaps & ~dropped,
         copied,
     )
 

@@ -262,7 +262,7 @@ def dropped_in_block(run: Replayed, past: History, blocks: Blocks, prior: I64, p
             if lives.link[life] == FORK_LINK and not past.copied.to(
                 lives.mm[life], int(origins(lives, run.key[[row]])[0][0])
             ):
-                break
+                drop = False  # it was not here to be dropped, unless it had gone before that fork
             page, until = page + lives.parent[life] - lives.key[life], lives.time[life]
             life = bisect.bisect_right(lives.key, page) - 1
             out[row] = drop and blocks.since(lives.mm[life], here, lives.time[life], until)

@@ -2,13 +2,10 @@
 
 A read fault on a file or on shared memory maps its neighbours too, those of the 16 pages around it that the page cache
 has (do_fault_around, filemap_map_pages, mm/filemap.c). No event says so. It matters once: where advice or a hole has
-taken such a page away, the fault that brings it back is not the first use of it. A neighbour's read before that is
-taken as having mapped it: likely, for the page may have come into the cache only since.
+taken such a page away, the fault that brings it back is not the first use of it (see `taken`).
 
 fork leaves out the page tables of a private mapping that nobody has written to (vma_needs_copy: no anon_vma). What a
 parent had read of it, the child has not.
-
-Rejected: to follow fault-around page by page (what the cache held at each moment is not recorded).
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.vm.units import PAGE_SHIFT
-from pagelens.why.evidence import Area
+from pagelens.why.evidence import Area, Origin
 from pagelens.why.replay import EDGE, IN_FLIGHT, Replayed, state_column
 from pagelens.why.space import DROP_LINK, FORK_LINK, UNSEEN_KEY, Lives
 from pagelens.why.windows import AROUND, WINDOW
@@ -87,6 +84,14 @@ class Copied:
         pairs, back = np.unique(np.stack((mapping, self._mm[life]), axis=1), axis=0, return_inverse=True)
         answers = np.array([self._written(root, child) for root, child in pairs.tolist()], bool)
         return np.asarray(answers[back.ravel()] if len(pairs) else np.zeros(0, bool))
+
+    def unsure(self, key: I64, life: I64) -> Bool:
+        """bool[key]: of what `into` denies. A neighbour's vma may have become one with the page's, which then has its
+        anon_vma; what mremap left behind or added may be of a vma that has one."""
+        origin = np.array(self._lives.origin or [0], np.int64)
+        joined = np.array(sorted(self._lives.joined), np.int64)
+        _, mapping = origins(self._lives, key)
+        return np.asarray(np.isin(life, joined) | (origin[mapping] == Origin.MREMAP))
 
     def to(self, child: int, key: int) -> bool:
         """Whether `child` got the tables of a page's mapping; key: as `origins` gives it."""

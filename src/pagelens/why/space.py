@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT, PAGE_SIZE
 from pagelens.why.evidence import Area, Mark, Origin
-from pagelens.why.windows import AROUND, WINDOW, around
+from pagelens.why.windows import AROUND, WINDOW, around, same_vma
 
 I64 = npt.NDArray[np.int64]
 
@@ -112,6 +112,9 @@ class Lives:
         self.paged: list[int] = []  # MADV_PAGEOUT may have taken what was not touched since then: ns, -1 none
         # Pages of files that calls brought into the page cache (True), or perhaps took out: file, pages, ns.
         self.cached: list[tuple[tuple[str, int], int, int, int, bool]] = []
+        self.joined: set[int] = (
+            set()
+        )  # begun by fork, of mappings that may have been one vma with a neighbour
         self._next = 0
 
     @property
@@ -351,7 +354,7 @@ class Space:
         """The child's address space (dup_mmap, kernel/fork.c)."""
         child = Space(mm, self.lives, self.seen)
         child.mergeable = self.mergeable
-        for seg in self.segs:
+        for i, seg in enumerate(self.segs):
             state = self.lives.states[seg.state]
             if state.dontfork:
                 continue
@@ -363,8 +366,20 @@ class Space:
             pages = (seg.end - seg.start) >> PAGE_SHIFT
             key = self.lives.begin(pages, mm, Origin.FORK, time, seq, link, parent)
             child.segs.append(Seg(seg.start, seg.end, key, self.lives.intern(state)))
+            if state.area in (Area.ANON, Area.FILE) and self._joined(i):
+                self.lives.joined.add(len(self.lives.key) - 1)
         child.starts = [seg.start for seg in child.segs]
         return child
+
+    def _joined(self, i: int) -> bool:
+        # Whether a neighbour by another call continues segs[i].
+        segs, states = self.segs, self.lives.states
+        for a, b in ((i - 1, i), (i, i + 1)):
+            if a >= 0 and b < len(segs) and segs[a].end == segs[b].start:
+                left, right = states[segs[a].state], states[segs[b].state]
+                if left.made != right.made and same_vma(left, right):
+                    return True
+        return False
 
     def grow(self, addr: int, time: int, seq: int) -> Seg | None:
         """Extend the stack above addr down to it, as expand_stack does; None where there is none."""

@@ -32,7 +32,7 @@ I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]
 _LONGEST = 256  # lives of a page that are followed back
 # What happened to a page, in order.
-_MAP, _COPY, _FILL, _NEAR, _PERHAPS, _DONTNEED, _CUT, _HOLE, _PAGEOUT, _COLD, _LEFT = range(11)
+_MAP, _COPY, _FILL, _NEAR, _PERHAPS, _DONTNEED, _CUT, _HOLE, _PAGEOUT, _COLD, _LEFT, _DOUBT = range(12)
 # What a page may be, beside what Gone says.
 _MAPPED, _OWN, _COOL = 16, 32, 64
 _HELD = _MAPPED | _OWN | _COOL
@@ -125,7 +125,8 @@ class _Stories:
                     break
                 root = root if root >= 0 else int(origins(lives, np.array([key]))[0][0])
                 if not self._past.copied.to(lives.mm[life], root):
-                    out.append((begun, _LEFT))
+                    unsure = self._past.copied.unsure(np.array([key]), np.array([life]))
+                    out.append((begun, _DOUBT if unsure.all() else _LEFT))
             elif link == DROP_LINK:
                 out.append((begun, _CUT if lives.origin[life] == Origin.CUT else _DONTNEED))
             else:
@@ -181,6 +182,8 @@ def _follow(events: list[tuple[int, int]], start: int) -> int:
             now |= Gone.PAGEOUT
         elif code == _COLD and now & _MAPPED:
             now = (now & ~_MAPPED) | _COOL
+        elif code == _DOUBT and now & _HELD:
+            now |= Gone.FRESH
         elif code == _LEFT and now & _HELD:  # fork copied no entries of this mapping
             now = (now & ~_HELD) | Gone.FRESH
     return int(now)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.causes._rule import Finding, Rule, fresh, ordinary
 from pagelens.why.evidence import Area, Evidence, Huge, Prior
 
 
 def _holds(e: Evidence) -> Finding | None:
-    fresh = not e.present and e.prior is Prior.NONE and not e.dropped and not e.grew
+    untouched = not e.present and e.prior is Prior.NONE and fresh(e) and not e.grew
     if not (
-        ordinary(e) and e.area is Area.ANON and not e.write and fresh and e.huge in (Huge.NO, Huge.PERHAPS)
+        ordinary(e)
+        and e.area is Area.ANON
+        and not e.write
+        and untouched
+        and e.huge in (Huge.NO, Huge.PERHAPS)
     ):
         return None
     return Finding("read of an absent page that nothing had touched: the shared zero page is mapped")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from pagelens.why.causes._rule import Finding, Rule, ordinary
+from pagelens.why.causes._rule import Finding, Rule, fresh, ordinary
 from pagelens.why.evidence import Area, Evidence, Huge, Origin, Prior
 
 
 def _holds(e: Evidence) -> Finding | None:
-    fresh = not e.present and e.prior is Prior.NONE and not e.dropped and not e.grew
-    if not (ordinary(e) and e.area is Area.ANON and e.write and fresh and e.huge in (Huge.NO, Huge.PERHAPS)):
+    untouched = not e.present and e.prior is Prior.NONE and fresh(e) and not e.grew
+    if not (
+        ordinary(e) and e.area is Area.ANON and e.write and untouched and e.huge in (Huge.NO, Huge.PERHAPS)
+    ):
         return None
     how = {
         Origin.MMAP: "mapped by mmap",
