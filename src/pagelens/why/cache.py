@@ -1,8 +1,8 @@
 """What the page cache is known to have held: whether a read could map the pages around its own.
 
-Known are faults, whoever took them, calls that populate, and what pwrite put there. What leaves again: by a cut or a
-hole, which is certain; by MADV_PAGEOUT, perhaps. read(2), write(2) and readahead are not recorded, so of a file with a
-name no page is ever known to be absent. Nobody else can reach shared memory without one.
+Known are faults, whoever took them, calls that populate, what pwrite put there, and what snapshots found. What leaves
+again: by a cut or a hole, which is certain; by MADV_PAGEOUT, perhaps. read(2), write(2) and readahead are not recorded,
+so of a file with a name no page is ever known to be absent. Nobody else can reach shared memory without one.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Cache:
     def __init__(self, facts: Facts, run: Replayed) -> None:
         self._run = run
         spans = [(f, a, b, t, _THERE if there else _PERHAPS) for f, a, b, t, there in run.lives.cached]
+        spans += [(*found, _THERE) for found in facts.cached]
         for part, time, _ in run.removed_parts:
             spans.append((part.file, part.start >> PAGE_SHIFT, part.end >> PAGE_SHIFT, time, _GONE))
         for call in facts.calls:

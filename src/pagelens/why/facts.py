@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -108,12 +109,21 @@ class FrameShot:
     pages: PageRuns
 
 
+class CachedRun(NamedTuple):
+    """Pages [start, end) of a file (dev as in maps, inode) that a snapshot found in the page cache at `time` (ns)."""
+
+    file: tuple[str, int]
+    start: int
+    end: int
+    time: int
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """One capture. first, last: snapshots by mm (last is taken at the exit stop). settings: as meta.json has
     them (`numa_balancing`, `thp`, …; absent = unknown). ran: (mm, ns) of switches onto a CPU, int64[n, 2].
     dropped_before: ns before which events may have been dropped (--max-size), -1 where none were. frames: of address
-    spaces that forked."""
+    spaces that forked. cached: what snapshots found in the page cache."""
 
     faults: Faults
     calls: tuple[Call, ...] = ()
@@ -124,3 +134,4 @@ class Facts:
     ran: I64 = field(default_factory=lambda: np.empty((0, 2), np.int64))
     dropped_before: int = -1
     frames: tuple[FrameShot, ...] = ()
+    cached: tuple[CachedRun, ...] = ()

@@ -21,7 +21,7 @@ from pagelens.capture.reader import Capture, plain, read_batches, rows_of, snaps
 from pagelens.vm.pages import PageRuns
 from pagelens.vm.snapshot import Snapshot
 from pagelens.vm.vma import Vma
-from pagelens.why.facts import I64, Call, Facts, Faults, FrameShot, Task
+from pagelens.why.facts import I64, CachedRun, Call, Facts, Faults, FrameShot, Task
 from pagelens.why.renumber import in_order, with_new_mm
 from pagelens.why.replay import CLONE_VM
 
@@ -109,7 +109,10 @@ def _load(capture: Capture) -> Facts:
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
     dropped = -1 if dropped_before is None else dropped_before
     shots = _frame_shots(capture) if forked else ()
-    facts = Facts(faults.done(), tuple(calls), tuple(tasks), first, last, settings, onto, dropped, shots)
+    cached = _cached(capture)
+    facts = Facts(
+        faults.done(), tuple(calls), tuple(tasks), first, last, settings, onto, dropped, shots, cached
+    )
     return replace(facts, faults=_sorted(with_new_mm(facts)))
 
 
@@ -210,6 +213,15 @@ def _record(row: dict[str, Any]) -> Call | Task:
         detail=row["detail"] or "",
         dev=row["file_dev"] or 0,
         inode=row["file_inode"] or 0,
+    )
+
+
+def _cached(capture: Capture) -> tuple[CachedRun, ...]:
+    time = {r["snapshot"]: int(r["time_ns"]) for r in capture.snapshot_rows()}
+    rows = capture.table("file_pages", ["snapshot", "dev", "inode", "start", "count"]).to_pylist()
+    return tuple(
+        CachedRun((r["dev"], r["inode"]), r["start"], r["start"] + r["count"], time[r["snapshot"]])
+        for r in rows
     )
 
 
