@@ -26,7 +26,8 @@ P = 4096
 def done(result): assert result == 0, os.strerror(ctypes.get_errno())
 def put(base, i): ctypes.memset(base + i * P, 1, 1)
 def get(base, i): ctypes.string_at(base + i * P, 1)
-def anon(pages): return libc.mmap(None, pages * P, 3, 0x22, -1, 0)
+def anon(pages):  # between pages of another protection, so that it merges with nothing that the interpreter maps
+    return libc.mmap(libc.mmap(None, (pages + 2) * P, 0, 0x22, -1, 0) + P, pages * P, 3, 0x32, -1, 0)
 fd = os.open(sys.argv[1], os.O_RDWR)
 for i in range(64): os.pwrite(fd, b"x", i * P)  # known to be in the page cache from here on
 def private(pages): return libc.mmap(None, pages * P, 3, 2, fd, 0)
@@ -34,10 +35,12 @@ def private(pages): return libc.mmap(None, pages * P, 3, 2, fd, 0)
 
 
 def _causes(run: Run, base: int, first: int, last: int, mm: int | None = None) -> list[tuple[int, str, str]]:
-    """(page, cause, confidence) of the faults of [first, last) in order of time."""
+    """(page, cause, confidence) of the faults of [first, last) in order of time, since PRELUDE was through: before, the
+    interpreter may have had something else there."""
     result = why.classify(run.capture)
     faults = result.run.faults
-    inside = (faults.addr >= base + first * 4096) & (faults.addr < base + last * 4096)
+    began = run.rows("kind = 'syscall' and name = 'pwrite64'")[63]["time_ns"]
+    inside = (faults.addr >= base + first * 4096) & (faults.addr < base + last * 4096) & (faults.time > began)
     rows = sorted(inside.nonzero()[0].tolist(), key=lambda r: int(faults.time[r]))
     return [
         ((int(faults.addr[r]) - base) >> 12, result.of(r).cause, result.of(r).confidence)
