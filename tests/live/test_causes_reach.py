@@ -51,9 +51,7 @@ print(shared, private)
 def _causes(run: Run, base: int, pages: int) -> list[tuple[int, str, str]]:
     result = why.classify(run.capture)
     faults = result.run.faults
-    # Since it was mapped: before, the interpreter may have had something else there.
-    made = run.rows(f"kind = 'syscall' and name = 'mmap' and result = {base}")[-1]["time_ns"]
-    inside = (faults.addr >= base) & (faults.addr < base + pages * 4096) & (faults.time > made)
+    inside = (faults.addr >= base) & (faults.addr < base + pages * 4096) & (faults.time > run.mapped(base))
     rows = sorted(inside.nonzero()[0].tolist(), key=lambda r: int(faults.time[r]))
     return [
         ((int(faults.addr[r]) - base) >> 12, result.of(r).cause, result.of(r).confidence)

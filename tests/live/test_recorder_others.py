@@ -214,9 +214,8 @@ def test_io_uring_workers(tmp_path: Path, subjects: Subjects) -> None:
     assert run.returncode == 0
     assert_complete(run)
     first = int(run.stdout, 16)
-    made = f"select max(time_ns) from events where name = 'mmap' and result = {first}"
     place = f"addr >= {first} and addr < {first + 16 * 4096}"
-    faults = run.rows(f"kind = 'fault' and {place} and time_ns > ({made})")
+    faults = run.rows(f"kind = 'fault' and {place} and time_ns > {run.mapped(first)}")
     assert [f["addr"] // 4096 for f in faults] == [first // 4096 + i for i in range(16)]
     (worker,) = {f["tid"] for f in faults}
     assert worker != faults[0]["pid"]

@@ -48,6 +48,11 @@ class Run:
             found = connection.sql(f"select * from events where {where} order by time_ns, seq")
             return found.to_arrow_table().to_pylist()
 
+    def mapped(self, address: int) -> int:
+        """ns at which mmap last gave `address`: before, something else may have been there."""
+        when: int = self.rows(f"kind = 'syscall' and name = 'mmap' and result = {address}")[-1]["time_ns"]
+        return when
+
 
 def pagelens(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command line."""

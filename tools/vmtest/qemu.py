@@ -109,9 +109,8 @@ class _Run:
         append = (
             "console=ttyS0 loglevel=5 panic=-1 oops=panic mitigations=off nokaslr random.trust_cpu=on "
             f"tsc=reliable tsc_early_khz={tsc.khz()} no_timer_check rcupdate.rcu_cpu_stall_timeout=30 "
-            f"apparmor=0 selinux=0 audit=0 maxcpus=1 noreplace-smp vmtest.ports={4 + (m.port is not None)} "
-            + LIGHT
-            + m.append
+            "apparmor=0 selinux=0 audit=0 maxcpus=1 noreplace-smp "
+            f"vmtest.ports={len(PORTS) + 1 + (m.port is not None)} " + LIGHT + m.append
         )
         # It goes when we go, even by SIGKILL.
         command = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []

@@ -9,7 +9,6 @@ lose or double them).
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -345,12 +344,3 @@ def remove_segment(spool: Path, segment: int) -> None:
     """Delete a segment's files."""
     for path in segment_files(spool, segment).values():
         path.unlink(missing_ok=True)
-
-
-def sync_directory(path: Path) -> None:
-    """fsync a directory, so that renames in it are on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

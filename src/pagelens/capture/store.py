@@ -19,6 +19,7 @@ from typing import Any
 from pagelens.capture import convert
 from pagelens.capture.directory import META, RESERVE, SCHEMA_VERSION, SPOOL
 from pagelens.capture.tables import schema
+from pagelens.linux.disk import sync
 from pagelens.vm.errors import UsageError
 
 _RESERVE = 4 << 20  # bytes: some 100,000 faults, converted
@@ -106,21 +107,17 @@ class CaptureWriter:
         directory = self.path / table
         if not directory.is_dir():
             directory.mkdir()
-            convert.sync_directory(self.path)
+            sync(self.path)
         final = directory / f"part-{number:08d}.parquet"
         aside = directory / f".part-{number:08d}.new"
         try:
             pq.write_table(rows, aside, **encoding(table, rows.column_names))
-            fd = os.open(aside, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(aside)
             aside.replace(final)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
-        convert.sync_directory(directory)
+        sync(directory)
         return final
 
     def add_segment(self, segment: int) -> convert.Converted:

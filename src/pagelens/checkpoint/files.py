@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from pagelens.linux.disk import sync
 from pagelens.vm.errors import UsageError
 
 RENAME_EXCHANGE = 2
@@ -67,11 +68,7 @@ class Files:
     def sync_dir(self, path: Path) -> None:
         """fsync of a directory: its entries are on disk."""
         self.step("fsync dir")
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(path)
 
     def put(self, path: Path, data: bytes | memoryview) -> None:
         """A whole new file, synced."""

@@ -96,11 +96,11 @@ def connected(path: str) -> Iterator[Machine]:
         yield machine
 
 
-def serve(port: str, machine: Machine | None = None) -> int:
-    """Do what comes through `port` until its other end closes; the number of requests.
+def serve(port: str) -> None:
+    """Do what comes through `port` until its other end closes.
 
     A child that is left then ends by itself: its pipes are ours. UsageError where the port cannot be opened."""
-    machine = machine or Local(min(os.sched_getaffinity(0)))  # where the interrupts of a small guest arrive
+    machine = Local(min(os.sched_getaffinity(0)))  # where the interrupts of a small guest arrive
     try:
         fd = os.open(port, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError as exc:
@@ -108,8 +108,8 @@ def serve(port: str, machine: Machine | None = None) -> int:
     try:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
             raise UsageError(f"{port} is no port: not a character device")
-        done = 0
-        while (head := _read(fd, _LENGTH.size, wait=not done)) is not None:
+        head = _read(fd, _LENGTH.size, wait=True)
+        while head is not None:
             body = _read(fd, _LENGTH.unpack(head)[0])
             if body is None:
                 break
@@ -118,8 +118,7 @@ def serve(port: str, machine: Machine | None = None) -> int:
             out = memoryview(_LENGTH.pack(len(reply)) + reply)
             while out:
                 out = out[os.write(fd, out) :]
-            done += 1
-        return done
+            head = _read(fd, _LENGTH.size)
     finally:
         os.close(fd)
 

@@ -26,6 +26,7 @@ from typing import Protocol
 import numpy as np
 
 import pagelens
+from pagelens.linux.disk import sync
 from pagelens.linux.frames import lookup
 from pagelens.linux.procfs import Process
 from pagelens.model.world import Span
@@ -338,11 +339,7 @@ def oracle_path() -> Path:
 @functools.cache
 def _written_back(path: str) -> str:
     # Pages of a program that was just built are dirty, and smaps says so of whoever maps them.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync(path)
     return path
 
 

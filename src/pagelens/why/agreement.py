@@ -23,7 +23,8 @@ from pagelens.why.calls import area_of
 from pagelens.why.classified import Classified
 from pagelens.why.evidence import Area
 from pagelens.why.files import Files
-from pagelens.why.space import FORK_LINK, Space
+from pagelens.why.lives import FORK_LINK
+from pagelens.why.space import Space
 
 I64 = npt.NDArray[np.int64]
 

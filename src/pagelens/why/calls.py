@@ -17,8 +17,7 @@ from pagelens.why.cuts import CUTTING
 from pagelens.why.evidence import Area, Mark, Origin
 from pagelens.why.facts import Call
 from pagelens.why.files import NAMELESS, Files, device
-from pagelens.why.locking import lock, populate, unlock_vma
-from pagelens.why.space import (
+from pagelens.why.lives import (
     LOCKED,
     ONFAULT,
     UFFD_ASYNC,
@@ -27,9 +26,10 @@ from pagelens.why.space import (
     UFFD_MISSING,
     UFFD_WP,
     Seg,
-    Space,
     State,
 )
+from pagelens.why.locking import lock, populate, unlock_vma
+from pagelens.why.space import Space
 
 MAP_SHARED, MAP_TYPE, MAP_ANONYMOUS, MAP_GROWSDOWN = 1, 0xF, 0x20, 0x100
 MAP_LOCKED, MAP_POPULATE, MAP_STACK, MAP_HUGETLB = 0x2000, 0x8000, 0x20000, 0x40000

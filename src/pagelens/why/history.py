@@ -16,9 +16,9 @@ from pagelens.vm.pages import PageState
 from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Area, Origin, Prior
 from pagelens.why.facts import Facts
+from pagelens.why.lives import DROP_LINK, FORK_LINK, NO_LINK, UNSEEN_KEY
 from pagelens.why.nearby import Copied
 from pagelens.why.replay import Replayed, state_column
-from pagelens.why.space import DROP_LINK, FORK_LINK, NO_LINK, UNSEEN_KEY
 
 I64 = npt.NDArray[np.signedinteger[Any]]
 Bool = npt.NDArray[np.bool_]

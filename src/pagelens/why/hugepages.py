@@ -21,9 +21,9 @@ from pagelens.vm.units import HPAGE_SIZE, PAGE_SHIFT
 from pagelens.why.evidence import Huge, Prior
 from pagelens.why.facts import Facts
 from pagelens.why.history import History, last_of
+from pagelens.why.lives import DROP_LINK, FORK_LINK, NO_LINK
 from pagelens.why.nearby import last_drops, origins
 from pagelens.why.replay import BLOCK, Replayed
-from pagelens.why.space import DROP_LINK, FORK_LINK, NO_LINK
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]

@@ -96,7 +96,8 @@ def _load(capture: Capture) -> Facts:
     forked = any(t.name == "fork" and not int(t.args[2]) & CLONE_VM for t in tasks)
     origins = capture.table("mms", ["mm", "origin", "pid"]).to_pylist()
     older = frozenset(int(r["mm"]) for r in origins if r["origin"] == "start")
-    first, last = _snapshots(capture, frames=forked or bool(older))
+    taken = capture.snapshot_rows()
+    first, last = _snapshots(capture, taken, frames=forked or bool(older))
     settings = dict(capture.meta.get("settings") or {})
     # Address spaces that were there before us may share pages by forks that nobody recorded.
     known = capture.meta.get("calls") or capture.meta.get("method")  # method: captures of old
@@ -109,7 +110,7 @@ def _load(capture: Capture) -> Facts:
     onto = np.concatenate(ran) if ran else np.empty((0, 2), np.int64)
     dropped = -1 if dropped_before is None else dropped_before
     shots = _frame_shots(capture) if forked else ()
-    cached = _cached(capture)
+    cached = _cached(capture, taken)
     facts = Facts(
         faults.done(), tuple(calls), tuple(tasks), first, last, settings, onto, dropped, shots, cached
     )
@@ -216,8 +217,8 @@ def _record(row: dict[str, Any]) -> Call | Task:
     )
 
 
-def _cached(capture: Capture) -> tuple[CachedRun, ...]:
-    time = {r["snapshot"]: int(r["time_ns"]) for r in capture.snapshot_rows()}
+def _cached(capture: Capture, taken: list[dict[str, Any]]) -> tuple[CachedRun, ...]:
+    time = {r["snapshot"]: int(r["time_ns"]) for r in taken}
     rows = capture.table("file_pages", ["snapshot", "dev", "inode", "start", "count"]).to_pylist()
     return tuple(
         CachedRun((r["dev"], r["inode"]), r["start"], r["start"] + r["count"], time[r["snapshot"]])
@@ -225,9 +226,11 @@ def _cached(capture: Capture) -> tuple[CachedRun, ...]:
     )
 
 
-def _snapshots(capture: Capture, *, frames: bool) -> tuple[dict[int, Snapshot], dict[int, Snapshot]]:
+def _snapshots(
+    capture: Capture, taken: list[dict[str, Any]], *, frames: bool
+) -> tuple[dict[int, Snapshot], dict[int, Snapshot]]:
     # Each table is read once and split, not once for each snapshot: there may be hundreds.
-    rows = [r for r in capture.snapshot_rows() if r["mm"] is not None]
+    rows = [r for r in taken if r["mm"] is not None]
     vmas: dict[int, list[Vma]] = defaultdict(list)
     columns = ["snapshot", "vma", "start", "end", "perms", "offset", "dev", "inode", "name", "vm_flags"]
     for v in capture.table("vmas", columns).to_pylist():

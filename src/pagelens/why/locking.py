@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pagelens.why.evidence import Area
-from pagelens.why.space import LOCKED, ONFAULT, Seg, Space, State
+from pagelens.why.lives import LOCKED, ONFAULT, Seg, State
+from pagelens.why.space import Space
 from pagelens.why.windows import same_vma
 
 

@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Area, Origin
+from pagelens.why.lives import DROP_LINK, FORK_LINK, UNSEEN_KEY, Lives
 from pagelens.why.replay import EDGE, IN_FLIGHT, Replayed, state_column
-from pagelens.why.space import DROP_LINK, FORK_LINK, UNSEEN_KEY, Lives
 from pagelens.why.windows import AROUND, WINDOW
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed

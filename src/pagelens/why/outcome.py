@@ -21,9 +21,9 @@ from pagelens.vm.pages import U32, PageRuns, PageState
 from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Outcome
 from pagelens.why.facts import Facts
+from pagelens.why.lives import Seg
 from pagelens.why.replay import Replayed
 from pagelens.why.sharing import Kin
-from pagelens.why.space import Seg
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 _MOST = 512  # snapshots that are asked for one address space, the nearest

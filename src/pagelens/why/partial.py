@@ -15,7 +15,8 @@ from dataclasses import replace
 from pagelens.vm.units import page_down, page_up
 from pagelens.why.evidence import Area
 from pagelens.why.facts import Call
-from pagelens.why.space import Space, State
+from pagelens.why.lives import State
+from pagelens.why.space import Space
 
 _ENOMEM, _EAGAIN, _EFAULT, _EINVAL = -12, -11, -14, -22
 _POPULATE = (22, 23)  # MADV_POPULATE_READ, _WRITE

@@ -22,9 +22,10 @@ from pagelens.why.calls import Effects, clear_refs, effect_time, state_of
 from pagelens.why.cuts import FileCut, cut, file_cut, removed
 from pagelens.why.evidence import Area, Origin
 from pagelens.why.facts import Call, Facts, Faults, FrameShot, Task
+from pagelens.why.lives import UNSEEN_KEY, Lives, Seg, State
 from pagelens.why.reach import REACHING, reach
 from pagelens.why.renumber import in_order, with_new_mm
-from pagelens.why.space import UNSEEN_KEY, Lives, Seg, Space, State
+from pagelens.why.space import Space
 from pagelens.why.windows import AROUND, WINDOW
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagelens.why.evidence import Sharers
+from pagelens.why.lives import FORK_LINK, UNSEEN_KEY
 from pagelens.why.replay import Replayed
-from pagelens.why.space import FORK_LINK, UNSEEN_KEY
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]

@@ -23,9 +23,9 @@ from pagelens.why.cache import Cache
 from pagelens.why.evidence import Area, Gone, Mark, Origin, Prior
 from pagelens.why.facts import Facts
 from pagelens.why.history import SNAP_ANON, History, snapshot_rows
+from pagelens.why.lives import DROP_LINK, FORK_LINK
 from pagelens.why.nearby import Around, last_drops, origins
 from pagelens.why.replay import Replayed, state_column
-from pagelens.why.space import DROP_LINK, FORK_LINK
 from pagelens.why.windows import AROUND
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed

@@ -11,8 +11,8 @@ from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Guarded, Prior, Race
 from pagelens.why.facts import Facts
 from pagelens.why.history import History
+from pagelens.why.lives import UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 from pagelens.why.replay import Replayed, state_column
-from pagelens.why.space import UFFD_ASYNC, UFFD_BEFORE, UFFD_MINOR, UFFD_MISSING, UFFD_WP
 
 I64 = npt.NDArray[np.signedinteger[Any]]  # as many bits as needed
 Bool = npt.NDArray[np.bool_]

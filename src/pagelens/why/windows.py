@@ -14,7 +14,8 @@ from pagelens.vm.units import PAGE_SHIFT
 from pagelens.why.evidence import Area
 
 if TYPE_CHECKING:
-    from pagelens.why.space import Space, State
+    from pagelens.why.lives import State
+    from pagelens.why.space import Space
 
 WINDOW = 16  # pages: fault_around_bytes
 AROUND = (Area.FILE, Area.SHARED_FILE, Area.SHMEM)
