@@ -38,6 +38,32 @@ def test_run_prints_each_step_and_what_is_asked_for():
     assert "pgd[" in done.stdout
 
 
+def test_tables_show_every_entry(tmp_path):
+    """One line for the entries of a table that are alike and whose frames follow each other."""
+    file = tmp_path / "a.plscn"
+    file.write_text(
+        "r = mmap 700 at arena[100] rw private anon fixed\nread r[0:600]\nwrite r[2:10]\nwrite r[21]\nwrite r[20]\n"
+        "mprotect r[3:5] r\nmmap 2 at arena[20] r private anon fixed\n"
+    )
+    done = pagelens("model", "run", str(file), "--kernel", "linux-6.18", "--show", "tables")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if "pgd[" in line]
+    upper = "pgd[31] > pud[511] > pmd[511] > "
+    own = "present writable accessed dirty anonymous"
+    assert lines == [
+        f"0fffffe14000 {upper}pte[20] empty",
+        f"0fffffe64000 {upper}pte[100:102]: zero page, present accessed",
+        f"0fffffe66000 {upper}pte[102]: frame 0x1000, {own}",
+        f"0fffffe67000 {upper}pte[103:105]: frames 0x1001-0x1002, present accessed dirty anonymous",
+        f"0fffffe69000 {upper}pte[105:110]: frames 0x1003-0x1007, {own}",
+        f"0fffffe6e000 {upper}pte[110:120]: zero page, present accessed",
+        f"0fffffe78000 {upper}pte[120]: frame 0x1009, {own}",
+        f"0fffffe79000 {upper}pte[121]: frame 0x1008, {own}",
+        f"0fffffe7a000 {upper}pte[122:512]: zero page, present accessed",
+        "100000000000 pgd[32] > pud[0] > pmd[0] > pte[0:188]: zero page, present accessed",
+    ]
+
+
 def test_run_json():
     done = pagelens("model", "run", COW, "--format", "json", "--show", "events")
     value = json.loads(done.stdout)

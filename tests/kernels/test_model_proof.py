@@ -23,7 +23,8 @@ from pagelens.proof.probes import (
     probe_program,
 )
 from pagelens.vm.units import HPAGE_SIZE, PAGE_SIZE
-from support.scenarios import HERE, wrong_on_this_kernel
+from support.machine import HERE
+from support.scenarios import wrong_on_this_kernel
 from support.system import setting
 
 ROOT = Path(__file__).resolve().parents[2]

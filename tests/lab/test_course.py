@@ -16,7 +16,8 @@ from pagelens.cli import main as cli
 from pagelens.lab.exercises import EXERCISES
 from pagelens.model.profile import PROFILES, Profile
 from pagelens.proof.probes import probe_profile
-from support.scenarios import HERE, wrong_in_the_model, wrong_on_this_kernel
+from support.machine import HERE
+from support.scenarios import wrong_in_the_model, wrong_on_this_kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB = ROOT / "docs" / "lab"

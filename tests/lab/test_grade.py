@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +9,10 @@ import pytest
 from pagelens.lab.exercises import EXERCISES
 from pagelens.lab.grade import Grader, Report
 from pagelens.model.profile import get_profile
-from pagelens.proof.machine import Local
 from pagelens.proof.probes import probe_profile
+from support.machine import HERE
 
 SOLUTIONS = Path(__file__).parent / "solutions"
-CPU = max(os.sched_getaffinity(0))
 
 
 def solution(exercise: str) -> Path:
@@ -22,13 +20,13 @@ def solution(exercise: str) -> Path:
 
 
 def graded(exercise: str, path: Path, programs: int, profile: str = "linux-6.18") -> Report:
-    return Grader(EXERCISES[exercise], get_profile(profile), kernel=False).grade(path, 5, programs)
+    return Grader(EXERCISES[exercise], get_profile(profile)).grade(path, 5, programs)
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_a_right_solution_passes_against_this_kernel(exercise: str) -> None:
-    profile = probe_profile(machine=Local(CPU)).profile
-    report = Grader(EXERCISES[exercise], profile, cpu=CPU).grade(solution(exercise), programs=3)
+    profile = probe_profile(machine=HERE).profile
+    report = Grader(EXERCISES[exercise], profile, HERE).grade(solution(exercise), programs=3)
     assert report.failure is None, report.failure.text()
     assert (report.disputed, report.notes) == (0, [])
     assert report.graded >= 10

@@ -18,7 +18,7 @@ def told(text: str, tmp_path: Path) -> str:
     """What the grader says of a solution that is wrong."""
     file = tmp_path / "mine.py"
     file.write_text(text)
-    grader = Grader(EXERCISES["dontneed"], get_profile("linux-6.18"), kernel=False, seconds=0.3)
+    grader = Grader(EXERCISES["dontneed"], get_profile("linux-6.18"), seconds=0.3)
     failure = grader.grade(file, 1, 0).failure
     assert failure is not None
     return failure.text()
@@ -83,9 +83,7 @@ def test_every_template_says_that_it_is_still_to_be_written(tmp_path: Path) -> N
     for exercise in EXERCISES.values():
         file = tmp_path / "mine.py"
         file.write_text(exercise.text.template())
-        failure = (
-            Grader(exercise, get_profile("linux-6.18"), kernel=False, seconds=0.3).grade(file, 1, 0).failure
-        )
+        failure = Grader(exercise, get_profile("linux-6.18"), seconds=0.3).grade(file, 1, 0).failure
         assert failure is not None
         assert failure.broken.startswith(
             f"it raised NotImplementedError: {exercise.function} is still to be written"

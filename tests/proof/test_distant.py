@@ -170,3 +170,13 @@ def test_by_the_command_line(served: tuple[Path, subprocess.Popen[bytes]]) -> No
     assert done.stdout.startswith(f"kernel {os.uname().release} against model linux-")
     assert "400 operations" in done.stdout and " 0 disagreements" in done.stdout
     assert served[1].wait(20) == 0
+
+
+def test_a_solution_is_graded_by_the_kernel_there(served: tuple[Path, subprocess.Popen[bytes]]) -> None:
+    solution = Path(__file__).parents[1] / "lab" / "solutions" / "dontneed.py"
+    done = pagelens("model", "grade", "dontneed", str(solution), "--on", str(served[0]), "--programs", "2")
+    assert done.returncode == 0, done.stderr
+    first, last = done.stdout.splitlines()
+    assert first.startswith(f"dontneed: against kernel {os.uname().release} and the model linux-")
+    assert last.startswith("right: ")
+    assert served[1].wait(20) == 0

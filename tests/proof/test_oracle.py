@@ -1,19 +1,14 @@
 """The oracle child on the running kernel: exact figures, and that it adds nothing of its own."""
 
-import os
-from pathlib import Path
-
 import pytest
 
 from pagelens.model.op import ARENA_BASE
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse, parse_op
 from pagelens.proof.compare import Comparison
-from pagelens.proof.machine import Local
 from pagelens.proof.oracle import Oracle
 from pagelens.proof.randomprog import Generator
-
-HERE = Local(max(os.sched_getaffinity(0)))
+from support.machine import HERE, lives
 
 
 @pytest.fixture
@@ -151,5 +146,5 @@ def test_nothing_is_left_behind():
         oracle.apply(parse_op("q = fork"))
         pids = sorted(oracle.pids)
         assert len(pids) == 2
-        assert all(Path(f"/proc/{pid}").exists() for pid in pids)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        assert all(lives(pid) for pid in pids)
+    assert not any(lives(pid) for pid in pids)

@@ -8,7 +8,8 @@ from pagelens.model.profile import PROFILES
 from pagelens.model.scenario import format_scenario, parse, parse_op
 from pagelens.proof.probes import probe_profile
 from pagelens.proof.verify import verify
-from support.scenarios import HERE, wrong_in_the_model, wrong_on_this_kernel
+from support.machine import HERE
+from support.scenarios import wrong_in_the_model, wrong_on_this_kernel
 
 SCENARIOS = sorted((Path(__file__).parent.parent / "model" / "scenarios").glob("*.plscn"))
 

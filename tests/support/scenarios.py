@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from pagelens.model.expect import applies, check
@@ -10,10 +9,8 @@ from pagelens.model.op import Op
 from pagelens.model.profile import Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import parse
-from pagelens.proof.machine import Local
 from pagelens.proof.verify import verify
-
-HERE = Local(max(os.sched_getaffinity(0)))
+from support.machine import HERE
 
 
 def wrong_on_this_kernel(path: Path, profile: Profile) -> list[str]:

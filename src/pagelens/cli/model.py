@@ -233,16 +233,17 @@ def _step_row(number: int, text: str, outcome: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _machine(args: argparse.Namespace) -> Iterator[Machine]:
+def machine_of(on: str | None) -> Iterator[Machine]:
+    """The machine behind the socket `on`; None: this one, children pinned to the last CPU that we may use."""
     import os
 
     from pagelens.proof.distant import connected
     from pagelens.proof.machine import Local
 
-    if args.on is None:
+    if on is None:
         yield Local(max(os.sched_getaffinity(0)))
         return
-    with connected(args.on) as machine:
+    with connected(on) as machine:
         yield machine
 
 
@@ -263,7 +264,7 @@ def _verify(args: argparse.Namespace) -> int:
     from pagelens.proof.verify import verify
 
     scenario = _load(args.scenario)
-    with _machine(args) as machine:
+    with machine_of(args.on) as machine:
         bench, how = _bench(args.profile, machine)
         verdict = verify(scenario, bench.profile, machine)
     lines = [f"kernel {verdict.kernel} against model {how}: {scenario.title or scenario.name}"]
@@ -299,7 +300,7 @@ def _fuzz(args: argparse.Namespace) -> int:
     if args.processes > 14:
         raise UsageError("--processes is at most 14")
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 32)
-    with _machine(args) as machine:
+    with machine_of(args.on) as machine:
         release = str(machine.facts()["release"])
         bench, how = _bench(args.profile, machine)
         without = frozenset({"exec_only"}) if has_protection_keys(machine) else frozenset[str]()

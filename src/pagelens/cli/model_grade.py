@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pagelens.cli.output import emit_object, write_text
 from pagelens.vm.errors import CapabilityMissingError, UsageError
+
+if TYPE_CHECKING:
+    from pagelens.lab.exercises import Exercise
+    from pagelens.lab.grade import Grader
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +31,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seconds", type=float, default=2.0, metavar="S", help="CPU time that one call may take (default: 2)"
     )
-    parser.add_argument(
+    whose = parser.add_mutually_exclusive_group()
+    whose.add_argument(
         "--kernel",
         metavar="P",
         help="grade by the model of this profile alone (default: this kernel as well)",
+    )
+    whose.add_argument(
+        "--on", metavar="SOCKET", help="by the kernel of a virtual machine where `model serve` runs"
     )
 
 
@@ -71,31 +81,34 @@ def grade(args: argparse.Namespace) -> int:
         raise UsageError("--seconds must be from 0.05 to 600")
     if args.output and Path(args.output).exists() and not args.force:
         raise UsageError(f"{args.output} exists; --force overwrites it")
-    report = _grader(exercise, args.kernel, args.seconds).grade(path, args.seed, programs)
+    with _grader(exercise, args) as grader:
+        report = grader.grade(path, args.seed, programs)
     value = _as_dict(report, args.file)
     emit_object(args, value, _text(report, exercise.function))
     return 1 if report.failure else 0
 
 
-def _grader(exercise: Any, kernel: str | None, seconds: float) -> Any:
-    from pagelens.lab.grade import Grader, default_cpu
+@contextlib.contextmanager
+def _grader(exercise: Exercise, args: argparse.Namespace) -> Iterator[Grader]:
+    from pagelens.lab.grade import Grader
     from pagelens.model.profile import get_profile
 
-    if kernel is not None:
-        return Grader(exercise, get_profile(kernel), kernel=False, seconds=seconds)
-    from pagelens.cli.model import nearest_profile
-    from pagelens.proof.machine import Local, oracle_path
+    if args.kernel is not None:
+        yield Grader(exercise, get_profile(args.kernel), seconds=args.seconds)
+        return
+    from pagelens.cli.model import machine_of, nearest_profile
+    from pagelens.proof.machine import oracle_path
     from pagelens.proof.probes import probe_profile
 
-    cpu = default_cpu()
     try:
-        oracle_path()
+        if args.on is None:
+            oracle_path()
     except CapabilityMissingError as error:
         sys.stderr.write(f"pagelens: graded by the model alone: {error}\n")
-        return Grader(
-            exercise, get_profile(nearest_profile(os.uname().release)), kernel=False, seconds=seconds
-        )
-    return Grader(exercise, probe_profile(None, Local(cpu)).profile, cpu=cpu, seconds=seconds)
+        yield Grader(exercise, get_profile(nearest_profile(os.uname().release)), seconds=args.seconds)
+        return
+    with machine_of(args.on) as machine:
+        yield Grader(exercise, probe_profile(machine=machine).profile, machine, seconds=args.seconds)
 
 
 def _as_dict(report: Any, file: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pagelens.model.explain import entry_text
 from pagelens.model.runner import ModelWorld
 from pagelens.vm.pages import PageState
+from pagelens.vm.units import PAGE_SHIFT
 from pagelens.vm.vma import Vma
 
 
@@ -66,10 +67,16 @@ def _tables(world: ModelWorld, proc: str) -> str:
         f" {len(tables.pud_tables)} above (pud), the top one (pgd)"
     ]
     for vma in world.vmas(proc):
-        walk = tables.walk(vma.start)
-        steps = " > ".join(f"{level}[{index}]{'' if there else ' empty'}" for level, index, there in walk)
-        entry = tables.get(vma.start >> 12)
-        lines.append(f"{vma.start:012x} {steps}" + (f": {entry_text(entry)}" if entry else ""))
+        runs = list(tables.runs(vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)) or [
+            (vma.start >> PAGE_SHIFT, 1, 0)
+        ]
+        for page, count, entry in runs:
+            *upper, (level, index, there) = tables.walk(page << PAGE_SHIFT)
+            which = f"{index}:{index + count}" if count > 1 else index
+            steps = "".join(f"{name}[{i}] > " for name, i, _ in upper)
+            steps += f"{level}[{which}]{'' if there or entry else ' empty'}"
+            text = f": {entry_text(entry, count)}" if entry else ""
+            lines.append(f"{page << PAGE_SHIFT:012x} {steps}{text}")
     lines += [f"flush owed: {start:#x}-{end:#x} ({why})" for start, end, why in tables.flushes[-8:]]
     return "\n".join(lines)
 

@@ -11,8 +11,6 @@ a hundred times); grading by final state only (it would not say which operation 
 
 from __future__ import annotations
 
-import os
-import platform
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -31,7 +29,7 @@ from pagelens.model.profile import Profile
 from pagelens.model.runner import ModelWorld
 from pagelens.model.scenario import format_scenario, parse
 from pagelens.proof.compare import Comparison
-from pagelens.proof.machine import Local
+from pagelens.proof.machine import Machine
 from pagelens.proof.oracle import Oracle
 
 RANDOM_PROGRAMS = 40
@@ -83,31 +81,28 @@ class Report:
 
 
 class Grader:
-    """Grades one exercise. cpu: where the kernel's child is pinned; kernel False: the model alone. seconds:
-    CPU time that one call may take."""
+    """Grades one exercise. machine: whose kernel's word counts; None: the model's alone. seconds: CPU time that one
+    call may take."""
 
     def __init__(
         self,
         exercise: Exercise,
         profile: Profile,
+        machine: Machine | None = None,
         *,
-        kernel: bool = True,
-        cpu: int | None = None,
         seconds: float = CPU_SECONDS,
     ) -> None:
         self.seconds = seconds
         self.exercise = exercise
         self.profile = profile
-        self.kernel = kernel
-        self.cpu = cpu
+        self.machine = machine
+        self.kernel = str(machine.facts()["release"]) if machine is not None else None
 
     def grade(self, path: Path, seed: int | None = None, programs: int = RANDOM_PROGRAMS) -> Report:
         """Run the fixed programs, then random ones, to the first failure. DamagedInputError where the file
         cannot be loaded."""
         seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
-        report = Report(
-            self.exercise.name, seed, self.profile.name, platform.release() if self.kernel else None
-        )
+        report = Report(self.exercise.name, seed, self.profile.name, self.kernel)
         with Student(path, self.exercise.function, self.seconds) as student:
             for title, text in self.exercise.text.fixed:
                 operations = parse(text, title).operations
@@ -139,7 +134,9 @@ class Grader:
     ) -> Failure | None:
         report.programs += 1
         with ExitStack() as stack:
-            oracle = stack.enter_context(Oracle(Local(self.cpu))) if self.kernel and limit is None else None
+            # A program with a limit of its own is the model's: the kernel's is the whole system's.
+            live = self.machine is not None and limit is None
+            oracle = stack.enter_context(Oracle(self.machine)) if live else None
             world = ModelWorld(self.profile, oracle.setting if oracle else None)
             if limit is not None:
                 world.machine.max_map_count = limit
@@ -160,7 +157,7 @@ class Grader:
                     outcome = world.apply(op)
                 if before is None or outcome is None or process is None or not process.alive:
                     continue
-                who = f"the kernel ({platform.release()})" if oracle else f"the model ({self.profile.name})"
+                who = f"the kernel ({self.kernel})" if oracle else f"the model ({self.profile.name})"
                 for call in calls:
                     report.graded += 1
                     wrong, broken = self._ask(student, world, call, before, outcome, view(world, process))
@@ -243,8 +240,3 @@ def _answer_text(value: Any, heap: int) -> str:
     if -4096 < value < 0:
         return f"-{errno_name(value)}"
     return place_text(value, heap) if value > 4096 else str(value)
-
-
-def default_cpu() -> int:
-    """Where the kernel's child is pinned: the last CPU that we may use."""
-    return max(os.sched_getaffinity(0))

@@ -56,14 +56,16 @@ def error_text(code: int) -> str:
     return f"{code:#x}: {', '.join(words)}; {cause}"
 
 
-def entry_text(pte: int) -> str:
-    """What a page-table entry of the model says."""
+def entry_text(pte: int, count: int = 1) -> str:
+    """What a page-table entry of the model says; of `count` entries alike, the first."""
     if pte & GUARD:
         return "guard marker"
     if not pte & P:
         return "none"
     words = [word for bit, word in _PTE_BITS if pte & bit]
-    frame = "zero page" if pte & ZERO else f"frame {pte >> FRAME_SHIFT:#x}"
+    number = pte >> FRAME_SHIFT
+    frame = f"frame {number:#x}" if count == 1 else f"frames {number:#x}-{number + count - 1:#x}"
+    frame = "zero page" if pte & ZERO else frame
     return f"{frame}, {' '.join(words)}"
 
 

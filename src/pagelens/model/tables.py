@@ -10,11 +10,12 @@ a vma (split, merge and mremap would copy), 512-entry arrays (numpy's cost a cal
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from pagelens.model.abi import SHIFT
+from pagelens.model.abi import FRAME_SHIFT, SHIFT, ZERO, P
 from pagelens.vm.pages import U64
 
 I64 = npt.NDArray[np.int64]
@@ -141,6 +142,21 @@ class PageTables:
                 tables.difference_update([t for t in tables if lo <= t < hi])
             elif hi > lo:
                 tables.difference_update(range(lo, hi))
+
+    def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """(first page, pages, first entry) of pages [first, last) that have an entry: pages of one table whose entries
+        are alike and whose frames follow each other (or are the zero page)."""
+        for start, chunk, where in self.spans(first, last):
+            entries = chunk.pte[where]
+            index = entries.nonzero()[0]
+            if not len(index):
+                continue
+            page, entry = index + start, entries[index]
+            step = np.where(entry[:-1] & np.uint64(ZERO | P) == P, np.uint64(1 << FRAME_SHIFT), np.uint64(0))
+            apart = (np.diff(index) != 1) | (page[1:] & 511 == 0) | (entry[1:] != entry[:-1] + step)
+            at = np.concatenate(([0], apart.nonzero()[0] + 1, [len(index)]))
+            for i, j in pairwise(at.tolist()):
+                yield int(page[i]), j - i, int(entry[i])
 
     def walk(self, addr: int) -> list[tuple[str, int, bool]]:
         """The walk of one address, top first: (level, index in that table, entry present)."""
