@@ -63,6 +63,10 @@ def test_every_operation_reads_back():
         ("mmop 4", "did you mean 'mmap'"),
         ("write z[0]", "no region 'z' so far"),
         ("q: write arena[0]", "no process or thread 'q'"),
+        (
+            "on linux-6.l: expect vmas 1 in arena",
+            "no kernel profile 'linux-6.l'; profiles: linux-6.1, linux-6.12",
+        ),
         ("write arena[5:3]", "ends before it starts"),
         ("madvise arena[0] dontwant", "no advice 'dontwant'"),
         ("fork", "needs a name"),

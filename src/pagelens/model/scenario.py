@@ -1,4 +1,4 @@
-"""The scenario language: a program and what is expected of it, as text. docs/model.md describes it.
+"""The scenario language: a program and what is expected of it, as text. docs/scenarios.md describes it.
 
 One operation or expectation a line; `#` starts a comment. Parsing is pure and keeps line numbers, so that
 every error names line and cause. The same scenario runs in the model (`model.runner`) and on the kernel
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 from pagelens.model import op as ops
 from pagelens.model.op import Op, Place
+from pagelens.model.profile import PROFILES
 from pagelens.model.words import (
     BadLineError,
     Scope,
@@ -128,6 +129,9 @@ def _line(body: str, scope: Scope | None) -> tuple[tuple[str, ...], Op | Expecta
     match = re.match(r"on\s+([\w.,\- ]+):\s*(.+)$", body)
     if match:
         profiles = tuple(p.strip() for p in match[1].split(","))
+        # A name that is none would never apply, and so never fail.
+        if unknown := [p for p in profiles if p not in PROFILES]:
+            raise BadLineError(f"no kernel profile {unknown[0]!r}; profiles: {', '.join(PROFILES)}")
         body = match[2]
     proc = "main"
     match = re.match(r"([A-Za-z_]\w*)\s*:\s*(.+)$", body)
