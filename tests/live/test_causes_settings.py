@@ -32,7 +32,7 @@ def _causes(run: Run, start: int) -> Counter[str]:
     # Of the 64 pages from `start` on.
     result = classify_facts(load(run.capture))
     faults = result.run.faults
-    inside = (faults.addr >= start) & (faults.addr < start + 64 * 4096)
+    inside = (faults.addr >= start) & (faults.addr < start + 64 * 4096) & (faults.time > run.mapped(start))
     return Counter(result.of(row).cause for row in np.flatnonzero(inside).tolist())
 
 

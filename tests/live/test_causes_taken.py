@@ -34,14 +34,20 @@ def private(pages): return libc.mmap(None, pages * P, 3, 2, fd, 0)
 """
 
 
-def _causes(run: Run, base: int, first: int, last: int, mm: int | None = None) -> list[tuple[int, str, str]]:
-    """(page, cause, confidence) of the faults of [first, last) in order of time, since PRELUDE was through: before, the
-    interpreter may have had something else there."""
-    result = why.classify(run.capture)
+def _rows(run: Run, result: why.Classified, base: int, first: int, last: int) -> list[int]:
+    """Rows of the faults of pages [first, last) in order of time, since PRELUDE was through: before, the interpreter
+    may have had something else there."""
     faults = result.run.faults
     began = run.rows("kind = 'syscall' and name = 'pwrite64'")[63]["time_ns"]
     inside = (faults.addr >= base + first * 4096) & (faults.addr < base + last * 4096) & (faults.time > began)
-    rows = sorted(inside.nonzero()[0].tolist(), key=lambda r: int(faults.time[r]))
+    return sorted(inside.nonzero()[0].tolist(), key=lambda r: int(faults.time[r]))
+
+
+def _causes(run: Run, base: int, first: int, last: int, mm: int | None = None) -> list[tuple[int, str, str]]:
+    """(page, cause, confidence) of these faults."""
+    result = why.classify(run.capture)
+    faults = result.run.faults
+    rows = _rows(run, result, base, first, last)
     return [
         ((int(faults.addr[r]) - base) >> 12, result.of(r).cause, result.of(r).confidence)
         for r in rows
@@ -98,8 +104,7 @@ print(base, a)
 """,
     )
     result = why.classify(run.capture)
-    faults = result.run.faults
-    row = (faults.addr == base + (a + 7) * 4096).nonzero()[0].tolist()[-1]
+    (row,) = _rows(run, result, base, a + 7, a + 8)
     assert set(result.of(row).candidates) == {"after-dontneed", "file-page-cached"}
     assert _causes(run, base, a, a + 1) == [(a, "file-page-cached", "certain")]
 
@@ -246,8 +251,7 @@ print(base)
 """,
     )
     result = why.classify(run.capture)
-    faults = result.run.faults
-    (_, again) = ((faults.addr >= base) & (faults.addr < base + 64 * 4096)).nonzero()[0].tolist()
+    (_, again) = _rows(run, result, base, 0, 64)
     assert set(result.of(again).candidates) == {"after-dontneed", "after-pageout"}
 
 

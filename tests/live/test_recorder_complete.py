@@ -116,7 +116,8 @@ def test_thread_churn(tmp_path: Path, snapshot: str) -> None:
     # Each page that a thread says it touched has one fault, by that thread.
     words = run.stdout.split()
     base, tids = int(words[0], 16), [int(w) for w in words[1:]]
-    faults = run.rows(f"kind = 'fault' and addr >= {base} and addr < {base + threads * 8 * 4096}")
+    place = f"addr >= {base} and addr < {base + threads * 8 * 4096}"
+    faults = run.rows(f"kind = 'fault' and {place} and time_ns > {run.mapped(base)}")
     seen = [((f["addr"] - base) // 4096, f["tid"]) for f in faults]
     assert sorted(seen) == [(n * 8 + i, tid) for n, tid in enumerate(tids) for i in range(n % 9)]
 
