@@ -32,7 +32,7 @@ class TaskStat:
 
     min_flt, maj_flt: faults, of the whole thread group (dead threads too) when read from /proc/PID/stat, of
     one thread from /proc/PID/task/TID/stat; cmin_flt, cmaj_flt: of waited-for children. starttime: clock
-    ticks since boot. start_stack, kstkesp: bytes, 0 without permission.
+    ticks since boot. start_stack, kstkesp, start_data, end_data: addresses, 0 without permission.
     """
 
     pid: int
@@ -50,6 +50,8 @@ class TaskStat:
     starttime: int
     start_stack: int
     kstkesp: int
+    start_data: int
+    end_data: int
     start_brk: int
     arg_start: int
     env_end: int
@@ -79,6 +81,8 @@ class TaskStat:
                 starttime=n[18],
                 start_stack=n[24],
                 kstkesp=n[25],
+                start_data=n[41],
+                end_data=n[42],
                 start_brk=n[43],
                 arg_start=n[44],
                 env_end=n[47],

@@ -56,6 +56,7 @@ class ModelWorld:
         layout = Layout(
             mmap_base=self.setting.mmap_base,
             start_brk=self.setting.brk,
+            end_data=self.setting.data_bytes,
             start_stack=self.setting.start_stack,
             start_code=self.setting.text,
             end_code=self.setting.text + self.setting.text_pages * PAGE_SIZE,

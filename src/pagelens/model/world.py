@@ -33,6 +33,9 @@ class Setting:
     region: int = 0x2000_0000
     region_pages: int = 128
     brk: int = 0x1000_1000
+    data_bytes: int = (
+        0  # of its file's data segment (end_data - start_data): brk counts them against RLIMIT_DATA
+    )
     mmap_base: int = TASK_SIZE - 0x800_0000
     start_stack: int = 0  # of what exec made: maps names [stack] whatever lies there now; 0: unknown
     memlock: int = 8 << 20  # RLIMIT_MEMLOCK

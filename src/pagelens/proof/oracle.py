@@ -119,6 +119,7 @@ class Oracle(Children):
             raise OracleError("the oracle child is of another version than this code; fix: ./dev build")
         files = self._channels["main"].files
         status = files.read("status").decode()
+        stat = files.stat()
         facts = self.machine.facts()
         caps = next(
             (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff")), 0
@@ -129,7 +130,8 @@ class Oracle(Children):
             region_pages=inside[1].pages,
             brk=brk,
             mmap_base=probe + PAGE_SIZE,
-            start_stack=files.stat().start_stack,
+            data_bytes=stat.end_data - stat.start_data,
+            start_stack=stat.start_stack,
             **{name: int(facts[name]) for name in _MEASURED},
             ipc_lock=bool(caps >> 14 & 1),
             # The child has populated its region and runs its text; a kernel that sums exactly shows both. (Where a task
