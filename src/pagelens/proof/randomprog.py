@@ -17,8 +17,9 @@ from itertools import accumulate, pairwise
 from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
 from pagelens.model.world import Names, World
+from pagelens.proof.ground import Ground
 from pagelens.proof.mix import ADVICE, FAR, HUGE, LIMITS, LOCKING, PROTS, WEIGHTS, Mix
-from pagelens.proof.recipes import RECIPES, Ground
+from pagelens.proof.recipes import RECIPES
 from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
@@ -60,8 +61,8 @@ class Generator:
         self._leaders = {p for p in procs if world.is_leader(p)}
         proc = r.choice(procs)
         vmas = world.vmas(proc)
-        if r.random() < 0.125:
-            self._queue = self._recipe(proc, procs, vmas, world.names)
+        if r.random() < 0.145:
+            self._queue = self._recipe(proc, procs, vmas, world)
             if self._queue:
                 return self._queue.pop(0)
         while True:
@@ -75,13 +76,14 @@ class Generator:
             if op is not None:
                 return op
 
-    def _recipe(self, proc: str, procs: list[str], vmas: VmaList, names: Names) -> list[Op]:
+    def _recipe(self, proc: str, procs: list[str], vmas: VmaList, world: World) -> list[Op]:
         r = self.random
         names_of = list(RECIPES)
         recipe, _ = RECIPES[r.choices(names_of, [RECIPES[n][1] for n in names_of])[0]]
         ground = Ground(
-            r, proc, vmas, self._place, self._name, names, self._locks,
+            r, proc, vmas, self._place, self._name, world.names, self._locks,
             len(procs) < self.mix.processes, not self._tight, tuple(self._files),
+            sum(end - start for start, end in world.setting.harness) // PAGE_SIZE,
         )  # fmt: skip
         return [op for op in recipe(ground) if op.name not in self.mix.without]
 

@@ -6,56 +6,13 @@ single operations (three of them must meet at one place, and a program of nothin
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pagelens.model import op as ops
-from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
-from pagelens.model.world import Names
+from pagelens.model.op import ARENA_MIDDLE, Op, Place
+from pagelens.proof.ground import ANON, FAR_TABLES, Ground
+from pagelens.proof.limits import at_a_limit
 from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
-from pagelens.vm.vma import VmaList
-
-_ANON = ops.PRIVATE | ops.ANONYMOUS | ops.FIXED
-_FAR_TABLES = 0x2000_0000_0000  # table-aligned, where nothing else lies
-
-
-@dataclass(slots=True)
-class Ground:
-    """What a recipe needs of the generator. locks: whether this program may lock memory. room: for another process.
-    files: names that are mapped. calm: no limit is set, so that execve finds the memory that it needs."""
-
-    random: random.Random
-    proc: str
-    vmas: VmaList
-    place: Callable[[int, Names], Place]
-    name: Callable[[str], str]
-    names: Names
-    locks: bool
-    room: bool = False
-    calm: bool = True
-    files: tuple[str, ...] = ()
-
-    def at(self, addr: int) -> Place:
-        """An address as a program names it."""
-        return self.place(addr, self.names)
-
-    def map(self, addr: int, pages: int, prot: int = 3, flags: int = _ANON) -> Op:
-        """mmap at a fixed address."""
-        return Op("mmap", self.proc, self.name("m"), self.at(addr), pages * PAGE_SIZE, prot, flags)
-
-    def on(self, name: str, addr: int, pages: int, *, prot: int = 0, flags: int = 0) -> Op:
-        """An operation on a range."""
-        return Op(name, self.proc, place=self.at(addr), length=pages * PAGE_SIZE, prot=prot, flags=flags)
-
-    def move(self, addr: int, pages: int, target: int, flags: int) -> Op:
-        """mremap without change of size."""
-        size = pages * PAGE_SIZE
-        return Op("mremap", self.proc, self.name("m"), self.at(addr), size, 0, flags, self.at(target), size)
-
-    def spot(self, pages: int) -> int:
-        """An address of the arena with room for `pages`."""
-        return ARENA_BASE + self.random.randrange(ARENA_PAGES - pages) * PAGE_SIZE
 
 
 def realign(g: Ground) -> list[Op]:
@@ -63,7 +20,7 @@ def realign(g: Ground) -> list[Op]:
     r = g.random
     offset = r.randint(4, 500)
     pages = HPAGE_PAGES - offset + r.choice((0, 0, 1, 100))
-    source = _FAR_TABLES + r.randrange(8) * 4 * HPAGE_SIZE + offset * PAGE_SIZE
+    source = FAR_TABLES + r.randrange(8) * 4 * HPAGE_SIZE + offset * PAGE_SIZE
     target = source + r.choice((2, 2, -2, 64)) * HPAGE_SIZE
     last = g.on("munmap", target, pages)
     return [
@@ -82,7 +39,7 @@ def heap_neighbour(g: Ground) -> list[Op]:
     r = g.random
     start = g.names.regions["heap"]
     pages = r.choice((1, 2, 3))
-    flags = _ANON if r.random() < 0.8 else ops.SHARED | ops.ANONYMOUS | ops.FIXED
+    flags = ANON if r.random() < 0.8 else ops.SHARED | ops.ANONYMOUS | ops.FIXED
     return [
         g.on("munmap", start, 40),
         Op("brk", g.proc, place=Place("heap", pages * PAGE_SIZE)),
@@ -166,7 +123,7 @@ def lent(g: Ground) -> list[Op]:
     pages = r.choice((1, 2, 4, 8))
     at = g.spot(pages)
     steps = [
-        Op("mmap", child, g.name("m"), g.at(at), pages * PAGE_SIZE, 3, _ANON),
+        Op("mmap", child, g.name("m"), g.at(at), pages * PAGE_SIZE, 3, ANON),
         Op("write", child, place=g.at(at), length=r.randint(1, pages) * PAGE_SIZE),
         Op("madvise", child, place=g.at(at), length=PAGE_SIZE, flags=ops.ADVICE_WORDS["dontneed"]),
         Op("munmap", child, place=g.at(at), length=PAGE_SIZE),
@@ -214,7 +171,7 @@ def file_guard(g: Ground) -> list[Op]:
 def huge(g: Ground) -> list[Op]:
     """Whole huge pages, placed by the kernel (thp_align_anon)."""
     length = g.random.choice((1, 1, 2)) * HPAGE_SIZE
-    return [Op("mmap", g.proc, g.name("m"), None, length, 3, _ANON & ~ops.FIXED)]
+    return [Op("mmap", g.proc, g.name("m"), None, length, 3, ANON & ~ops.FIXED)]
 
 
 def lock_on_fault(g: Ground) -> list[Op]:
@@ -304,18 +261,19 @@ RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "realign": (realign, 2.2),
     "heap neighbour": (heap_neighbour, 3.2),
     "empty table": (empty_table, 2),
-    "close hook": (close_hook, 1.5),
+    "close hook": (close_hook, 2),
     "move locked": (move_locked, 3),
     "between": (between, 0.9),
     "replaced under a limit": (locked_replaced, 0.5),
+    "at a limit": (at_a_limit, 1.6),
     "lent": (lent, 1.2),
     "hole": (hole, 0.8),
-    "file guard": (file_guard, 1.5),
+    "file guard": (file_guard, 2),
     "huge": (huge, 0.6),
     "lock on fault": (lock_on_fault, 1.4),
     "source again": (source_again, 0.7),
     "emptied source": (emptied_source, 0.6),
     "unfaulted target": (unfaulted_target, 0.6),
     "cleaned": (cleaned, 0.7),
-    "validated": (validated, 4.6),
+    "validated": (validated, 7.5),
 }
