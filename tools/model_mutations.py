@@ -18,7 +18,7 @@ from pagelens.model.profile import Profile
 from pagelens.proof.campaign import Bench, fuzz
 from pagelens.proof.machine import Machine
 from pagelens.proof.mix import GENERATOR, Mix
-from pagelens.proof.probes import PROBES, compare_many, has_protection_keys, probe_profile, probe_program
+from pagelens.proof.probes import PROBES, compare_many, left_out, probe_profile, probe_program
 
 WITHIN = 20_000
 
@@ -50,8 +50,7 @@ def main() -> int:
     good = True
     with machine_of(args.on) as machine:
         probed = probe_profile(machine=machine)
-        keys = has_protection_keys(machine)
-        mix = Mix(without=frozenset({"exec_only"} if keys else ()))
+        mix = Mix(without=left_out(machine))
         print(
             f"{machine.facts()['release']}: {probed.text}, generator {GENERATOR}, seed {args.seed}",
             flush=True,

@@ -8,23 +8,17 @@ from __future__ import annotations
 import atexit
 import os
 from contextlib import ExitStack
+from pathlib import Path
 
-from pagelens.proof.distant import connected
-from pagelens.proof.machine import Local, Machine
+from pagelens.cli.model import machine_of
+from pagelens.proof.machine import Local
 from pagelens.vm.errors import TargetGoneError
 
 
-def _machine() -> Machine:
-    socket = os.environ.get("PAGELENS_ON")
-    if socket is None:
-        return Local(max(os.sched_getaffinity(0)))
-    stack = ExitStack()
-    atexit.register(stack.close)
-    return stack.enter_context(connected(socket))
-
-
 def lives(pid: int) -> bool:
-    """Whether there is such a process there."""
+    """Whether there is such a process there; here, a zombie is one."""
+    if isinstance(HERE, Local):
+        return Path(f"/proc/{pid}").exists()
     try:
         handle, *fds = HERE.open(pid)
     except TargetGoneError:
@@ -33,5 +27,7 @@ def lives(pid: int) -> bool:
     return True
 
 
-HERE = _machine()
+_stack = ExitStack()
+atexit.register(_stack.close)
+HERE = _stack.enter_context(machine_of(os.environ.get("PAGELENS_ON")))
 RELEASE = str(HERE.facts()["release"])

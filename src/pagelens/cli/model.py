@@ -292,7 +292,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _fuzz(args: argparse.Namespace) -> int:
     from pagelens.proof.campaign import fuzz
     from pagelens.proof.mix import Mix
-    from pagelens.proof.probes import has_protection_keys
+    from pagelens.proof.probes import left_out
     from pagelens.proof.reach import RULES
 
     if args.ops < 1 or args.processes < 1:
@@ -303,7 +303,7 @@ def _fuzz(args: argparse.Namespace) -> int:
     with machine_of(args.on) as machine:
         release = str(machine.facts()["release"])
         bench, how = _bench(args.profile, machine)
-        without = frozenset({"exec_only"}) if has_protection_keys(machine) else frozenset[str]()
+        without = left_out(machine)
         result = fuzz(
             bench, seed, args.ops, Mix(args.processes, without), go_on=args.go_on, small=not args.no_shrink,
             progress=_progress(args.ops),

@@ -63,9 +63,13 @@ def entry_text(pte: int, count: int = 1) -> str:
     if not pte & P:
         return "none"
     words = [word for bit, word in _PTE_BITS if pte & bit]
-    number = pte >> FRAME_SHIFT
-    frame = f"frame {number:#x}" if count == 1 else f"frames {number:#x}-{number + count - 1:#x}"
-    frame = "zero page" if pte & ZERO else frame
+    first = pte >> FRAME_SHIFT
+    if pte & ZERO:
+        frame = "zero page"
+    elif count == 1:
+        frame = f"frame {first:#x}"
+    else:
+        frame = f"frames {first:#x}-{first + count - 1:#x}"
     return f"{frame}, {' '.join(words)}"
 
 

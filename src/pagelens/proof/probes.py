@@ -232,6 +232,11 @@ def has_protection_keys(machine: Machine | None = None) -> bool:
         return outcome is not None and outcome.code == 4
 
 
+def left_out(machine: Machine | None = None) -> frozenset[str]:
+    """What random programs leave out on this machine (`Mix.without`)."""
+    return frozenset({"exec_only"} if has_protection_keys(machine) else ())
+
+
 def probe_profile(base: str | None = None, machine: Machine | None = None) -> Probed:
     """The profile of this kernel. `base` fixes the base profile; then only configuration (soft-dirty, KSM,
     THP) is probed, so that a wrong profile stays wrong and `verify` catches it."""
