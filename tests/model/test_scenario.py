@@ -77,12 +77,34 @@ def test_every_operation_reads_back():
         ("on linux-6.1: write arena[0]", "only expectations"),
         ("brk", "the new break"),
         ("munlockall now", "too much"),
+        ("expect signal SEGV ADRERR", "no si_code 'ADRERR' of SEGV; known: MAPERR ACCERR PKUERR"),
     ],
 )
 def test_an_error_names_line_and_cause(line, cause):
     with pytest.raises(DamagedInputError, match=r"x\.plscn, line 2: ") as error:
         parse("a = mmap 1 rw private anon\n" + line + "\n", "x.plscn")
     assert cause in str(error.value)
+
+
+def test_what_follows_the_protection_comes_in_any_order():
+    lines = [
+        "mmap 8 at arena[3] rw shared fixed file f[2]",
+        "mmap 8 rw file f[2] shared at arena[3] fixed",
+        "mmap 8 rw shared at arena[3] file f[2] fixed",
+    ]
+    assert len({str(parse_op(line)) for line in lines}) == 1
+    assert parse_op("mremap a 8 fixed to arena[3] maymove") == parse_op("mremap a 8 maymove fixed to arena[3]")
+
+
+def test_si_codes_have_names():
+    codes = ["SEGV MAPERR", "SEGV SEGV_MAPERR", "SEGV 1", "SEGV PKUERR", "BUS ADRERR"]
+    lines = "".join(f"expect signal {code}\n" for code in codes)
+    values = [line.item.value for line in parse("write arena[0]\n" + lines).lines[1:]]
+    assert values == [1, 1, 1, 4, 2]
+    op = parse_op("exec heap[0]")
+    outcome = ModelWorld("linux-6.18").apply(op)
+    assert outcome is not None
+    assert outcome.text(op) == "0 pages, 0 faults, SIGSEGV (SEGV_MAPERR) at 0x10001000"
 
 
 def test_empty_is_refused():

@@ -44,7 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "thp": ("pagelens.cli.thp", "huge pages: where, why not, what they cost"),
     "lockcheck": ("pagelens.cli.lockcheck", "which faults remain after mlockall"),
     "advise": ("pagelens.cli.advise", "madvise another process's range, and prove the effect"),
-    "model": ("pagelens.cli.model", "the executable model: run, step, verify, fuzz"),
+    "model": ("pagelens.cli.model", "the executable model: run, step, verify, fuzz, grade, serve"),
     "report": ("pagelens.cli.report", "HTML report of a capture"),
     "recover": ("pagelens.cli.recover", "finish a capture whose recorder was killed"),
 }

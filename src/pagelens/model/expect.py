@@ -71,7 +71,7 @@ def _signal(expected: Expectation, outcome: Outcome | None) -> str | None:
         return None
     if not outcome.signal:
         return "no signal"
-    return f"SIG{ops.SIGNAL_NAMES.get(outcome.signal, outcome.signal)} code {outcome.code}"
+    return outcome.signal_text()
 
 
 def _vmas(expected: Expectation, world: World) -> list[Vma]:

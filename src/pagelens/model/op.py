@@ -72,6 +72,8 @@ ADVICE_WORDS = {
 }
 SIGNALS = {"SEGV": 11, "BUS": 7, "ILL": 4, "TRAP": 5, "FPE": 8}
 SIGNAL_NAMES = {number: name for name, number in SIGNALS.items()}
+# si_code of each, without the signal's name before it (sigaction(2)).
+SI_CODES = {"SEGV": {"MAPERR": 1, "ACCERR": 2, "PKUERR": 4}, "BUS": {"ADRALN": 1, "ADRERR": 2}}
 
 ACCESSES = {"read": "r", "write": "w", "exec": "x"}
 # Operations that take a range of pages first.
@@ -192,8 +194,14 @@ class Outcome:
             text = f"{self.result:#x}" if self.result > 9 else str(self.result)
         text += f", {self.faults} fault{'' if self.faults == 1 else 's'}"
         if self.signal:
-            text += f", SIG{SIGNAL_NAMES.get(self.signal, self.signal)} code {self.code} at {self.addr:#x}"
+            text += f", {self.signal_text()} at {self.addr:#x}"
         return text
+
+    def signal_text(self) -> str:
+        """The signal with its si_code, such as SIGSEGV (SEGV_MAPERR)."""
+        name = SIGNAL_NAMES.get(self.signal, str(self.signal))
+        codes = {value: f"{name}_{code}" for code, value in SI_CODES.get(name, {}).items()}
+        return f"SIG{name} ({codes.get(self.code, f'si_code {self.code}')})"
 
     def __str__(self) -> str:
         return self.text()

@@ -201,15 +201,15 @@ def _operation(name: str, proc: str, result: str, words: list[str], scope: Scope
                 w.take("at")
                 place = place_of(w.take("the place after `at`"), scope)
             kw["prot"] = rights(w.take("the protection (rw, r, none …)"))
-            kw["flags"] = w.flags(ops.MAP_WORDS, stop=("file", "at"))
-            if w.left and w.left[0] == "at":
-                w.take("at")
-                place = place_of(w.take("the place after `at`"), scope)
-            if w.left:
-                w.take("file")
-                file = place_of(w.take("the file's name"), None)
-                known_file(file.region, scope)
-                kw["file"], kw["offset"] = file.region, file.offset
+            kw["flags"] = 0
+            while w.left:  # in any order
+                kw["flags"] |= w.flags(ops.MAP_WORDS, stop=("file", "at"))
+                match w.left and w.left.pop(0):
+                    case "at":
+                        place = place_of(w.take("the place after `at`"), scope)
+                    case "file":
+                        file = place_of(w.take("the file's name"), None)
+                        kw["file"], kw["offset"] = known_file(file.region, scope), file.offset
         case "mprotect":
             kw["prot"] = rights(w.take("the protection (rw, r, none …)"))
         case "mremap":
@@ -218,6 +218,7 @@ def _operation(name: str, proc: str, result: str, words: list[str], scope: Scope
             if w.left:
                 w.take("to")
                 kw["new_place"] = place_of(w.take("the place after `to`"), scope)
+                kw["flags"] |= w.flags(ops.MREMAP_WORDS)
         case "madvise":
             word = w.take("the advice")
             if word.startswith("flags="):
@@ -291,7 +292,12 @@ def _expectation(proc: str, words: list[str], scope: Scope | None) -> Expectatio
                 raise BadLineError(f"no signal {word!r}; known: none {' '.join(ops.SIGNALS)}")
             said = (word,)
             if w.left:
-                value = number(w.take("si_code"))
+                code = w.take("si_code")
+                codes = ops.SI_CODES.get(word, {})
+                if not code.isdigit() and code.removeprefix(f"{word}_") not in codes:
+                    known = " ".join(codes) or "numbers"
+                    raise BadLineError(f"no si_code {code!r} of {word}; known: {known}")
+                value = codes.get(code.removeprefix(f"{word}_")) or number(code)
         case "vmas" | "pages":
             if kind == "pages":
                 said = (w.take("a page state"),)
