@@ -93,7 +93,9 @@ def test_what_follows_the_protection_comes_in_any_order():
         "mmap 8 rw shared at arena[3] file f[2] fixed",
     ]
     assert len({str(parse_op(line)) for line in lines}) == 1
-    assert parse_op("mremap a 8 fixed to arena[3] maymove") == parse_op("mremap a 8 maymove fixed to arena[3]")
+    assert parse_op("mremap a 8 fixed to arena[3] maymove") == parse_op(
+        "mremap a 8 maymove fixed to arena[3]"
+    )
 
 
 def test_si_codes_have_names():

@@ -201,24 +201,26 @@ def _operation(name: str, proc: str, result: str, words: list[str], scope: Scope
                 w.take("at")
                 place = place_of(w.take("the place after `at`"), scope)
             kw["prot"] = rights(w.take("the protection (rw, r, none …)"))
-            kw["flags"] = 0
+            flags = 0
             while w.left:  # in any order
-                kw["flags"] |= w.flags(ops.MAP_WORDS, stop=("file", "at"))
+                flags |= w.flags(ops.MAP_WORDS, stop=("file", "at"))
                 match w.left and w.left.pop(0):
                     case "at":
                         place = place_of(w.take("the place after `at`"), scope)
                     case "file":
                         file = place_of(w.take("the file's name"), None)
                         kw["file"], kw["offset"] = known_file(file.region, scope), file.offset
+            kw["flags"] = flags
         case "mprotect":
             kw["prot"] = rights(w.take("the protection (rw, r, none …)"))
         case "mremap":
             kw["new_length"] = size(w.take("the new number of pages"))
-            kw["flags"] = w.flags(ops.MREMAP_WORDS, stop=("to",))
+            flags = w.flags(ops.MREMAP_WORDS, stop=("to",))
             if w.left:
                 w.take("to")
                 kw["new_place"] = place_of(w.take("the place after `to`"), scope)
-                kw["flags"] |= w.flags(ops.MREMAP_WORDS)
+                flags |= w.flags(ops.MREMAP_WORDS)
+            kw["flags"] = flags
         case "madvise":
             word = w.take("the advice")
             if word.startswith("flags="):
