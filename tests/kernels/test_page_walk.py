@@ -12,10 +12,7 @@ from support.kcore import Kcore
 from support.puppet import MAP_ANON, MAP_PRIVATE, PROT_READ, RW, Puppet
 from support.subjects import Subjects
 
-pytestmark = [
-    pytest.mark.requires("kcore", "btf", "pfn"),
-    pytest.mark.skipif(" la57 " in Path("/proc/cpuinfo").read_text(), reason="5-level paging"),
-]
+pytestmark = pytest.mark.requires("kcore", "btf", "pfn")
 
 
 def _compare(pid: int, address: int, pages: int) -> int:

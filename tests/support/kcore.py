@@ -1,7 +1,7 @@
 """The real page tables, read from /proc/kcore: the other witness for what pagemap says.
 
 Shares nothing with pagelens nor with pagemap: types come from the kernel's BTF, addresses from kallsyms,
-memory from /proc/kcore, and the walk is the processor's (PGD, P4D folded, PUD, PMD, PTE; 4-level paging).
+memory from /proc/kcore, and the walk is the processor's (PGD, with five levels P4D, PUD, PMD, PTE).
 drgn would need hundreds of MB of debugging information for the same.
 """
 
@@ -16,6 +16,7 @@ from typing import BinaryIO, Self
 PRESENT, WRITE, USER, ACCESSED, DIRTY, HUGE = (1 << b for b in (0, 1, 2, 5, 6, 7))
 SOFT_DIRTY, UFFD_WP = 1 << 11, 1 << 10  # arch/x86/include/asm/pgtable_types.h: software bits 3 and 2
 FRAME = 0x000FFFFFFFFFF000
+FIVE_LEVELS = " la57 " in Path("/proc/cpuinfo").read_text()
 _STRUCT, _UNION = 4, 5
 
 
@@ -154,7 +155,7 @@ class Kcore:
         """Walks as the processor does; None where a table on the way is missing. The entry may not be
         present."""
         table = pgd
-        for level in (4, 3, 2, 1):
+        for level in range(5 if FIVE_LEVELS else 4, 0, -1):
             value = self.word(table + (address >> 12 + 9 * (level - 1) & 0x1FF) * 8)
             if level == 1 or (level < 4 and value & PRESENT and value & HUGE):
                 return Entry(level, value, address)

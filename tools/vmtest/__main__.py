@@ -28,6 +28,7 @@ def _in_kernel(args: argparse.Namespace) -> int:
         limit=args.timeout,
         silence=args.silence,
         append=args.append,
+        five_levels=args.five_levels,
         port=args.port,
     )
 
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--silence", type=float, default=60, help="seconds without a sign of life that count as a hang"
     )
+    one.add_argument("--five-levels", action="store_true", help="of page tables, as newer processors have")
     one.add_argument("--append", default="", help="more for the kernel's command line")
     one.add_argument("--results", type=Path, help="where to put what the command left in $VMTEST_RESULTS")
     one.add_argument(

@@ -28,6 +28,8 @@ from vmtest.rootfs import root_image
 from vmtest.verdict import Verdict
 
 TESTS = ("tests/kernels", "tests/live")
+# Those whose processor has five levels of page tables, as servers have; the others have four.
+FIVE_LEVELS = frozenset({fetch.DEFAULT[-1]})
 
 
 @dataclass
@@ -131,6 +133,7 @@ def _one(plan: Plan, kernel: fetch.Kernel, allowed: list[skips.Allowed], lock: t
             **plan.environment,
         },
         memory=plan.memory,
+        five_levels=kernel.name in FIVE_LEVELS,
         # A single test may run over the budget by its own limit; a hang is noticed much earlier.
         limit=plan.budget + 300,
     )

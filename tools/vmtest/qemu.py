@@ -34,7 +34,7 @@ PORTS = ("control", "stdout", "stderr")
 
 # Without what emulation pays for and no test asks for: SMAP ends a translated block at each access to user memory (a
 # system call costs twice as much), and where strings are "fast" the kernel copies and clears byte by byte.
-CPU = "max,la57=off,erms=off,fsrm=off,smap=off,smep=off,umip=off"
+CPU = "max,erms=off,fsrm=off,smap=off,smep=off,umip=off"
 # The same in the kernel: memory cleared once more on each allocation, checks of every copy, a random stack offset.
 LIGHT = "init_on_alloc=0 hardened_usercopy=off randomize_kstack_offset=off "
 
@@ -63,6 +63,7 @@ class Machine:
     limit: float = 900.0
     silence: float = 60.0
     append: str = ""
+    five_levels: bool = False  # of page tables (la57)
     port: Path | None = None  # a Unix socket that becomes the port `extra` of the guest
 
 
@@ -112,11 +113,12 @@ class _Run:
             "apparmor=0 selinux=0 audit=0 maxcpus=1 noreplace-smp "
             f"vmtest.ports={len(PORTS) + 1 + (m.port is not None)} " + LIGHT + m.append
         )
+        cpu = f"{CPU},la57={'on' if m.five_levels else 'off'}"
         # It goes when we go, even by SIGKILL.
         command = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []
         command += [
             *emulator(), "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-            "-machine", "pc", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2,sockets=2",
+            "-machine", "pc", "-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", "2,sockets=2",
             "-m", f"{m.memory}M",
             "-object", f"memory-backend-ram,id=m0,size={half}M", "-numa", "node,nodeid=0,cpus=0,memdev=m0",
             "-object", f"memory-backend-ram,id=m1,size={half}M", "-numa", "node,nodeid=1,cpus=1,memdev=m1",

@@ -35,9 +35,10 @@ from pagelens.linux.hold import Held
 from pagelens.linux.inject import take_userfaultfd
 from pagelens.linux.pagescan import Category, Regions
 from pagelens.linux.procfs import Process
+from pagelens.linux.settings import user_space_end
 from pagelens.vm.closing import Closing
 from pagelens.vm.pages import PageRuns, PageState
-from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE, TASK_SIZE
+from pagelens.vm.units import PAGE_SHIFT, PAGE_SIZE
 from pagelens.vm.vma import VmaList
 
 _STATES = (
@@ -165,7 +166,7 @@ class Watched(Closing):
         else:
             self._backend.arm()
             self._armed = True
-            written, emptied = spans.of([(0, TASK_SIZE)]), spans.EMPTY
+            written, emptied = spans.of([(0, user_space_end())]), spans.EMPTY
         before = self._vmas
         vmas = self._listing.now()
         known = {(v.start, v.end) for v in before}
@@ -176,7 +177,7 @@ class Watched(Closing):
             fresh = spans.union(spans.union(fresh, emptied), Spans(guards["start"], ends))
         plan = plans.make(self.proc, vmas, self._states(vmas, fresh, emptied), with_files=with_files)
         if parent is None:
-            written = spans.of([(0, TASK_SIZE)])
+            written = spans.of([(0, user_space_end())])
         rows = plan.rows[plan.rows["kind"] == Kind.DATA]
         ends = rows["start"] + (rows["pages"] << np.uint64(PAGE_SHIFT))
         everything = Spans(rows["start"], ends)
@@ -199,7 +200,7 @@ class Watched(Closing):
         # That walk passes over what is not watched (read-only mappings of files, the vDSO) or was not yet.
         mapped = spans.joined(vmas.starts, vmas.ends)
         others = spans.union(spans.minus(mapped, self._backend.covered), unsure)
-        rest = spans.minus(spans.of([(0, TASK_SIZE)]), others)
+        rest = spans.minus(spans.of([(0, user_space_end())]), others)
         part, index, _ = spans.overlaps(Spans(found.start, found.end), rest)
         parts = [Regions(part.start, part.end, found.categories[index])]
         if has_guards and guards_in:

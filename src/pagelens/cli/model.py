@@ -54,7 +54,7 @@ class Command:
         subs = parser.add_subparsers(dest="what", required=True, metavar="run|step|verify|fuzz|grade|serve")
         run = subs.add_parser("run", help="a scenario in the model", allow_abbrev=False)
         run.add_argument("scenario", metavar="SCENARIO", help="a file in the scenario language; - for stdin")
-        _kernel(run, "which kernel to be (default: the profile nearest to this kernel)")
+        _kernel(run)
         run.add_argument(
             "--show",
             action="append",
@@ -65,7 +65,7 @@ class Command:
         _output(run)
         step = subs.add_parser("step", help="one operation at a time", allow_abbrev=False)
         step.add_argument("scenario", metavar="SCENARIO", nargs="?", help="start with these operations")
-        _kernel(step, "which kernel to be (default: the profile nearest to this kernel)")
+        _kernel(step)
         verify = subs.add_parser(
             "verify", help="a scenario on this kernel and in the model", allow_abbrev=False
         )
@@ -113,7 +113,7 @@ class Command:
             case "step":
                 from pagelens.cli.model_step import step
 
-                return step(_world(args.kernel), _load(args.scenario) if args.scenario else None)
+                return step(_world(args), _load(args.scenario) if args.scenario else None)
             case "verify":
                 return _verify(args)
             case "grade":
@@ -129,8 +129,12 @@ class Command:
                 return _fuzz(args)
 
 
-def _kernel(parser: argparse.ArgumentParser, text: str) -> None:
+def _kernel(parser: argparse.ArgumentParser) -> None:
+    text = "which kernel to be (default: the profile nearest to this kernel)"
     parser.add_argument("--kernel", metavar="P", help=text)
+    parser.add_argument(
+        "--levels", type=int, choices=(4, 5), default=4, help="of page tables (default: 4; 5 as with la57)"
+    )
 
 
 def _on(parser: argparse.ArgumentParser) -> None:
@@ -173,10 +177,12 @@ def nearest_profile(release: str) -> str:
     return f"linux-{best[0]}.{best[1]}"
 
 
-def _world(kernel: str | None) -> ModelWorld:
+def _world(args: argparse.Namespace) -> ModelWorld:
     from pagelens.model.runner import ModelWorld
+    from pagelens.model.world import Setting
 
-    return ModelWorld(kernel or nearest_profile(platform.release()))
+    setting = Setting(text_pages=0, region_pages=0, levels=args.levels)
+    return ModelWorld(args.kernel or nearest_profile(platform.release()), setting)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -185,7 +191,7 @@ def _run(args: argparse.Namespace) -> int:
     from pagelens.model.op import Op, Outcome
 
     scenario = _load(args.scenario)
-    world = _world(args.kernel)
+    world = _world(args)
     profile = world.machine.profile
     lines: list[str] = [f"model {profile.name}: {scenario.title or scenario.name}"]
     steps: list[dict[str, Any]] = []

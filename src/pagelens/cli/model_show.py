@@ -64,7 +64,8 @@ def _tables(world: ModelWorld, proc: str) -> str:
     tables = world.processes[proc].mm.tables
     lines = [
         f"tables: {len(tables.pte_tables)} of entries, {len(tables.pmd_tables)} of them (pmd),"
-        f" {len(tables.pud_tables)} above (pud), the top one (pgd)"
+        f" {len(tables.pud_tables)} above (pud)"
+        f"{f', {len(tables.p4d_tables)} above those (p4d)' if tables.levels == 5 else ''}, the top one (pgd)"
     ]
     for vma in world.vmas(proc):
         runs = list(tables.runs(vma.start >> PAGE_SHIFT, vma.end >> PAGE_SHIFT)) or [

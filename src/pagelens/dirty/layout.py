@@ -17,7 +17,7 @@ from pagelens.dirty import spans
 from pagelens.dirty.spans import Spans
 from pagelens.linux import maps
 from pagelens.linux.procfs import Process
-from pagelens.vm.units import TASK_SIZE
+from pagelens.linux.settings import user_space_end
 from pagelens.vm.vma import Prot, Vma, VmaList
 
 ANON, FILE, SHARED = 1, 2, 3
@@ -99,7 +99,8 @@ class Layout:
         self.large = spans.of(large)
         self.watched = everything
         self.walk = spans.minus(
-            spans.of([(LOW, TASK_SIZE)]), spans.minus(Spans(self.vmas.starts, self.vmas.ends), everything)
+            spans.of([(LOW, user_space_end())]),
+            spans.minus(Spans(self.vmas.starts, self.vmas.ends), everything),
         )
         return True
 

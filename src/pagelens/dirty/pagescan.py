@@ -39,9 +39,10 @@ from pagelens.dirty.spans import Spans
 from pagelens.linux import frames, pagemap
 from pagelens.linux.pagescan import Category, Regions
 from pagelens.linux.procfs import Process
+from pagelens.linux.settings import user_space_end
 from pagelens.linux.userfault import Feature, Userfault
 from pagelens.vm.errors import CapabilityMissingError, TargetGoneError
-from pagelens.vm.units import PAGE_SHIFT, TASK_SIZE, format_size
+from pagelens.vm.units import PAGE_SHIFT, format_size
 
 MARKER_LIMIT = 16 << 30  # bytes of one shared mapping: markers cost 1/512 of it in page tables
 _NOT_PLAIN = int(Category.PFNZERO | Category.HUGE)
@@ -291,7 +292,7 @@ class Pagescan:
             return self._ranges
         if self._book.foreign:
             return self._layout.watched
-        return spans.of([(LOW, TASK_SIZE)])
+        return spans.of([(LOW, user_space_end())])
 
     def _collect(self, where: Spans) -> Regions:
         return self._scanner.collect(where, self._layout.kinds[FILE])

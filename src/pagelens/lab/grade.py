@@ -96,14 +96,16 @@ class Grader:
         self.exercise = exercise
         self.profile = profile
         self.machine = machine
-        self.kernel = str(machine.facts()["release"]) if machine is not None else None
+        facts = machine.facts() if machine is not None else {}
+        self.kernel = str(facts["release"]) if facts else None
+        self.levels = int(facts.get("levels", 4))
 
     def grade(self, path: Path, seed: int | None = None, programs: int = RANDOM_PROGRAMS) -> Report:
         """Run the fixed programs, then random ones, to the first failure. DamagedInputError where the file
         cannot be loaded."""
         seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
         report = Report(self.exercise.name, seed, self.profile.name, self.kernel)
-        with Student(path, self.exercise.function, self.seconds) as student:
+        with Student(path, self.exercise.function, self.seconds, self.levels) as student:
             for title, text in self.exercise.text.fixed:
                 operations = parse(text, title).operations
                 limit = self.exercise.limits.get(title)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, SupportsIndex
 
 PAGE: Final = 4096
-TASK_SIZE: Final = 0x7FFF_FFFF_F000  # the end of user space with four levels of page tables
+# The end of user space. Where the kernel that decides has five levels of page tables, the student's process has theirs.
+TASK_SIZE = 0x7FFF_FFFF_F000
 ZERO_FRAME: Final = 1  # the zero page: shared by all, never writable, its map count stays 0
 
 PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4

@@ -26,9 +26,10 @@ class Broken(Exception):
 
 
 class Student(Closing):
-    """FILE's FUNCTION in a process of its own. DamagedInputError where the file cannot be loaded."""
+    """FILE's FUNCTION in a process of its own, for page tables of `levels`. DamagedInputError where the file cannot
+    be loaded."""
 
-    def __init__(self, path: Path, function: str, seconds: float = CPU_SECONDS) -> None:
+    def __init__(self, path: Path, function: str, seconds: float = CPU_SECONDS, levels: int = 4) -> None:
         self.function = function
         self.seconds = seconds
         self.printed = 0
@@ -39,7 +40,7 @@ class Student(Closing):
         command = [sys.executable, "-P", "-m", "pagelens.lab.student"]
         try:
             self._process = subprocess.Popen(
-                [*command, str(path), function, str(theirs_r), str(theirs_w), str(seconds)],
+                [*command, str(path), function, str(theirs_r), str(theirs_w), str(seconds), str(levels)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 pass_fds=(theirs_r, theirs_w), env=environ, start_new_session=True,
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The process in which a student's code runs: `python -P -m pagelens.lab.student FILE FUNCTION IN OUT SECONDS`.
+"""The process in which a student's code runs: `python -P -m pagelens.lab.student FILE FUNCTION IN OUT SECONDS LEVELS`.
 
 One JSON line a call comes in, one goes out, over two descriptors that are not standard output, so that a
 solution may print. It has limits of its own: CPU time and memory; what ends a call is told in one sentence.
@@ -22,8 +22,10 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any, TextIO
 
-from pagelens.lab import wire
+from pagelens import lab
+from pagelens.lab import mini, wire
 from pagelens.lab.mini import MiniMm, Vma, Vmas
+from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
 
 MEMORY = 512 << 20  # bytes of address space
 
@@ -56,6 +58,7 @@ def main(argv: list[str]) -> int:
     path, function = argv[0], argv[1]
     calls, replies = os.fdopen(int(argv[2]), "r"), os.fdopen(int(argv[3]), "w")
     _LIMIT["seconds"] = float(argv[4])
+    lab.TASK_SIZE = mini.TASK_SIZE = TASK_SIZE_LA57 if argv[5] == "5" else TASK_SIZE
     printed = _Printed()
     sys.stdout = sys.stderr = printed
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

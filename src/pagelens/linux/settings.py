@@ -4,6 +4,10 @@ day.
 
 from __future__ import annotations
 
+import functools
+
+from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
+
 _FILES = {
     "thp": "/sys/kernel/mm/transparent_hugepage/enabled",
     "thp_zero_page": "/sys/kernel/mm/transparent_hugepage/use_zero_page",
@@ -42,6 +46,18 @@ def memory_settings() -> dict[str, object]:
         pass
     out["filesystems"] = memory_filesystems()
     return out
+
+
+@functools.cache
+def user_space_end() -> int:
+    """The first address behind user space, in bytes: more where page tables have five levels.
+
+    Source: the flag la57 of /proc/cpuinfo, which the kernel clears where it does not use them
+    (arch/x86/kernel/cpu/common.c early_identify_cpu).
+    """
+    with open("/proc/cpuinfo") as stream:
+        flags = next((line for line in stream if line.startswith("flags")), "")
+    return TASK_SIZE_LA57 if "la57" in flags.split() else TASK_SIZE
 
 
 def memory_filesystems() -> dict[str, str]:

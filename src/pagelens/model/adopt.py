@@ -44,6 +44,7 @@ from pagelens.model.process import Process
 from pagelens.model.space import Layout, Limits, Mm
 from pagelens.vm import PageState, Snapshot, Vma
 from pagelens.vm.pages import U64
+from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
 
 _BITS = {code: bit for bit, code in VMFLAG_CODES}
 _SHMEM_NAMES = ("/memfd:", "/dev/zero", "/SYSV", "/dev/shm/")
@@ -79,7 +80,9 @@ def adopt(machine: Machine, snapshots: Sequence[Snapshot], limits: Limits | None
 
 
 def _layout(snapshot: Snapshot) -> Layout:
-    layout = Layout()
+    # Above the window only where there are five levels (gate areas such as [vsyscall] lie beyond user space).
+    high = any(TASK_SIZE < vma.start < TASK_SIZE_LA57 for vma in snapshot.vmas)
+    layout = Layout(levels=5 if high else 4)
     top = 0
     for vma in snapshot.vmas:
         if vma.name == "[heap]":
@@ -89,7 +92,7 @@ def _layout(snapshot: Snapshot) -> Layout:
         elif vma.name == "[stack]":
             layout.start_stack = vma.end - 8
         elif not vma.name.startswith("[v"):
-            top = max(top, vma.end)
+            top = max(top, vma.end if vma.end <= TASK_SIZE else 0)
     layout.mmap_base = top or layout.mmap_base
     return layout
 

@@ -25,6 +25,7 @@ from pagelens.model.abi import (
 from pagelens.model.fault import AccessResult
 from pagelens.model.op import ACCESSES
 from pagelens.model.process import Process
+from pagelens.model.space import Mm
 from pagelens.vm.units import PAGE_SHIFT, page_down
 
 _ERROR_BITS = (
@@ -83,7 +84,7 @@ def access_stages(process: Process, addr: int, kind: str) -> Iterator[Stage]:
     yield Stage("access", f"{kind} at {addr:#x}", "")
     needs_write = kind == "write"
     yield Stage("walk (CPU)", _walk(process, addr))
-    counts = (mm.rss_anon, mm.rss_file, mm.rss_shmem, len(mm.tables.pte_tables))
+    counts = _counts(mm)
     result = process.access(page_down(addr), 1, ACCESSES[kind])
     if not result.faults:
         changed = mm.tables.get(page)
@@ -149,14 +150,24 @@ def _result(result: AccessResult, before: int, after: int, anon: bool) -> str:
     return f"{kind} fault: {how}"
 
 
-def _changes(process: Process, counts: tuple[int, int, int, int], before: int, after: int) -> str:
-    mm = process.mm
-    now = (mm.rss_anon, mm.rss_file, mm.rss_shmem, len(mm.tables.pte_tables))
-    parts = [
-        f"{name} {b - a:+d}"
-        for name, a, b in zip(("RssAnon", "RssFile", "RssShmem", "page tables"), counts, now, strict=True)
-        if a != b
-    ]
+def _counts(mm: Mm) -> dict[str, int]:
+    tables = mm.tables
+    return {
+        "RssAnon": mm.rss_anon,
+        "RssFile": mm.rss_file,
+        "RssShmem": mm.rss_shmem,
+        "p4d": len(tables.p4d_tables),
+        "pud": len(tables.pud_tables),
+        "pmd": len(tables.pmd_tables),
+        "pte": len(tables.pte_tables),
+    }
+
+
+def _changes(process: Process, counts: dict[str, int], before: int, after: int) -> str:
+    more = {name: now - counts[name] for name, now in _counts(process.mm).items()}
+    parts = [f"{name} {more[name]:+d}" for name in ("RssAnon", "RssFile", "RssShmem") if more[name]]
+    if made := [name for name in ("p4d", "pud", "pmd", "pte") if more[name]]:
+        parts.append(f"page tables {sum(more[name] for name in made):+d} ({', '.join(made)})")
     if before != after:
         parts.insert(0, f"entry: {entry_text(before)} -> {entry_text(after)}")
     return "; ".join(parts) or "nothing"

@@ -18,6 +18,7 @@ from pagelens.model.abi import (
 )
 from pagelens.model.files import File
 from pagelens.model.space import Mm
+from pagelens.vm.units import TASK_SIZE
 
 MMAP_MIN_ADDR = 0x1_0000  # mmap_min_addr: vm.mmap_min_addr, but no less than CONFIG_LSM_MMAP_MIN_ADDR
 
@@ -78,14 +79,15 @@ def _area_topdown(mm: Mm, addr: int, length: int, flags: int) -> int:
     if not flags & MAP_32BIT:
         if addr:
             addr &= MASK
-            if addr <= mm.layout.task_size - length:
+            if _hint_valid(mm, addr, length):
                 area = mm.areas.find(addr)
                 if area is None or addr + length <= area.start_gap:
                     return addr
-        found = unmapped_area_topdown(mm, length, MMAP_MIN_ADDR, mm.layout.mmap_base)
+        high = mm.layout.mmap_base + (mm.layout.task_size - TASK_SIZE if addr > TASK_SIZE else 0)
+        found = unmapped_area_topdown(mm, length, MMAP_MIN_ADDR, high)
         if found >= 0:
             return found
-        low, high = mm.layout.mmap_legacy_base, mm.layout.task_size
+        low, high = mm.layout.mmap_legacy_base, mm.layout.task_size if addr > TASK_SIZE else TASK_SIZE
     else:
         low, high = 0x4000_0000, 0x8000_0000
     if length > high:
@@ -96,6 +98,11 @@ def _area_topdown(mm: Mm, addr: int, length: int, flags: int) -> int:
         if addr <= high - length and (area is None or addr + length <= area.start_gap):
             return addr
     return _unmapped_area(mm, length, max(low, MMAP_MIN_ADDR), high)
+
+
+def _hint_valid(mm: Mm, addr: int, length: int) -> bool:
+    # mmap_address_hint_valid: within user space, and not across DEFAULT_MAP_WINDOW.
+    return addr <= mm.layout.task_size - length and (addr > TASK_SIZE) == (addr + length > TASK_SIZE)
 
 
 def unmapped_area_topdown(mm: Mm, length: int, low: int, high: int) -> int:

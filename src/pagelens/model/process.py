@@ -23,15 +23,12 @@ from pagelens.model.batch import access_range
 from pagelens.model.events import Entry
 from pagelens.model.fault import AccessResult
 from pagelens.model.files import File
-from pagelens.model.space import TASK_SIZE, Layout, Mm
+from pagelens.model.space import Layout, Mm
 from pagelens.vm import Snapshot
 from pagelens.vm.pages import U64
 
 if TYPE_CHECKING:
     from pagelens.model.machine import Machine
-
-
-_ALL = (0, TASK_SIZE + PAGE)
 
 
 class Process:
@@ -156,15 +153,21 @@ class Process:
         result = lock.do_munlock(self.mm, addr, length, event)
         return self._done(event, "munlock", (addr, length), result, (addr, addr + length))
 
+    @property
+    def _everything(self) -> tuple[int, int]:
+        return 0, self.mm.layout.task_size + PAGE
+
     def mlockall(self, flags: int) -> int:
         """mlockall(2)."""
         event = self._enter()
-        return self._done(event, "mlockall", (flags,), lock.do_mlockall(self.mm, flags, event), _ALL)
+        return self._done(
+            event, "mlockall", (flags,), lock.do_mlockall(self.mm, flags, event), self._everything
+        )
 
     def munlockall(self) -> int:
         """munlockall(2)."""
         event = self._enter()
-        return self._done(event, "munlockall", (), lock.do_munlockall(self.mm, event), _ALL)
+        return self._done(event, "munlockall", (), lock.do_munlockall(self.mm, event), self._everything)
 
     def msync(self, addr: int, length: int, flags: int) -> int:
         """msync(2); MS_SYNC writes back."""
@@ -207,7 +210,9 @@ class Process:
     def clear_refs(self, kind: int) -> int:
         """A write of 1 to 5 into /proc/PID/clear_refs."""
         event = self._enter()
-        return self._done(event, "clear_refs", (kind,), refs.clear_refs(self.mm, kind, event), _ALL)
+        return self._done(
+            event, "clear_refs", (kind,), refs.clear_refs(self.mm, kind, event), self._everything
+        )
 
     def fork(self, pid: int | None = None) -> Process:
         """fork(2). MemoryError where the kernel says ENOMEM (commit limit)."""

@@ -55,6 +55,7 @@ class ModelWorld:
         self.open = Descriptors()
         layout = Layout(
             mmap_base=self.setting.mmap_base,
+            levels=self.setting.levels,
             start_brk=self.setting.brk,
             end_data=self.setting.data_bytes,
             start_stack=self.setting.start_stack,

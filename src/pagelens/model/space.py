@@ -26,12 +26,12 @@ from pagelens.model.abi import (
 from pagelens.model.area import AreaTree
 from pagelens.model.files import File
 from pagelens.model.tables import PageTables
+from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
 
 if TYPE_CHECKING:
     from pagelens.model.machine import Machine
 
 UNLIMITED = 1 << 63
-TASK_SIZE = 0x7FFF_FFFF_F000
 
 
 @dataclass(slots=True)
@@ -72,7 +72,8 @@ class InitialArea:
 
 @dataclass(slots=True)
 class Layout:
-    """What exec leaves behind. mmap_base: where top-down placement starts; brk: end of the heap."""
+    """What exec leaves behind. mmap_base: where top-down placement starts; brk: end of the heap; levels: of page
+    tables, 4 or 5; task_size: the end of user space (0: what the levels give)."""
 
     mmap_base: int = 0x7FFF_F7FF_F000
     mmap_legacy_base: int = 0x2AAA_AAAA_A000
@@ -81,11 +82,14 @@ class Layout:
     start_data: int = 0
     end_data: int = 0
     start_stack: int = 0
-    task_size: int = TASK_SIZE
+    task_size: int = 0
     start_code: int = 0
     end_code: int = 0
     levels: int = 4
     areas: list[InitialArea] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.task_size = self.task_size or (TASK_SIZE_LA57 if self.levels == 5 else TASK_SIZE)
 
 
 class Mm:

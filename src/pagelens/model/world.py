@@ -37,6 +37,7 @@ class Setting:
         0  # of its file's data segment (end_data - start_data): brk counts them against RLIMIT_DATA
     )
     mmap_base: int = TASK_SIZE - 0x800_0000
+    levels: int = 4  # of page tables; with five, user space goes to 2^56
     start_stack: int = 0  # of what exec made: maps names [stack] whatever lies there now; 0: unknown
     memlock: int = 8 << 20  # RLIMIT_MEMLOCK
     stack: int = 8 << 20  # RLIMIT_STACK, RLIMIT_DATA, RLIMIT_AS

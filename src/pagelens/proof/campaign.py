@@ -183,9 +183,18 @@ def fuzz(
                 break
             if progress is not None:
                 progress(result)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, PagelensError) as exc:
+        if not _by_hand(exc):
+            raise
         result.interrupted = True
     return result
+
+
+def _by_hand(exc: BaseException | None) -> bool:
+    # A Ctrl-C that comes in the middle of something may make the clean-up fail as well, and is then behind that.
+    while exc is not None and not isinstance(exc, KeyboardInterrupt):
+        exc = exc.__context__
+    return exc is not None
 
 
 def _one(bench: Bench, seed: int, length: int, mix: Mix, result: Result, small: bool) -> bool:

@@ -29,10 +29,11 @@ import pagelens
 from pagelens.linux.disk import sync
 from pagelens.linux.frames import lookup
 from pagelens.linux.procfs import Process
+from pagelens.linux.settings import user_space_end
 from pagelens.model.world import Span
 from pagelens.proof import fences
 from pagelens.vm.errors import CapabilityMissingError
-from pagelens.vm.units import PAGE_SIZE
+from pagelens.vm.units import PAGE_SIZE, TASK_SIZE
 
 # Milliseconds for an answer: on a machine with thirty waiting for two CPUs, ten seconds are few.
 PATIENCE = 60_000
@@ -49,7 +50,8 @@ class Machine(Protocol):
     """A kernel that a child of the oracle runs on."""
 
     def facts(self) -> dict[str, int | str]:
-        """release, memory_pages, limits (memlock, stack, data, address_space: bytes, 2^63 unlimited) and settings."""
+        """release, memory_pages, levels of page tables, limits (memlock, stack, data, address_space: bytes, 2^63
+        unlimited) and settings."""
 
     def pin(self) -> list[int]:
         """Keep the calling thread, and so the child, on one CPU, if asked for; the CPUs it had before."""
@@ -142,6 +144,7 @@ class Local:
         return {
             "release": platform.release(),
             "memory_pages": os.sysconf("SC_PHYS_PAGES"),
+            "levels": 5 if user_space_end() > TASK_SIZE else 4,
             "memlock": _limit(resource.RLIMIT_MEMLOCK),
             "stack": _limit(resource.RLIMIT_STACK),
             "data": _limit(resource.RLIMIT_DATA),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # Raised when the same seed gives another program, so that a recorded seed says what it is a seed of.
-GENERATOR = 6
+GENERATOR = 7
 PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
 # Advice with its weight. Without pageout: which pages reclaim can isolate is its own affair (docs/fidelity.md).
 ADVICE = {
@@ -72,9 +72,18 @@ LIMITS = {
     "stack": (4, 20, 2048),
     "memlock": (0, 8, 64),
 }
-# Lengths whose end overflows or lies beyond user space: each must be refused with the right error.
-HUGE = (1 << 47, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 4095, (1 << 64) - 1)
-FAR = (0, 0xF000, 0x7FFF_FFFF_E000, 0x7FFF_FFFF_F000, 1 << 47, 1 << 63, (1 << 64) - 4096)
+_FAR = (0, 0xF000, 0x7FFF_FFFF_E000, 0x7FFF_FFFF_F000, 1 << 47, 1 << 63, (1 << 64) - 4096)
+
+
+def huge(levels: int) -> tuple[int, ...]:
+    """Lengths whose end overflows or lies beyond user space: each must be refused with the right error."""
+    space = 1 << (56 if levels == 5 else 47)
+    return (space, (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 4095, (1 << 64) - 1)
+
+
+def far(levels: int) -> tuple[int, ...]:
+    """Addresses at the ends of user space, and beyond."""
+    return (*_FAR, (1 << 56) - 8192, (1 << 56) - 4096, 1 << 56) if levels == 5 else _FAR
 
 
 @dataclass(frozen=True, slots=True)

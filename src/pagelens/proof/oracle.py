@@ -65,7 +65,8 @@ _OF_TEXT = frozenset(
 )
 # Of the machine's facts, what a program's outcome depends on.
 _MEASURED = (
-    "memlock", "stack", "data", "address_space", "max_map_count", "memory_pages", "dac_min_addr", "overcommit"
+    "memlock", "stack", "data", "address_space", "max_map_count", "memory_pages", "dac_min_addr", "overcommit",
+    "levels",
 )  # fmt: skip
 _TOUCH = {"read": READ, "write": WRITE, "exec": EXEC}
 # arch/x86/entry/syscalls/syscall_64.tbl

@@ -10,7 +10,7 @@ hypothesis (its shrinker cannot keep a kernel process in step, and a campaign ne
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
@@ -18,8 +18,9 @@ from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
 from pagelens.model.world import Names, World
 from pagelens.proof.ground import Ground
-from pagelens.proof.mix import ADVICE, FAR, HUGE, LIMITS, LOCKING, PROTS, WEIGHTS, Mix
+from pagelens.proof.mix import ADVICE, LIMITS, LOCKING, PROTS, WEIGHTS, Mix, far, huge
 from pagelens.proof.recipes import RECIPES
+from pagelens.proof.window import above_window
 from pagelens.vm.units import HPAGE_PAGES, HPAGE_SIZE, PAGE_SIZE
 from pagelens.vm.vma import Vma, VmaList
 
@@ -34,10 +35,10 @@ class Generator:
         self.mix = mix or Mix()
         table = {**WEIGHTS, **self.mix.weights}
         self._prots = tuple(p for p in PROTS if p != 4 or "exec_only" not in self.mix.without)
-        # A page that was locked waits in a per-CPU batch that holds a reference, and a read by pin then copies it
-        # (docs/fidelity.md): programs that peek do not lock.
+        # A page that was locked waits in a per-CPU batch that holds a reference, and is then copied where it would be
+        # reused; a read or write by pin shows it (docs/fidelity.md): programs with such do not lock.
         self._locks = self.random.random() < 0.6
-        apart = {"peek"} if self._locks else LOCKING
+        apart = {"peek", "poke"} if self._locks else LOCKING
         self._names = [n for n in table if n not in self.mix.without | apart]
         # Summed once: choices() would sum them each time, and draws the same.
         self._weights = list(accumulate(table[n] for n in self._names))
@@ -49,11 +50,13 @@ class Generator:
         self._tight: dict[str, str] = {}
         self._counter = 0
         self._leaders: set[str] = set()
+        self._far, self._huge = far(4), huge(4)
 
     def next(self, world: World) -> Op:
         """The next operation, chosen by the vmas that `world` has now."""
         r = self.random
         procs = list(world.alive())
+        self._far, self._huge = far(world.setting.levels), huge(world.setting.levels)
         while self._queue:
             queued = self._queue.pop(0)
             if queued.proc in procs:
@@ -78,8 +81,10 @@ class Generator:
 
     def _recipe(self, proc: str, procs: list[str], vmas: VmaList, world: World) -> list[Op]:
         r = self.random
-        names_of = list(RECIPES)
-        recipe, _ = RECIPES[r.choices(names_of, [RECIPES[n][1] for n in names_of])[0]]
+        recipe: Callable[[Ground], list[Op]] = above_window
+        if world.setting.levels == 4 or r.random() >= 0.15:
+            names_of = list(RECIPES)
+            recipe, _ = RECIPES[r.choices(names_of, [RECIPES[n][1] for n in names_of])[0]]
         ground = Ground(
             r, proc, vmas, self._place, self._name, world.names, self._locks,
             len(procs) < self.mix.processes, not self._tight, tuple(self._files),
@@ -219,11 +224,13 @@ class Generator:
         elif r.random() < 0.01:
             length = 0
         elif r.random() < 0.01:
-            length = r.choice(HUGE)
+            length = r.choice(self._huge)
             if addr < ARENA_BASE // 2:
-                length = HUGE[-3]  # the harness lies above the heap, and must not be advised
+                length = self._huge[-3]  # the harness lies above the heap, and must not be advised
         elif r.random() < 0.005:
-            return self._ranged(Op(name, proc, place=Place("", r.choice(FAR)), length=PAGE_SIZE), vmas, names)
+            return self._ranged(
+                Op(name, proc, place=Place("", r.choice(self._far)), length=PAGE_SIZE), vmas, names
+            )
         op = Op(name, proc, place=self._place(addr, names), length=max(length, 0))
         return self._ranged(op, vmas, names)
 
@@ -273,7 +280,7 @@ class Generator:
             new = pages
         result = self._name("m")
         self._sizes[result] = new * PAGE_SIZE
-        size = new * PAGE_SIZE if r.random() < 0.98 else r.choice((0, new * PAGE_SIZE - 1, *HUGE))
+        size = new * PAGE_SIZE if r.random() < 0.98 else r.choice((0, new * PAGE_SIZE - 1, *self._huge))
         return Op("mremap", op.proc, result, op.place, op.length, 0, flags, target, size)
 
     def _mmap(self, proc: str, vmas: VmaList, names: Names) -> Op:
@@ -321,13 +328,13 @@ class Generator:
         if odd < 0.02:
             length -= r.choice((1, 4000))
         elif odd < 0.03:
-            length = r.choice((0, *HUGE))
+            length = r.choice((0, *self._huge))
         elif odd < 0.04:
             flags |= r.choice((ops.MAP_WORDS["32bit"], 3, 0x0400_0000, 1 << r.randint(19, 30)))
         elif file and odd < 0.14:
             flags |= r.choice((3, 3, 0x83, 0x83, 3 | 1 << r.randint(4, 30)))
         elif odd > 0.995 and not flags & ops.MAP_WORDS["fixed"]:
-            place = Place("", r.choice(FAR))
+            place = Place("", r.choice(self._far))
         elif odd > 0.99:
             offset += r.choice((1, 100))
         self._sizes[result] = pages * PAGE_SIZE

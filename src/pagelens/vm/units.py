@@ -12,7 +12,9 @@ PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 HPAGE_SIZE = 2 << 20  # one PMD
 HPAGE_PAGES = HPAGE_SIZE // PAGE_SIZE
-TASK_SIZE = 0x7FFF_FFFF_F000  # TASK_SIZE_MAX with four levels, arch/x86/include/asm/page_64_types.h
+# The end of user space (TASK_SIZE_MAX, arch/x86/include/asm/page_64_types.h): with four levels of page tables, and with
+# five, where mmap goes beyond the first (DEFAULT_MAP_WINDOW) only if its hint does.
+TASK_SIZE = 0x7FFF_FFFF_F000
 TASK_SIZE_LA57 = 0xFF_FFFF_FFFF_F000
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b)?$", re.IGNORECASE)
@@ -103,7 +105,9 @@ class AddrRange:
         if not found:
             raise UsageError(f"not a range: {text!r} (examples: 7f0000000000-7f0000001000, 7f0000000000+64k)")
         if end > TASK_SIZE_LA57 + PAGE_SIZE:
-            raise UsageError(f"range {text} reaches into kernel addresses; user space ends at {TASK_SIZE:#x}")
+            raise UsageError(
+                f"range {text} reaches into kernel addresses; user space ends at {TASK_SIZE_LA57:#x} or before"
+            )
         return cls(page_down(start), page_up(end))
 
     def __str__(self) -> str:
