@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 import tty
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 from pagelens.model.op import Op
+from pagelens.model.profile import PROFILES
 from pagelens.proof.campaign import Bench, Result, fuzz
 from pagelens.proof.distant import connected
 from pagelens.proof.machine import Local
@@ -109,6 +110,20 @@ def test_an_answer_that_nobody_waited_for_is_passed_by(
             with pytest.raises(KeyboardInterrupt):
                 machine.pin()
         assert machine.facts() == HERE.facts()
+
+
+def test_an_interrupt_amid_a_clean_up_is_an_interrupt(
+    served: tuple[Path, subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with connected(str(served[0])) as machine:
+        shut = machine.shut
+
+        def interrupted(handle: int, fds: Iterable[int]) -> None:
+            shut(handle, fds)  # done, but its caller does not know: it does it again, and that fails
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(machine, "shut", interrupted)
+        assert fuzz(Bench(PROFILES["linux-6.18"], machine), 1, 4000).interrupted
 
 
 def test_whoever_serves_ends_amid(served: tuple[Path, subprocess.Popen[bytes]]) -> None:
