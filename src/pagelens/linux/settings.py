@@ -5,6 +5,8 @@ day.
 from __future__ import annotations
 
 import functools
+import os
+from pathlib import Path
 
 from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
 
@@ -61,19 +63,25 @@ def user_space_end() -> int:
 
 
 def memory_filesystems() -> dict[str, str]:
-    """Type of each mounted file system that lives in memory, by device as /proc/PID/maps prints it ("00:1a").
+    """Type of each mounted file system that lives in memory, by device as /proc/PID/maps prints it ("00:1a")."""
+    return {device: kind for device, kind in _mounted().items() if kind in _MEMORY_FILESYSTEMS}
 
-    Source: /proc/self/mountinfo (Documentation/filesystems/proc.rst), field 3 and the first after the dash.
-    """
+
+def filesystem(path: str) -> str:
+    """Type of the file system that holds `path`; empty where its device is not that of a mount (subvolumes)."""
+    device = Path(path).stat().st_dev
+    return _mounted().get(f"{os.major(device):02x}:{os.minor(device):02x}", "")
+
+
+def _mounted() -> dict[str, str]:
+    # /proc/self/mountinfo (Documentation/filesystems/proc.rst): field 3, and the first after the dash.
     out: dict[str, str] = {}
     try:
         with open("/proc/self/mountinfo", errors="replace") as stream:
             for line in stream:
                 mount, _, rest = line.partition(" - ")
-                kind = rest.split(" ", 1)[0]
-                if kind in _MEMORY_FILESYSTEMS:
-                    major, minor = (int(n) for n in mount.split()[2].split(":"))
-                    out[f"{major:02x}:{minor:02x}"] = kind
+                major, minor = (int(n) for n in mount.split()[2].split(":"))
+                out[f"{major:02x}:{minor:02x}"] = rest.split(" ", 1)[0]
     except OSError:
         pass
     return out

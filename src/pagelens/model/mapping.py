@@ -108,7 +108,8 @@ def do_mmap(
         return EAGAIN, 0
     kind = flags & MAP_TYPE
     if file is not None:
-        unknown = flags & ~_LEGACY if kind == MAP_SHARED_VALIDATE else 0
+        known = _LEGACY | (0 if file.shmem else MAP_SYNC)  # FOP_MMAP_SYNC
+        unknown = flags & ~known if kind == MAP_SHARED_VALIDATE else 0
         if unknown and not (unknown == MAP_ABOVE4G and mm.profile.above4g_is_known):
             return EOPNOTSUPP, 0
         if kind in (MAP_SHARED, MAP_SHARED_VALIDATE):
@@ -171,6 +172,11 @@ def mmap_region(mm: Mm, file: File | None, addr: int, length: int, vm: int, pgof
     accountable = (vm & (VM_NORESERVE | VM_SHARED | VM_WRITE)) == VM_WRITE
     if _make_room(mm, addr, end, vm, accountable, event):
         return ENOMEM
+    if vm & VM_SYNC and file is not None and not file.shmem:
+        # The file system's mmap refuses what is no DAX (daxdev_mapping_supported), when room is made already.
+        if accountable:
+            mm.uncharge(pages)
+        return EOPNOTSUPP
     if accountable:
         vm |= VM_ACCOUNT
     area = None

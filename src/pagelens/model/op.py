@@ -75,6 +75,12 @@ SIGNAL_NAMES = {number: name for name, number in SIGNALS.items()}
 # si_code of each, without the signal's name before it (sigaction(2)).
 SI_CODES = {"SEGV": {"MAPERR": 1, "ACCERR": 2, "PKUERR": 4}, "BUS": {"ADRALN": 1, "ADRERR": 2}}
 
+
+def disk_name(result: str) -> str:
+    """What maps calls a file on disk of a program (the oracle's has another path)."""
+    return f"/disk:{result} (deleted)"
+
+
 ACCESSES = {"read": "r", "write": "w", "exec": "x"}
 # Operations that take a range of pages first.
 RANGED = frozenset(
@@ -105,6 +111,7 @@ NAMES = RANGED | {
     "execve",
     "exit",
     "memfd",
+    "disk",
     "ftruncate",
     "pwrite",
     "fallocate",
@@ -279,7 +286,7 @@ def format_op(op: Op) -> str:
             words = flag_words(op.flags, MLOCKALL_WORDS)
         case "msync":
             words = flag_words(op.flags, MSYNC_WORDS)
-        case "memfd":
+        case "memfd" | "disk":
             words = [size_text(op.length)]
         case "ftruncate":
             words = [op.file, size_text(op.length)]

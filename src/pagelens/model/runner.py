@@ -18,7 +18,7 @@ from pagelens.model import export
 from pagelens.model import op as ops
 from pagelens.model.files import File
 from pagelens.model.machine import Machine
-from pagelens.model.op import Op, Outcome
+from pagelens.model.op import Op, Outcome, disk_name
 from pagelens.model.process import Process
 from pagelens.model.profile import Profile
 from pagelens.model.space import Layout, Limits, Mm
@@ -175,6 +175,12 @@ class ModelWorld:
             case "memfd":
                 self.files[op.result] = file = process.memfd_create(op.result)
                 return file.ftruncate(op.length)
+            case "disk":
+                self.files[op.result] = file = File(
+                    self.machine, disk_name(op.result), op.length, cached=True
+                )
+                file.thp_align = self.setting.disk_aligns
+                return 0
             case "ftruncate":
                 return self.files[op.file].ftruncate(op.length)
             case "pwrite":

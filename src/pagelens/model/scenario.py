@@ -168,7 +168,13 @@ def _line(body: str, scope: Scope | None) -> tuple[tuple[str, ...], Op | Expecta
 
 
 def _define(op: Op, scope: Scope) -> None:
-    needs = {"fork": "q = fork", "vfork": "q = vfork", "thread": "t = thread", "memfd": "f = memfd 16"}
+    needs = {
+        "fork": "q = fork",
+        "vfork": "q = vfork",
+        "thread": "t = thread",
+        "memfd": "f = memfd 16",
+        "disk": "f = disk 16",
+    }
     if op.name in needs and not op.result:
         raise BadLineError(f"needs a name: {needs[op.name]}")
     if not op.result:
@@ -179,7 +185,7 @@ def _define(op: Op, scope: Scope) -> None:
         scope.regions[op.result] = op.length
     elif op.name == "mremap":
         scope.regions[op.result] = op.new_length
-    elif op.name == "memfd":
+    elif op.name in ("memfd", "disk"):
         scope.files[op.result] = op.length
     elif op.name in ("fork", "vfork", "thread"):
         scope.procs.add(op.result)
@@ -237,7 +243,7 @@ def _operation(name: str, proc: str, result: str, words: list[str], scope: Scope
             kw["flags"] = w.flags(ops.MLOCKALL_WORDS)
         case "msync":
             kw["flags"] = w.flags(ops.MSYNC_WORDS)
-        case "memfd":
+        case "memfd" | "disk":
             length = size(w.take("the number of pages"))
         case "ftruncate":
             kw["file"] = known_file(w.take("the file's name"), scope)

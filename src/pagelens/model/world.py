@@ -49,6 +49,7 @@ class Setting:
     dac_min_addr: int = 0x1_0000  # vm.mmap_min_addr: below it CAP_SYS_RAWIO is needed
     overcommit: int = 0  # vm.overcommit_memory; 2 depends on what else runs, see docs/fidelity.md
     peak: int = 0  # VmPeak when the program starts, in bytes; 0: what the harness has
+    disk_aligns: bool = False  # its files on disk are mapped at multiples of 2 MiB (thp_get_unmapped_area)
     rss_exact: bool = True  # status sums the counters exactly (6.2); before, each task keeps up to 64 back
 
     @property
@@ -93,7 +94,7 @@ class Descriptors:
 
     def done(self, op: Op) -> None:
         """Keep what `op`, which succeeded, did to the tables."""
-        if op.name == "memfd":
+        if op.name in ("memfd", "disk"):
             self._tables[op.proc].add(op.result)
         elif op.name in ("fork", "vfork", "thread"):
             self._tables[op.result] = self._tables[op.proc]

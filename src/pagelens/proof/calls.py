@@ -6,16 +6,18 @@ the command itself, which lie in the child's slot.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pagelens.model.op import Op, Outcome
+from pagelens.model.op import Op, Outcome, disk_name
+from pagelens.vm.units import PAGE_SIZE
 
 if TYPE_CHECKING:
     from pagelens.proof.oracle import Oracle
 
-_PWRITE, _SHMGET, _SHMAT, _SHMCTL, _FTRUNCATE, _CAPSET, _MEMFD = 18, 29, 30, 31, 77, 126, 319
+_OPEN, _PWRITE, _SHMGET, _SHMAT, _SHMCTL, _FTRUNCATE, _CAPSET, _MEMFD = 2, 18, 29, 30, 31, 77, 126, 319
 _WORDS = 16  # offset of the command's six argument words in a slot
 _IPC_CREAT, _SHM_RDONLY, _SHM_EXEC = 0o1000, 0o10000, 0o100000
 
@@ -27,20 +29,51 @@ def clear_refs(oracle: Oracle, op: Op) -> Outcome:
     return Outcome(result)
 
 
+def _text(text: str) -> tuple[int, int]:
+    # The two last words of a command.
+    low, high = struct.unpack("<2Q", text.encode()[:15].ljust(16, b"\0"))
+    return low, high
+
+
 def memfd(oracle: Oracle, op: Op) -> Outcome:
     """memfd_create and ftruncate."""
-    low, high = struct.unpack("<2Q", op.result.encode()[:15].ljust(16, b"\0"))
     at = oracle.slot_address(op.proc) + _WORDS + 4 * 8
-    made = oracle.call(op.proc, _MEMFD, at, 0, 0, 0, low, high)
+    made = oracle.call(op.proc, _MEMFD, at, 0, 0, 0, *_text(op.result))
     if made.result < 0:
         return made
     oracle.files[op.result] = made.result
     return oracle.call(op.proc, _FTRUNCATE, made.result, op.length)
 
 
+def disk(oracle: Oracle, op: Op) -> Outcome:
+    """A file on disk, made outside and opened by the child, then unlinked."""
+    path = oracle.machine.disk(op.length // PAGE_SIZE)
+    try:
+        at = oracle.slot_address(op.proc) + _WORDS + 4 * 8
+        made = oracle.call(op.proc, _OPEN, at, os.O_RDWR, 0, 0, *_text(path))
+    finally:
+        oracle.machine.unlink(path)
+    if made.result < 0:
+        return made
+    oracle.files[op.result] = made.result
+    oracle.disks[f"{path} (deleted)"] = disk_name(op.result)
+    return Outcome(0, made.faults)
+
+
 def pwrite(oracle: Oracle, op: Op) -> Outcome:
-    """pwrite of zeros."""
+    """pwrite of zeros; into a file on disk page by page, as a larger one would make larger folios."""
     address, most = oracle.zeros
+    length, fd = min(op.length, most), oracle.files[op.file]
+    if disk_name(op.file) in oracle.disks.values():
+        done = 0
+        while done < length:
+            outcome = oracle.call(
+                op.proc, _PWRITE, fd, address, min(PAGE_SIZE, length - done), op.offset + done
+            )
+            if outcome.result < 0:
+                return outcome
+            done += outcome.result
+        return Outcome(done)
     return oracle.call(op.proc, _PWRITE, oracle.files[op.file], address, min(op.length, most), op.offset)
 
 
@@ -78,6 +111,7 @@ def remote(oracle: Oracle, op: Op) -> Outcome:
 SPECIAL: dict[str, Callable[[Oracle, Op], Outcome]] = {
     "clear_refs": clear_refs,
     "memfd": memfd,
+    "disk": disk,
     "pwrite": pwrite,
     "shmat": shmat,
     "rlimit": rlimit,

@@ -74,7 +74,7 @@ class Comparison:
         self.agreement.succeeded += succeeded
         if op.name != "exit":
             self._outcome(op, real, ours, found)
-        if op.name in ("exit", "execve", "memfd"):
+        if op.name in ("exit", "execve", "memfd", "disk"):
             self._before.pop(op.proc, None)
         # What one process does to shared pages shows in the others (map counts, exclusive), so all are looked
         # at, except after an operation that stays within its own vmas.

@@ -19,8 +19,8 @@ FAR_TABLES = 0x2000_0000_0000  # table-aligned, where nothing else lies
 @dataclass(slots=True)
 class Ground:
     """What a recipe needs of the generator. locks: whether this program may lock memory. room: for another process.
-    files: names that are mapped. calm: no limit is set, so that execve finds the memory that it needs. harness: pages
-    that are mapped and not the program's."""
+    files: names that are mapped; disks: those of them that lie on disk. calm: no limit is set, so that execve finds the
+    memory that it needs. harness: pages that are mapped and not the program's."""
 
     random: random.Random
     proc: str
@@ -32,6 +32,7 @@ class Ground:
     room: bool = False
     calm: bool = True
     files: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()
     harness: int = 0
 
     def at(self, addr: int) -> Place:

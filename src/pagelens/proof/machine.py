@@ -31,7 +31,7 @@ from pagelens.linux.frames import lookup
 from pagelens.linux.procfs import Process
 from pagelens.linux.settings import user_space_end
 from pagelens.model.world import Span
-from pagelens.proof import fences
+from pagelens.proof import disk, fences
 from pagelens.vm.errors import CapabilityMissingError
 from pagelens.vm.units import PAGE_SIZE, TASK_SIZE
 
@@ -61,6 +61,13 @@ class Machine(Protocol):
 
     def pinned(self, pid: int) -> tuple[bool, str]:
         """(whether `pid` is where `pin` put it, which CPU that is)."""
+
+    def disk(self, pages: int) -> str:
+        """A new file of zeros on disk, all of it in the page cache as single pages, and written back: its path, of 15
+        bytes at most. CapabilityMissingError where /var/tmp is no disk."""
+
+    def unlink(self, path: str) -> None:
+        """Remove what `disk` made; whoever has it open keeps it."""
 
     def spawn(self, slots: int) -> tuple[int, list[tuple[int, int]]]:
         """Start a child with `slots` pairs of pipes: (pid, [(to write commands to, to read replies from)])."""
@@ -151,6 +158,7 @@ class Local:
             "address_space": _limit(resource.RLIMIT_AS),
             "max_map_count": fences.figure("/proc/sys/vm/max_map_count", 65530),
             "dac_min_addr": fences.figure("/proc/sys/vm/mmap_min_addr", 0x1_0000),
+            "disk_aligns": disk.aligns(),
             "overcommit": fences.figure("/proc/sys/vm/overcommit_memory", 0),
         }
 
@@ -165,6 +173,12 @@ class Local:
 
     def pinned(self, pid: int) -> tuple[bool, str]:
         return self.cpu is None or os.sched_getaffinity(pid) == {self.cpu}, str(self.cpu)
+
+    def disk(self, pages: int) -> str:
+        return disk.make(pages)
+
+    def unlink(self, path: str) -> None:
+        Path(path).unlink()
 
     def spawn(self, slots: int) -> tuple[int, list[tuple[int, int]]]:
         path = _written_back(str(oracle_path()))

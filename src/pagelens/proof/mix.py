@@ -54,6 +54,7 @@ WEIGHTS = {
     "exit": 1.5,
     "thread": 0.5,
     "memfd": 0.5,
+    "disk": 0.3,
     "ftruncate": 0.6,
     "pwrite": 1,
     "fallocate": 0.8,

@@ -12,6 +12,7 @@ programs beside it, and a killed proof would leave it so).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,7 @@ class Oracle(Children):
         super().__init__(machine)
         self.names = Names()
         self.files: dict[str, int] = {}
+        self.disks: dict[str, str] = {}  # files on disk: the name that maps has for them, ours
         self.open = Descriptors()
         self._lines: dict[bytes, tuple[Key, Vma] | None] = {}
         self._affinity = self.machine.pin()
@@ -134,6 +136,7 @@ class Oracle(Children):
             data_bytes=stat.end_data - stat.start_data,
             start_stack=stat.start_stack,
             **{name: int(facts[name]) for name in _MEASURED},
+            disk_aligns=bool(facts["disk_aligns"]),
             ipc_lock=bool(caps >> 14 & 1),
             # The child has populated its region and runs its text; a kernel that sums exactly shows both. (Where a task
             # keeps up to 64 counts back, the region, a multiple of it, may be right, but the page of text is not.)
@@ -266,6 +269,8 @@ class Oracle(Children):
     def _line(self, line: bytes) -> tuple[Key, Vma] | None:
         # None: of the harness, or the gate area.
         vma = maps.parse_line(line)
+        if vma.name in self.disks:
+            vma = replace(vma, name=self.disks[vma.name])
         pair = None
         if vma.start >> 63 == 0 and vma.start not in (self.setting.text, self.setting.region):
             pair = (vma.start, vma.end, int(vma.prot), vma.shared, vma.offset, vma.name), vma

@@ -21,7 +21,7 @@ from pagelens.proof.checkpoint import Disagreement
 from pagelens.proof.compare import SOFT_DIRTY, Comparison
 from pagelens.proof.machine import Local, Machine
 from pagelens.proof.oracle import Oracle
-from pagelens.vm.errors import UsageError
+from pagelens.vm.errors import CapabilityMissingError, UsageError
 
 # rule -> program. Where a rule needs another one (a guard page on a kernel without them), the probe agrees
 # either way and the base profile's value stands.
@@ -234,7 +234,20 @@ def has_protection_keys(machine: Machine | None = None) -> bool:
 
 def left_out(machine: Machine | None = None) -> frozenset[str]:
     """What random programs leave out on this machine (`Mix.without`)."""
-    return frozenset({"exec_only"} if has_protection_keys(machine) else ())
+    out = {"exec_only"} if has_protection_keys(machine) else set()
+    if not has_disk(machine):
+        out.add("disk")
+    return frozenset(out)
+
+
+def has_disk(machine: Machine | None = None) -> bool:
+    """Whether files on disk can be made there."""
+    with Oracle(machine) as oracle:
+        try:
+            oracle.apply(parse_op("f = disk 1"))
+        except CapabilityMissingError:
+            return False
+        return True
 
 
 def probe_profile(base: str | None = None, machine: Machine | None = None) -> Probed:

@@ -17,6 +17,7 @@ from itertools import accumulate, pairwise
 from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_MIDDLE, ARENA_PAGES, Op, Place
 from pagelens.model.world import Names, World
+from pagelens.proof.fileops import CHANGES, MAKES, Files
 from pagelens.proof.ground import Ground
 from pagelens.proof.mix import ADVICE, LIMITS, LOCKING, PROTS, WEIGHTS, Mix, far, huge
 from pagelens.proof.recipes import RECIPES
@@ -44,7 +45,7 @@ class Generator:
         self._weights = list(accumulate(table[n] for n in self._names))
         advice = {a: w for a, w in ADVICE.items() if a not in self.mix.without}
         self._advice, self._advice_weights = list(advice), list(accumulate(advice.values()))
-        self._files: dict[str, int] = {}
+        self._files = Files(self.random, self._name)
         self._sizes: dict[str, int] = {}
         self._queue: list[Op] = []
         self._tight: dict[str, str] = {}
@@ -87,8 +88,8 @@ class Generator:
             recipe, _ = RECIPES[r.choices(names_of, [RECIPES[n][1] for n in names_of])[0]]
         ground = Ground(
             r, proc, vmas, self._place, self._name, world.names, self._locks,
-            len(procs) < self.mix.processes, not self._tight, tuple(self._files),
-            sum(end - start for start, end in world.setting.harness) // PAGE_SIZE,
+            len(procs) < self.mix.processes, not self._tight, tuple(self._files.sizes),
+            tuple(self._files.disks), sum(end - start for start, end in world.setting.harness) // PAGE_SIZE,
         )  # fmt: skip
         return [op for op in recipe(ground) if op.name not in self.mix.without]
 
@@ -162,6 +163,10 @@ class Generator:
 
     def _make(self, name: str, proc: str, procs: list[str], vmas: VmaList, names: Names) -> Op | None:
         r = self.random
+        if name in MAKES:
+            return self._files.make(name, proc)
+        if name in CHANGES:
+            return self._files.change(name, proc)
         match name:
             case "mmap":
                 return self._mmap(proc, vmas, names)
@@ -193,15 +198,6 @@ class Generator:
                 return Op(name, proc) if len(self._leaders) == len(procs) else None
             case "shmat":
                 return self._shmat(proc, vmas, names)
-            case "memfd":
-                if len(self._files) >= 4:
-                    return None
-                size = r.choice((0, 1, 4, 16, 32, 48))
-                result = self._name("f")
-                self._files[result] = size
-                return Op(name, proc, result, length=size * PAGE_SIZE)
-            case "ftruncate" | "pwrite" | "fallocate":
-                return self._file_op(name, proc)
         if not vmas:
             return None
         addr, length = self._range(vmas)
@@ -247,6 +243,8 @@ class Generator:
                     word = "dontneed"  # may free the table itself (PT_RECLAIM)
                 if word.startswith("populate") and r.random() < 0.4:
                     op = self._over_hole(op, vmas, names)
+                if word == "remove" and _on_disk(op, vmas, names):
+                    word = "dontneed"  # see Files: none of its pages may go
                 advice = ops.ADVICE_WORDS[word] if r.random() < 0.99 else r.choice((5, 7, 26, 99, 104))
                 return replace(op, flags=advice)
             case "mlock2":
@@ -290,13 +288,13 @@ class Generator:
         prot = r.choice(self._prots)
         kind = r.random()
         file, offset = "", 0
-        if kind < 0.60 or (kind >= 0.70 and not self._files):
+        if kind < 0.60 or (kind >= 0.70 and not self._files.sizes):
             flags = ops.PRIVATE | ops.ANONYMOUS
         elif kind < 0.70:
             flags = ops.SHARED | ops.ANONYMOUS
         else:
             flags = ops.PRIVATE if kind < 0.85 else ops.SHARED
-            file = r.choice(list(self._files))
+            file = r.choice(list(self._files.sizes))
             offset = r.choice((0, 0, 1, 2, 4, r.randint(0, 40))) * PAGE_SIZE
         for word, chance in (
             ("populate", 0.06), ("noreserve", 0.05), ("growsdown", 0.04), ("stack", 0.07), ("locked", 0.02),
@@ -370,26 +368,16 @@ class Generator:
         # The same kind as the neighbour, so that they may merge.
         kind = ops.SHARED if near.shared else ops.PRIVATE
         flags &= ~(3 | ops.ANONYMOUS)
-        name = near.name.removeprefix("/memfd:").removesuffix(" (deleted)")
-        if name in self._files:
+        name = near.name.removeprefix("/memfd:").removeprefix("/disk:").removesuffix(" (deleted)")
+        if name in self._files.sizes:
             wanted = near.offset + (addr - near.start)
             return int(near.prot), name, max(wanted, 0), flags | kind
         return int(near.prot), "", 0, flags | kind | ops.ANONYMOUS
 
-    def _file_op(self, name: str, proc: str) -> Op | None:
-        r = self.random
-        if not self._files:
-            return None
-        file = r.choice(list(self._files))
-        size = self._files[file]
-        if name == "ftruncate":
-            size = self._files[file] = max(0, size + r.choice((-8, -2, -1, 0, 1, 4, 16)))
-            return Op(name, proc, length=size * PAGE_SIZE, file=file)
-        first, count = r.randint(0, max(size, 1)), r.randint(1, 8)
-        if name == "pwrite":
-            self._files[file] = max(size, first + count)
-            return Op(name, proc, length=count * PAGE_SIZE, file=file, offset=first * PAGE_SIZE)
-        flags = r.choice((0, 1, 3, 3))
-        if not flags:
-            self._files[file] = max(size, first + count)
-        return Op(name, proc, length=count * PAGE_SIZE, flags=flags, file=file, offset=first * PAGE_SIZE)
+
+def _on_disk(op: Op, vmas: Sequence[Vma], names: Names) -> bool:
+    # Whether the range touches a mapping of a file on disk.
+    assert op.place is not None
+    start = names.resolve(op.place)
+    end = start + op.length
+    return any(v.name.startswith("/disk:") and v.start < end and start < v.end for v in vmas)

@@ -256,6 +256,34 @@ def cleaned(g: Ground) -> list[Op]:
     ]
 
 
+def written_back(g: Ground) -> list[Op]:
+    """Pages of a file on disk, shared: clean pages fault at each first write (page_mkwrite), and are clean after msync
+    (folio_mkclean)."""
+    r = g.random
+    if not g.disks:
+        return []
+    pages = r.choice((2, 4, 8))
+    at = g.spot(pages)
+    offset = r.choice((0, 0, 1, 3)) * PAGE_SIZE
+    flags = ops.SHARED | ops.FIXED
+    size = pages * PAGE_SIZE
+    file = r.choice(g.disks)
+    child = g.name("p") if g.room and r.random() < 0.3 else ""
+    return [
+        Op("mmap", g.proc, g.name("m"), g.at(at), size, 3, flags, file=file, offset=offset),
+        g.on(r.choice(("read", "write")), at, r.randint(1, pages)),
+        g.on("write", at, r.randint(1, pages)),
+        *([Op("fork", g.proc, child)] if child else []),
+        g.on("msync", at, r.randint(1, pages), flags=r.choice((4, 4, 4, 1, 6))),
+        *(
+            [g.on("mprotect", at, pages, prot=1), g.on("mprotect", at, pages, prot=3)]
+            if r.random() < 0.4
+            else []
+        ),
+        Op("write", child or g.proc, place=g.at(at), length=r.randint(1, pages) * PAGE_SIZE),
+    ]
+
+
 # With their weights.
 RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "realign": (realign, 2.2),
@@ -276,4 +304,5 @@ RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "unfaulted target": (unfaulted_target, 0.6),
     "cleaned": (cleaned, 0.7),
     "validated": (validated, 7.5),
+    "written back": (written_back, 4),
 }
