@@ -216,6 +216,8 @@ class Outcome:
 
 def errno_name(result: int) -> str:
     """ "ENOMEM" of -12; the number where it has no name."""
+    if -result == errno.EOPNOTSUPP:  # Python knows the other name of the number
+        return "EOPNOTSUPP"
     return errno.errorcode.get(-result, str(result))
 
 

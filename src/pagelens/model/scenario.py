@@ -290,7 +290,7 @@ def _expectation(proc: str, words: list[str], scope: Scope | None) -> Expectatio
                 said = ("ok",)
             elif re.match(r"-?\d|0x", word) and "[" not in word:
                 value = number(word)
-            elif word in errno.errorcode.values():
+            elif word.startswith("E") and hasattr(errno, word):
                 value = -int(getattr(errno, word))
             else:
                 place = place_of(word, scope)
