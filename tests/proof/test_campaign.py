@@ -5,6 +5,9 @@ import signal
 
 import pytest
 
+from pagelens.model import runner
+from pagelens.model.files import File
+from pagelens.model.machine import Machine as MachineModel
 from pagelens.model.profile import PROFILES
 from pagelens.model.scenario import parse, parse_op
 from pagelens.proof.campaign import Bench, Result, fuzz
@@ -123,6 +126,26 @@ def test_random_programs_catch_an_inverted_rule(rule, probed, mix):
     inverted = probed.profile.with_rules(**{rule: not getattr(probed.profile, rule)})
     result = fuzz(Bench(inverted, HERE), 5000, 20_000, mix, small=False)
     assert result.failed_seeds
+
+
+class Unnoticed(File):
+    """A file whose first writes nobody wants to know of."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.page_mkwrite = False
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "wrong"),
+    [(runner, "File", Unnoticed), (MachineModel, "page_mkclean", lambda *_: None)],
+    ids=["no write-notify", "write-back leaves entries writable"],
+)
+def test_random_programs_catch_a_model_that_forgets_files_on_disk(of, name, wrong, probed, mix, monkeypatch):
+    if "disk" in mix.without:
+        pytest.skip("missing capability: disk (no file system that is known at /var/tmp)")
+    monkeypatch.setattr(of, name, wrong)
+    assert fuzz(Bench(probed.profile, HERE), 5000, 20_000, mix, small=False).failed_seeds
 
 
 @pytest.mark.parametrize("rule", ["mprotect_unaccounts", "stack_nohugepage"])
