@@ -22,26 +22,36 @@ _KNOWN = ("ext4", "xfs")  # whose files the model has: page_mkwrite, and no page
 def make(pages: int) -> str:
     """A new file of zeros: its path, of 15 bytes at most. CapabilityMissingError where there is no disk."""
     path = _new()
-    with open(path, "wb", buffering=0) as file:
-        for _ in range(pages):  # a larger write would make larger folios
-            file.write(bytes(PAGE_SIZE))
-        os.fsync(file.fileno())
+    try:
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(pages):  # a larger write would make larger folios
+                file.write(bytes(PAGE_SIZE))
+            os.fsync(file.fileno())
+    except BaseException as exc:
+        Path(path).unlink()
+        if isinstance(exc, OSError):
+            raise _missing(f"{pages} pages in {_PLACE}: {exc.strerror}") from None
+        raise
     return path
 
 
 def _new() -> str:
     # A name that is not there yet, in 15 bytes: it goes to the child in two words.
-    kind = filesystem(_PLACE)
-    if kind not in _KNOWN:
-        raise CapabilityMissingError(
-            f"no file on disk: {_PLACE} is {kind or 'of an unknown type'}, not {', '.join(_KNOWN)}",
-            capability="disk",
-        )
-    while True:
-        path = f"{_PLACE}/{secrets.token_hex(3)}"
-        with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-            return path
+    try:
+        kind = filesystem(_PLACE)
+        if kind not in _KNOWN:
+            raise _missing(f"{_PLACE} is {kind or 'of an unknown type'}, not {' or '.join(_KNOWN)}")
+        while True:
+            path = f"{_PLACE}/{secrets.token_hex(3)}"
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+                return path
+    except OSError as exc:
+        raise _missing(f"{_PLACE}: {exc.strerror}") from None
+
+
+def _missing(why: str) -> CapabilityMissingError:
+    return CapabilityMissingError(f"no file on disk: {why}", capability="disk")
 
 
 @functools.cache
@@ -50,7 +60,7 @@ def aligns() -> int:
     # Two that both lie so lie so on purpose.
     try:
         path = _new()
-    except (CapabilityMissingError, OSError):
+    except CapabilityMissingError:
         return 0
     try:
         with open(path, "r+b") as file:
