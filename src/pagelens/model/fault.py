@@ -332,6 +332,10 @@ def fault_around(mm: Mm, area: Area, page: int, index: int, event: int) -> bool:
     base = index - page
     limit = file.n_pages
     hit = False
+    if not file.shmem and page >> 9 not in mm.tables.pte_tables:
+        found = next((i for i in range(base + first, min(base + last, limit)) if file.lookup(i) >= 0), -1)
+        if found == limit - 1 and mm.profile.last_page_needs_table:
+            return False
     for p in range(first, last):
         i = base + p
         if i >= limit:

@@ -88,6 +88,11 @@ class Profile:
     # move_vma: vrm_stat_account before dontunmap_complete clears VM_LOCKED counts locked_vm twice (6.17);
     # before 6.17 and from 7.0 not.
     dontunmap_locks_twice: bool = True
+    # -- faults
+    # filemap_map_pages: where no PTE table is there yet, nothing is mapped around if the first page found in the
+    # window is the file's last (can_map_large passes the filemap_map_pmd by that would install the table); not shmem
+    # (6.18, and in 6.12 stable).
+    last_page_needs_table: bool = True
     # -- reporting
     # show_map_vma names [heap] what overlaps it (6.6); before, also what touches it.
     heap_name_overlaps: bool = True
@@ -128,6 +133,7 @@ PROFILES: dict[str, Profile] = {
     "linux-6.1": replace(
         _6_18,
         name="linux-6.1",
+        last_page_needs_table=False,
         heap_name_overlaps=False,
         merge_close_forbids_any=True,
         droppable=False,

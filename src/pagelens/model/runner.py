@@ -114,6 +114,8 @@ class ModelWorld:
             return "its lengths wrap onto the text or the region that every process here has"
         if not self.open.has(op):
             return f"{op.proc!r} has no file {op.file!r}: execve gave it a table of descriptors of its own"
+        if self.open.leaves_hole(op):
+            return f"it would leave pages of {op.file!r}, which lies on disk, out of the page cache"
         if op.proc in self._waiting:
             return f"{op.proc!r} stands still until {self._waiting[op.proc]!r} exits or does execve (vfork)"
         if op.name == "execve" and op.proc in self._threads:

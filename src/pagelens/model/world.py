@@ -83,17 +83,37 @@ class Names:
 
 class Descriptors:
     """Which files each process and thread has open. Those made by fork, vfork and thread share one table (the
-    oracle's children have CLONE_FILES); execve gives its caller a copy."""
+    oracle's children have CLONE_FILES); execve gives its caller a copy. And how large those on disk are, in bytes."""
 
     def __init__(self) -> None:
         self._tables: dict[str, set[str]] = {"main": set()}
+        self._disks: dict[str, int] = {}
 
     def has(self, op: Op) -> bool:
         """Whether the process of `op` has the file that it names, if any."""
         return not op.file or op.file in self._tables[op.proc]
 
+    def leaves_hole(self, op: Op) -> bool:
+        """Whether `op` would leave pages of a file on disk out of the page cache: what a later fault then reads ahead
+        is not for the model to say. Such an operation is left out, in every world alike."""
+        size = self._disks.get(op.file)
+        if size is None:
+            return False
+        return (
+            (op.name == "ftruncate" and op.length > size)
+            or (op.name == "pwrite" and op.offset > size)
+            or op.name == "fallocate"
+        )
+
     def done(self, op: Op) -> None:
-        """Keep what `op`, which succeeded, did to the tables."""
+        """Keep what `op`, which succeeded, did to the tables and the sizes."""
+        if op.file in self._disks:
+            if op.name == "ftruncate":
+                self._disks[op.file] = op.length
+            elif op.name == "pwrite":
+                self._disks[op.file] = max(self._disks[op.file], op.offset + op.length)
+        if op.name == "disk":
+            self._disks[op.result] = op.length
         if op.name in ("memfd", "disk"):
             self._tables[op.proc].add(op.result)
         elif op.name in ("fork", "vfork", "thread"):

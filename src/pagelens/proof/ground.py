@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from pagelens.model import op as ops
 from pagelens.model.op import ARENA_BASE, ARENA_PAGES, Op, Place
@@ -19,8 +19,8 @@ FAR_TABLES = 0x2000_0000_0000  # table-aligned, where nothing else lies
 @dataclass(slots=True)
 class Ground:
     """What a recipe needs of the generator. locks: whether this program may lock memory. room: for another process.
-    files: names that are mapped; disks: those of them that lie on disk. calm: no limit is set, so that execve finds the
-    memory that it needs. harness: pages that are mapped and not the program's."""
+    files: names that are mapped; disks: those of them that lie on disk, with their pages. calm: no limit is set, so
+    that execve finds the memory that it needs. harness: pages that are mapped and not the program's."""
 
     random: random.Random
     proc: str
@@ -32,7 +32,7 @@ class Ground:
     room: bool = False
     calm: bool = True
     files: tuple[str, ...] = ()
-    disks: tuple[str, ...] = ()
+    disks: Mapping[str, int] = field(default_factory=dict)
     harness: int = 0
 
     def at(self, addr: int) -> Place:

@@ -173,6 +173,8 @@ class Oracle(Children):
         """Do one operation. None where it was left out (an undefined region, a process that is gone)."""
         if op.proc not in self._channels or undefined(op, self.names) or not self.open.has(op):
             return None
+        if self.open.leaves_hole(op):
+            return None
         if unmaps_harness(op, self.names, self.setting):
             return None
         if op.proc in self._waiting or (op.name == "execve" and not self.is_leader(op.proc)):

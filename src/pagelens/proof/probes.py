@@ -133,6 +133,7 @@ PROBES: dict[str, str] = {
     "pku": "mmap 2 at arena[0] x private anon fixed\nread arena[0]",
     "smaps_lockonfault": "mmap 1 at arena[0] rw private anon fixed\nmlock2 arena[0] onfault",
     "smaps_ksm": "mmap 1 at arena[0] rw private anon fixed",
+    "last_page_needs_table": "f = disk 1\nmmap 2 at arena[0] r shared fixed file f\nread arena[1]",
     "ksm": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] mergeable",
     "thp": "mmap 2 at arena[0] rw private anon fixed\nmadvise arena[0] hugepage",
 }
@@ -258,6 +259,8 @@ def probe_profile(base: str | None = None, machine: Machine | None = None) -> Pr
         profile = _configured(_named(base), soft_dirty)
         return Probed(*_turn(profile, base, ("ksm", "thp", "pku"), machine))
     programs = {rule: probe_program(rule) for rule in PROBES}
+    if not has_disk(machine):  # then the rules of its files stay as the base profile has them
+        programs = {rule: ops for rule, ops in programs.items() if all(op.name != "disk" for op in ops)}
     release = str((machine or Local()).facts()["release"])
     names = sorted(name for name in PROFILES if name.startswith("linux-"))
     profiles = [_configured(PROFILES[name], soft_dirty) for name in names]

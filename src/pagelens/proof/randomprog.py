@@ -89,7 +89,8 @@ class Generator:
         ground = Ground(
             r, proc, vmas, self._place, self._name, world.names, self._locks,
             len(procs) < self.mix.processes, not self._tight, tuple(self._files.sizes),
-            tuple(self._files.disks), sum(end - start for start, end in world.setting.harness) // PAGE_SIZE,
+            {name: self._files.sizes[name] for name in self._files.disks},
+            sum(end - start for start, end in world.setting.harness) // PAGE_SIZE,
         )  # fmt: skip
         return [op for op in recipe(ground) if op.name not in self.mix.without]
 

@@ -267,7 +267,7 @@ def written_back(g: Ground) -> list[Op]:
     offset = r.choice((0, 0, 1, 3)) * PAGE_SIZE
     flags = ops.SHARED | ops.FIXED
     size = pages * PAGE_SIZE
-    file = r.choice(g.disks)
+    file = r.choice(list(g.disks))
     child = g.name("p") if g.room and r.random() < 0.3 else ""
     return [
         Op("mmap", g.proc, g.name("m"), g.at(at), size, 3, flags, file=file, offset=offset),
@@ -281,6 +281,36 @@ def written_back(g: Ground) -> list[Op]:
             else []
         ),
         Op("write", child or g.proc, place=g.at(at), length=r.randint(1, pages) * PAGE_SIZE),
+    ]
+
+
+def last_page(g: Ground) -> list[Op]:
+    """A read beyond the end of a file on disk, whose last page is the first around it, where no table is
+    (last_page_needs_table)."""
+    r = g.random
+    if not g.disks:
+        return []
+    file, size = r.choice(list(g.disks.items()))
+    start = FAR_TABLES + (2048 + r.randrange(8)) * HPAGE_SIZE
+    at = start + r.choice((0, 16, 32, 496)) * PAGE_SIZE
+    kind = r.choice((ops.SHARED, ops.PRIVATE)) | ops.FIXED
+    offset = max(0, size - r.choice((1, 1, 1, 2, 17))) * PAGE_SIZE
+    return [
+        g.on("munmap", start, HPAGE_PAGES),
+        Op(
+            "mmap",
+            g.proc,
+            g.name("m"),
+            g.at(at),
+            8 * PAGE_SIZE,
+            r.choice((1, 3)),
+            kind,
+            file=file,
+            offset=offset,
+        ),
+        g.on(r.choice(("read", "read", "write")), at + r.randint(1, 3) * PAGE_SIZE, 1),
+        *([g.on("read", at, 1)] if r.random() < 0.4 else []),
+        *([g.on("munmap", at, 8)] if r.random() < 0.7 else []),
     ]
 
 
@@ -305,4 +335,5 @@ RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "cleaned": (cleaned, 0.7),
     "validated": (validated, 7.5),
     "written back": (written_back, 4),
+    "last page": (last_page, 3),
 }
