@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 # Raised when the same seed gives another program, so that a recorded seed says what it is a seed of.
-GENERATOR = 8
+GENERATOR = 9
 PROTS = (3,) * 12 + (1,) * 4 + (0,) * 2 + (7,) * 2 + (5, 2, 4, 6)
 # Advice with its weight. Without pageout: which pages reclaim can isolate is its own affair (docs/fidelity.md).
 ADVICE = {

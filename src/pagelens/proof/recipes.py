@@ -314,6 +314,23 @@ def last_page(g: Ground) -> list[Op]:
     ]
 
 
+def dirty_neighbour(g: Ground) -> list[Op]:
+    """A soft-dirty area and one that is not become one by mprotect (sticky_softdirty)."""
+    r = g.random
+    low, high = r.choice((1, 2, 3)), r.choice((1, 2, 3))
+    at = g.spot(low + high)
+    middle = at + low * PAGE_SIZE
+    areas = [(at, low), (middle, high)]
+    r.shuffle(areas)
+    return [
+        g.on("munmap", at - PAGE_SIZE, low + high + 2),
+        g.map(*areas[0], 7),
+        Op("clear_refs", g.proc, flags=4),
+        g.map(*areas[1], 3),
+        g.on("mprotect", *areas[0], prot=3),
+    ]
+
+
 # With their weights.
 RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "realign": (realign, 2.2),
@@ -336,4 +353,5 @@ RECIPES: dict[str, tuple[Callable[[Ground], list[Op]], float]] = {
     "validated": (validated, 7.5),
     "written back": (written_back, 4),
     "last page": (last_page, 3),
+    "dirty neighbour": (dirty_neighbour, 1),
 }
