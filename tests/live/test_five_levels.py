@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from live.test_checkpoint_rollback import settle
 from pagelens.checkpoint.dump import dump
 from pagelens.checkpoint.incremental import Chain
 from pagelens.checkpoint.look import diff, open_side
@@ -22,18 +23,26 @@ from pagelens.vm import AddrRange
 from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
 from support import raw
 from support.kcore import FIVE_LEVELS
-from support.puppet import MADV, MAP_ANON, MAP_PRIVATE, PAGE, RW, Puppet
+from support.puppet import MADV, MAP_ANON, MAP_PRIVATE, NR, PAGE, RW, Puppet
 from support.recording import assert_complete, pagelens, record
-from support.scribe import process_state
 from support.subjects import Subjects
 
+MAP_FIXED_NOREPLACE = 0x10_0000
 # Across the end of the window, across an entry of the top table, and at the end of user space.
 PLACES = (TASK_SIZE - 8 * PAGE, (1 << 48) - 8 * PAGE, TASK_SIZE_LA57 - 16 * PAGE)
 
 
-def test_where_user_space_ends() -> None:
-    # The kernel's own word, beside the processor's flag.
+def test_where_user_space_ends(subjects: Subjects) -> None:
+    # The kernel's own word: the last page can be had (or is taken), the one behind it cannot.
     assert user_space_end() == (TASK_SIZE_LA57 if FIVE_LEVELS else TASK_SIZE)
+    flags = MAP_PRIVATE | MAP_ANON | MAP_FIXED_NOREPLACE
+    last = user_space_end() - PAGE
+    with Puppet(subjects("puppet")) as puppet:
+        found = [
+            puppet.tell("sys", NR["mmap"], at, PAGE, 0, flags, 2**64 - 1, 0)[0] for at in (last, last + PAGE)
+        ]
+    assert found[0] in (last, -errno.EEXIST)
+    assert found[1] == -errno.ENOMEM
 
 
 @pytest.fixture
@@ -45,13 +54,6 @@ def puppet(subjects: Subjects) -> Iterator[Puppet]:
             assert puppet.mmap(16, at=place) == place
             puppet.write(place + 4 * PAGE, 8)
         yield puppet
-
-
-def settle(pid: int) -> None:
-    deadline = time.monotonic() + 20
-    while process_state(pid)[0] != "S":
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_the_look(puppet: Puppet) -> None:

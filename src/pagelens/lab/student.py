@@ -25,7 +25,7 @@ from typing import Any, TextIO
 from pagelens import lab
 from pagelens.lab import mini, wire
 from pagelens.lab.mini import MiniMm, Vma, Vmas
-from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
+from pagelens.vm.units import task_size
 
 MEMORY = 512 << 20  # bytes of address space
 
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
     path, function = argv[0], argv[1]
     calls, replies = os.fdopen(int(argv[2]), "r"), os.fdopen(int(argv[3]), "w")
     _LIMIT["seconds"] = float(argv[4])
-    lab.TASK_SIZE = mini.TASK_SIZE = TASK_SIZE_LA57 if argv[5] == "5" else TASK_SIZE
+    lab.TASK_SIZE = mini.TASK_SIZE = task_size(int(argv[5]))
     printed = _Printed()
     sys.stdout = sys.stderr = printed
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -8,7 +8,7 @@ import functools
 import os
 from pathlib import Path
 
-from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
+from pagelens.vm.units import task_size
 
 _FILES = {
     "thp": "/sys/kernel/mm/transparent_hugepage/enabled",
@@ -59,7 +59,7 @@ def user_space_end() -> int:
     """
     with open("/proc/cpuinfo") as stream:
         flags = next((line for line in stream if line.startswith("flags")), "")
-    return TASK_SIZE_LA57 if "la57" in flags.split() else TASK_SIZE
+    return task_size(5 if "la57" in flags.split() else 4)
 
 
 def memory_filesystems() -> dict[str, str]:

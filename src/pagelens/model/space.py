@@ -26,7 +26,7 @@ from pagelens.model.abi import (
 from pagelens.model.area import AreaTree
 from pagelens.model.files import File
 from pagelens.model.tables import PageTables
-from pagelens.vm.units import TASK_SIZE, TASK_SIZE_LA57
+from pagelens.vm.units import task_size
 
 if TYPE_CHECKING:
     from pagelens.model.machine import Machine
@@ -89,7 +89,7 @@ class Layout:
     areas: list[InitialArea] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.task_size = self.task_size or (TASK_SIZE_LA57 if self.levels == 5 else TASK_SIZE)
+        self.task_size = self.task_size or task_size(self.levels)
 
 
 class Mm:

@@ -63,18 +63,16 @@ def disk(oracle: Oracle, op: Op) -> Outcome:
 def pwrite(oracle: Oracle, op: Op) -> Outcome:
     """pwrite of zeros; into a file on disk page by page, as a larger one would make larger folios."""
     address, most = oracle.zeros
-    length, fd = min(op.length, most), oracle.files[op.file]
-    if disk_name(op.file) in oracle.disks.values():
-        done = 0
-        while done < length:
-            outcome = oracle.call(
-                op.proc, _PWRITE, fd, address, min(PAGE_SIZE, length - done), op.offset + done
-            )
-            if outcome.result < 0:
-                return outcome
-            done += outcome.result
-        return Outcome(done)
-    return oracle.call(op.proc, _PWRITE, oracle.files[op.file], address, min(op.length, most), op.offset)
+    length = min(op.length, most)
+    step = PAGE_SIZE if disk_name(op.file) in oracle.disks.values() else most
+    done = Outcome(0)
+    for at in range(0, length, step):
+        size = min(step, length - at)
+        one = oracle.call(op.proc, _PWRITE, oracle.files[op.file], address, size, op.offset + at)
+        if one.result < 0:
+            return one
+        done = Outcome(done.result + one.result, done.faults + one.faults)
+    return done
 
 
 def shmat(oracle: Oracle, op: Op) -> Outcome:

@@ -22,6 +22,11 @@ _HEX = re.compile(r"^0[xX][0-9a-fA-F]+$")
 _SCALE = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+def task_size(levels: int) -> int:
+    """The first address behind user space, where page tables have `levels` (4 or 5)."""
+    return TASK_SIZE_LA57 if levels == 5 else TASK_SIZE
+
+
 def counted(number: int, noun: str) -> str:
     """A number and its noun.
 
